@@ -1,0 +1,70 @@
+"""Parameters, FLOPs, MFU and boundary bytes, as arithmetic on the config: nothing is allocated.
+
+One formula serves every report, `FORMULA`: training FLOPs per token = 6·N + 6·L·T·d, with N the parameters
+without the input embedding (a look-up does no arithmetic), L layers, T tokens of context and d = heads ·
+head_dim. The second term is attention's scores and mixing with the causal half counted once: forward 2·T·d
+per layer, backward twice that. Recomputed forwards are not counted, so recomputing lowers MFU, as it
+should.
+"""
+
+from model.bottleneck import receiver_parameters, sender_parameters
+from model.config import ConfigError, ModelConfig
+from model.split import StagePlan, block_matrix_parameters, split
+
+FORMULA = "6N + 6LTd, N without the input embedding, causal attention once, recompute not counted"
+
+PEAK_FLOPS: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+"""Dense bf16 peak of one device, FLOP/s (vendor data sheets, without sparsity)."""
+
+
+def stage_parameters(config: ModelConfig, plan: StagePlan, *, boundaries: bool = True) -> int:
+    """Parameters of one stage; with `boundaries=False` the boundary matrices are left out."""
+    vocabulary = config.vocab * config.hidden
+    count = plan.layers * (block_matrix_parameters(config) + 2 * config.hidden)
+    count += vocabulary if plan.is_first else 0
+    count += vocabulary + config.hidden if plan.is_last else 0
+    return count + (_boundary_parameters(config, plan) if boundaries else 0)
+
+
+def total_parameters(config: ModelConfig, stages: int = 1, *, boundaries: bool = True) -> int:
+    """Parameters of the whole model cut into `stages`; one stage has no boundaries."""
+    return sum(stage_parameters(config, plan, boundaries=boundaries) for plan in split(config, stages))
+
+
+def stage_flops(config: ModelConfig, plan: StagePlan, *, tokens: int | None = None) -> tuple[int, int]:
+    """Forward and backward FLOPs per token of one stage, boundary matrices included.
+
+    `tokens` is the sequence length T, by default the config's context. The head's embedding look-up counts
+    nothing.
+    """
+    length = config.context if tokens is None else tokens
+    embedding = config.vocab * config.hidden if plan.is_first else 0
+    matrices = 2 * (stage_parameters(config, plan) - embedding)
+    attention = plan.layers * 2 * length * config.heads * config.head_dim
+    forward = matrices + attention
+    return forward, 2 * forward
+
+
+def training_flops_per_token(config: ModelConfig, *, stages: int = 1, tokens: int | None = None) -> int:
+    """Forward plus backward FLOPs per token of the whole model, by `FORMULA`."""
+    return sum(sum(stage_flops(config, plan, tokens=tokens)) for plan in split(config, stages))
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, *, devices: int, peak_flops: float) -> float:
+    """Model FLOPs utilisation, 0 to 1: useful FLOPs per second of wall-clock time over all devices' peak."""
+    if devices < 1 or not peak_flops > 0:
+        raise ConfigError(
+            f"devices is {devices} and peak_flops {peak_flops}; both must be above 0: name the device"
+        )
+    return tokens_per_second * flops_per_token / (devices * peak_flops)
+
+
+def boundary_bytes(config: ModelConfig, *, tokens: int, itemsize: int) -> int:
+    """Bytes of one boundary tensor: `tokens` of a microbatch (B·T) times width times bytes per element."""
+    return tokens * config.boundary_width * itemsize
+
+
+def _boundary_parameters(config: ModelConfig, plan: StagePlan) -> int:
+    receiver = 0 if plan.is_first else receiver_parameters(config)
+    sender = 0 if plan.is_last else sender_parameters(config)
+    return receiver + sender

@@ -1,0 +1,138 @@
+"""Shapes of the models Orion can train, and nothing else.
+
+A `ModelConfig` is a Llama-3.2-shaped decoder plus the form of its stage boundaries. It is a value: every
+other file of this floor (split, stage, accounting) is a function of it, so two nodes with the same config
+agree on every parameter name, shape and byte. `PRESETS` holds the shapes a manifest may name. Presets from
+1b up keep the 64-fold boundary of the ResBM runs (hidden / width = 64, arXiv 2604.11947); the small ones
+compress less, because a boundary of few channels costs a small model more loss than it costs a large one.
+"""
+
+import difflib
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot work; the message names the value, the limit and the option to
+    change."""
+
+
+class BoundaryForm(StrEnum):
+    """What crosses between two stages: the whole residual, or a narrow tensor in ResBM's form A or B."""
+
+    NONE = "none"
+    A = "a"
+    B = "b"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundaryConfig:
+    """Form and width (channels per token) of the boundary; width is 0 exactly when the form is `none`."""
+
+    form: BoundaryForm = BoundaryForm.NONE
+    width: int = 0
+
+    def __post_init__(self) -> None:
+        if self.form is BoundaryForm.NONE and self.width != 0:
+            raise ConfigError(
+                f"boundary.width is {self.width} but boundary.form 'none' sends the whole residual: "
+                "set width to 0"
+            )
+        if self.form is not BoundaryForm.NONE and self.width < 1:
+            raise ConfigError(
+                f"boundary.width is {self.width}; form '{self.form}' needs at least 1: raise boundary.width"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A Llama-3.2-shaped decoder: RMSNorm, grouped-query attention, RoPE, SwiGLU, untied embedding and head.
+
+    `context` is the longest sequence in tokens, `ffn` the inner width of SwiGLU. Raises `ConfigError`.
+    """
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    context: int
+    rope_base: float = 500_000.0
+    norm_eps: float = 1e-5
+    boundary: BoundaryConfig = BoundaryConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "ffn", "context"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1: raise {name}")
+        if self.hidden % self.heads:
+            raise ConfigError(
+                f"hidden {self.hidden} is not a multiple of heads {self.heads}: change hidden or heads"
+            )
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: change heads or kv_heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"hidden / heads is {self.head_dim}; rotary embedding needs an even number: "
+                "change hidden or heads"
+            )
+        if self.boundary.width > self.hidden:
+            raise ConfigError(
+                f"boundary.width {self.boundary.width} is above hidden {self.hidden}: lower boundary.width"
+            )
+        if not self.rope_base > 1 or not self.norm_eps > 0:
+            raise ConfigError(
+                f"rope_base is {self.rope_base} and norm_eps {self.norm_eps}; they must be above 1 "
+                "and above 0: change them"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def boundary_width(self) -> int:
+        """Channels per token that cross a boundary: `hidden` for form `none`."""
+        return self.hidden if self.boundary.form is BoundaryForm.NONE else self.boundary.width
+
+
+def _shape(
+    vocab: int, hidden: int, layers: int, heads: tuple[int, int], *, ffn: int, context: int, width: int
+) -> ModelConfig:
+    """A preset with `heads` as (query heads, key and value heads) and a boundary of form A."""
+    boundary = BoundaryConfig(form=BoundaryForm.A, width=width)
+    return ModelConfig(
+        vocab=vocab,
+        hidden=hidden,
+        layers=layers,
+        heads=heads[0],
+        kv_heads=heads[1],
+        ffn=ffn,
+        context=context,
+        boundary=boundary,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "nano": _shape(1_024, 128, 8, (4, 2), ffn=384, context=128, width=16),
+    "100m": _shape(32_768, 640, 12, (10, 5), ffn=1_792, context=1_024, width=40),
+    "1b": _shape(128_256, 2_048, 16, (32, 8), ffn=8_192, context=4_096, width=32),
+    "8b": _shape(128_256, 4_096, 32, (32, 8), ffn=14_336, context=8_192, width=64),
+    "16b": _shape(128_256, 5_120, 52, (40, 8), ffn=14_336, context=8_192, width=80),
+    "100b": _shape(128_256, 9_216, 90, (72, 8), ffn=32_256, context=8_192, width=144),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset called `name`; raises `ConfigError` naming the nearest preset and all of them."""
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+        f"model preset '{name}' is unknown: did you mean '{near}'? Presets: {', '.join(PRESETS)}"
+    )

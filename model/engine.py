@@ -1,0 +1,327 @@
+"""The compute of one replica: forwards, backwards and optimizer steps of a stage, kept apart from any
+network.
+
+A unit (one microbatch) is known by a key. `forward` keeps its input until `backward` brings the gradient of
+its output. With `Recompute.FULL` the graph is rebuilt then; with KEEP it is held, as long as the weights it
+was made with are still in place: after a step a kept graph would mix old activations with new weights and
+silently corrupt gradients, so each step drops all graphs and later backwards recompute at the current
+weights. Kept and recomputed graphs give the same bits. Everything is synchronous and tied to no thread;
+callers serialise their calls.
+"""
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from model.optimizer import OptimizerConfig, build_optimizer, clip_bound, gradient_norm, learning_rate
+from model.split import StagePlan
+from model.stage import Stage
+
+
+class EngineError(RuntimeError):
+    """A call that the engine refuses; nothing has changed."""
+
+
+class CapacityError(EngineError):
+    """The cache of open units is full."""
+
+
+class UnknownUnitError(EngineError):
+    """No open unit has this key."""
+
+
+class DuplicateUnitError(EngineError):
+    """A unit with this key is open already."""
+
+
+class NonFiniteError(EngineError):
+    """A loss that is not a finite number; no gradient of the unit was kept."""
+
+
+class StateError(EngineError):
+    """A saved state that does not fit this stage and optimizer."""
+
+
+class Recompute(StrEnum):
+    """What is held between a unit's forward and backward: its graph (keep) or only its input (full)."""
+
+    KEEP = "keep"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step: the version after it, its rate, the gradient's norm before clipping, what was
+    done."""
+
+    version: int
+    lr: float
+    grad_norm: float
+    clipped: bool
+    finite: bool
+
+
+@dataclass(slots=True)
+class _Unit:
+    """An open unit: its input and, with KEEP, the graph's leaf and output until the next step."""
+
+    x: Tensor
+    leaf: Tensor | None = None
+    y: Tensor | None = None
+
+
+class StageEngine:
+    """Trains one stage. `accumulation` units make one step; at most `capacity` units are open at a time."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        optimizer_config: OptimizerConfig,
+        plan: StagePlan,
+        *,
+        n_total_params: int,
+        accumulation: int,
+        recompute: Recompute,
+        capacity: int,
+    ) -> None:
+        if accumulation < 1 or capacity < 1:
+            raise EngineError(
+                f"accumulation is {accumulation} and capacity {capacity}; both must be at least 1: raise them"
+            )
+        self.stage = stage
+        self.plan = plan
+        self.accumulation = accumulation
+        self.recompute = recompute
+        self.capacity = capacity
+        self._version = 0
+        self._units: dict[Hashable, _Unit] = {}
+        self._accumulated = 0
+        self._config = optimizer_config
+        self._optimizer = build_optimizer(optimizer_config, stage, plan)
+        self._clip = clip_bound(optimizer_config, sum(p.numel() for p in stage.parameters()), n_total_params)
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps done; names the weights that the next forward will use."""
+        return self._version
+
+    @property
+    def units_accumulated(self) -> int:
+        """Units whose gradients the next step will apply."""
+        return self._accumulated
+
+    def pending(self) -> tuple[Hashable, ...]:
+        """Keys of the open units, oldest first."""
+        return tuple(self._units)
+
+    def forward(self, key: Hashable, x: Tensor) -> Tensor:
+        """Runs the stage on `x`, remembers the unit and returns the detached boundary tensor (B, T, width).
+
+        Raises `CapacityError`, `DuplicateUnitError`, or `StageInputError` for an input that does not fit.
+        """
+        if self.plan.is_last:
+            raise EngineError(
+                f"stage {self.plan.index} is the last and sends nothing on: call tail, not forward"
+            )
+        if key in self._units:
+            raise DuplicateUnitError(f"unit {key} is open already: wait for its backward or drop it")
+        if len(self._units) >= self.capacity:
+            raise CapacityError(
+                f"{len(self._units)} units are open and capacity is {self.capacity}: "
+                "wait for a backward or raise capacity"
+            )
+        if self.recompute is Recompute.FULL:
+            out = replay_forward(self.stage, x)
+            self._units[key] = _Unit(x)
+            return out
+        leaf = _leaf(x)
+        y: Tensor = self.stage(leaf)
+        self._units[key] = _Unit(x, leaf, y)
+        return y.detach()
+
+    def backward(self, key: Hashable, g: Tensor) -> Tensor | None:
+        """Adds the unit's weight gradients, given the gradient `g` of its output, and closes the unit.
+
+        Returns the gradient of its input (B, T, width), or None at the first stage. Raises
+        `UnknownUnitError`, or `EngineError` when `g` has another shape or dtype than the output; the unit
+        stays open in both cases.
+        """
+        unit = self._units.get(key)
+        if unit is None:
+            raise UnknownUnitError(
+                f"unit {key} is not open here: it was never forwarded, or is already done or dropped"
+            )
+        shape = (*unit.x.shape[:2], self.stage.config.boundary_width)
+        if g.shape != shape or g.dtype != self.stage.dtype:
+            raise EngineError(
+                f"gradient of unit {key} is {g.dtype} {tuple(g.shape)}; {self.stage.dtype} {shape} is needed"
+            )
+        leaf = _leaf(unit.x) if unit.leaf is None else unit.leaf
+        y = self.stage(leaf) if unit.y is None else unit.y
+        torch.autograd.backward(y, g)
+        del self._units[key]
+        self._accumulated += 1
+        return leaf.grad
+
+    def tail(self, key: Hashable, x: Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
+        """Forward, loss and backward of a unit at the last stage: (mean loss in nats per token, gradient of
+        `x`).
+
+        The gradient is that of loss / accumulation, so that a step sees the mean over its units; it is None
+        for a solo stage. Raises `NonFiniteError` before any gradient is kept.
+        """
+        loss, leaf = _tail_forward(self.stage, x, targets)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteError(f"loss of unit {key} is {value}: drop the unit and check its input")
+        torch.autograd.backward(loss / self.accumulation)
+        self._accumulated += 1
+        return value, leaf.grad
+
+    def drop(self, key: Hashable) -> None:
+        """Forgets an open unit. Raises `UnknownUnitError`."""
+        if self._units.pop(key, None) is None:
+            raise UnknownUnitError(
+                f"unit {key} is not open here: it was never forwarded, or is already done or dropped"
+            )
+
+    def step(self) -> StepReport:
+        """Clips, applies the accumulated gradients and drops them, along with all kept graphs.
+
+        Gradients that are not finite are dropped, the weights and the version stay, and the report says so.
+        Raises `EngineError` when nothing is accumulated.
+        """
+        if self._accumulated == 0:
+            raise EngineError("no unit has been accumulated since the last step: run a backward first")
+        gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
+        norm = gradient_norm(gradients)
+        lr = learning_rate(self._config, self._version)
+        if not math.isfinite(norm):
+            self.discard_gradients()
+            return StepReport(version=self._version, lr=lr, grad_norm=norm, clipped=False, finite=False)
+        clipped = 0 < self._clip < norm
+        if clipped:
+            for gradient in gradients:
+                gradient.mul_(self._clip / norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self.discard_gradients()
+        self._drop_graphs()
+        self._version += 1
+        return StepReport(version=self._version, lr=lr, grad_norm=norm, clipped=clipped, finite=True)
+
+    def discard_gradients(self) -> None:
+        """Forgets the gradients accumulated since the last step."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._accumulated = 0
+
+    def weights_replaced(self) -> None:
+        """Must follow any change of the weights from outside (a merge): kept graphs no longer belong to
+        them."""
+        self._drop_graphs()
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, optimizer state and version as named tensors, sharing memory with the engine."""
+        tensors = {"version": torch.tensor(self._version)}
+        for name, parameter in self.stage.named_parameters():
+            tensors[f"weights.{name}"] = parameter.detach()
+            for field, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{field}"] = value
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over a state made by `state` on the same stage and optimizer; open units and gradients are
+        dropped.
+
+        Raises `StateError` naming the first tensor that is missing, surplus or of another shape; then
+        nothing changed.
+        """
+        rest = dict(tensors)
+        weights: dict[str, Tensor] = {}
+        optimizer: dict[str, dict[str, Tensor]] = {}
+        version = int(_take(rest, "version", torch.Size(())))
+        fields = _OPTIMIZER_FIELDS[self._config.kind] if version else ()
+        for name, parameter in self.stage.named_parameters():
+            weights[name] = _take(rest, f"weights.{name}", parameter.shape)
+            optimizer[name] = {
+                field: _take(
+                    rest,
+                    f"optimizer.{name}.{field}",
+                    parameter.shape if field in _MOMENTS else torch.Size(()),
+                )
+                for field in fields
+            }
+        if rest:
+            raise StateError(
+                f"state holds '{min(rest)}', which stage {self.plan.index} lacks: load its own checkpoint"
+            )
+        self.stage.load_state_dict(weights)
+        self._optimizer.state.clear()
+        for name, parameter in self.stage.named_parameters():
+            if fields:
+                self._optimizer.state[parameter] = {
+                    field: value.to(parameter.device if field in _MOMENTS else "cpu", copy=True)
+                    for field, value in optimizer[name].items()
+                }
+        self._version = version
+        self._units.clear()
+        self.discard_gradients()
+
+    def _drop_graphs(self) -> None:
+        for unit in self._units.values():
+            unit.leaf = unit.y = None
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_OPTIMIZER_FIELDS = {"adamw": ("step", *_MOMENTS), "nadam": ("step", "mu_product", *_MOMENTS)}
+
+
+def replay_forward(stage: Stage, x: Tensor) -> Tensor:
+    """What an honest `StageEngine.forward` returns for `x` with these weights; for auditors."""
+    with torch.no_grad():
+        y: Tensor = stage(x)
+    return y
+
+
+def replay_backward(stage: Stage, x: Tensor, g: Tensor) -> Tensor | None:
+    """What an honest `StageEngine.backward` returns for (`x`, `g`); leaves no gradients in the stage."""
+    leaf = _leaf(x)
+    torch.autograd.backward(stage(leaf), g)
+    stage.zero_grad(set_to_none=True)
+    return leaf.grad
+
+
+def replay_tail(
+    stage: Stage, x: Tensor, targets: Tensor, *, accumulation: int
+) -> tuple[float, Tensor | None]:
+    """What an honest `StageEngine.tail` returns; leaves no gradients in the stage."""
+    loss, leaf = _tail_forward(stage, x, targets)
+    torch.autograd.backward(loss / accumulation)
+    stage.zero_grad(set_to_none=True)
+    return float(loss.detach()), leaf.grad
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """`x` as the leaf of a new graph; tokens carry no gradient."""
+    return x.detach().requires_grad_(x.is_floating_point())
+
+
+def _tail_forward(stage: Stage, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = _leaf(x)
+    return stage.loss(leaf, targets), leaf
+
+
+def _take(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    tensor = tensors.pop(name, None)
+    if tensor is None:
+        raise StateError(f"state lacks '{name}': load a complete checkpoint of this stage")
+    if tensor.shape != shape:
+        raise StateError(
+            f"state has '{name}' of shape {tuple(tensor.shape)}; this stage needs {tuple(shape)}"
+        )
+    return tensor

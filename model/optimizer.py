@@ -1,0 +1,144 @@
+"""Inner and outer optimizers: what one local step and one merge do to the weights.
+
+Inner: AdamW, or NAdam whose first momentum grows towards the early stages, where gradients arrive latest
+(the delay-tolerant choice of asynchronous pipelines). Outer: Nesterov SGD on the mean pseudo-gradient, as
+in DiLoCo (arXiv 2311.08105). Nothing here is fused: the arithmetic must be the same bits on every CPU and,
+for the outer step, on every GPU, because replicas and auditors recompute it.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.config import ConfigError
+from model.split import StagePlan
+from model.stage import Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """The inner optimizer of every stage.
+
+    `warmup_steps` of linear warm-up precede a constant rate. `clip` bounds the norm of the whole model's
+    gradient (0 switches clipping off); a stage clips at its share of it, see `clip_bound`. Raises
+    `ConfigError`.
+    """
+
+    kind: Literal["adamw", "nadam"] = "adamw"
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "nadam"):
+            raise ConfigError(f"optimizer.kind is '{self.kind}'; it must be 'adamw' or 'nadam': change it")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(
+                f"optimizer.lr is {self.lr}; it must be a finite number above 0: change optimizer.lr"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                f"optimizer.betas are {self.betas}; both must be in [0, 1): change optimizer.betas"
+            )
+        for name in ("weight_decay", "warmup_steps", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0: raise it"
+                )
+        if not self.eps > 0:
+            raise ConfigError(f"optimizer.eps is {self.eps}; it must be above 0: raise optimizer.eps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OuterConfig:
+    """The merge's Nesterov SGD. Raises `ConfigError`."""
+
+    lr: float = 0.7
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf or not 0 <= self.momentum < 1:
+            raise ConfigError(
+                f"outer.lr is {self.lr} and outer.momentum {self.momentum}; "
+                "lr must be above 0 and momentum in [0, 1): change them"
+            )
+
+
+def build_optimizer(config: OptimizerConfig, stage: Stage, plan: StagePlan) -> torch.optim.Optimizer:
+    """The torch optimizer of a stage; weight decay acts on matrices only, never on norms."""
+    matrices = [p for p in stage.parameters() if p.dim() > 1]
+    vectors = [p for p in stage.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    foreach = matrices[0].is_cuda
+    betas = (first_momentum(config, plan), config.betas[1])
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, config.lr, betas, config.eps, foreach=foreach, fused=False)
+    return torch.optim.NAdam(
+        groups, config.lr, betas, config.eps, momentum_decay=1.0, decoupled_weight_decay=True, foreach=foreach
+    )
+
+
+def first_momentum(config: OptimizerConfig, plan: StagePlan) -> float:
+    """β1 of a stage: betas[0] for AdamW; for NAdam rising to 1 - 0.1·(1 - betas[0]) towards the first
+    stage.
+
+    With betas[0] = 0.9 that is 0.9 + 0.09·(L - 1 - l)/L for stage l of L, the schedule that IOTA's miners
+    use.
+    """
+    if config.kind == "adamw":
+        return config.betas[0]
+    return config.betas[0] + 0.9 * (1 - config.betas[0]) * (plan.count - 1 - plan.index) / plan.count
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """The rate of optimizer step `step` (from 0): linear over `warmup_steps`, then constant."""
+    return config.lr * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.lr
+
+
+def clip_bound(config: OptimizerConfig, n_stage: int, n_total: int) -> float:
+    """A stage's share of the model's clip, clip·sqrt(n_stage / n_total): gradients' squares add up over
+    parameters."""
+    return config.clip * math.sqrt(n_stage / n_total)
+
+
+def gradient_norm(gradients: Iterable[Tensor]) -> float:
+    """Euclidean norm over all gradients, in fp32 per tensor; not finite as soon as one entry is not."""
+    return math.sqrt(sum(float(torch.linalg.vector_norm(g, dtype=torch.float32)) ** 2 for g in gradients))
+
+
+def outer_step(
+    theta: Tensor, mean_pseudo_gradient: Tensor, momentum_buffer: Tensor, config: OuterConfig
+) -> tuple[Tensor, Tensor]:
+    """New (θ, momentum buffer) after one merge; pure, fp32, all three inputs of the same shape.
+
+    buffer' = μ·buffer + g;  θ' = θ - lr·(g + μ·buffer'), with g = weights at the start of the round minus
+    its end. Every product is rounded before it is added, so no device may contract the pair and all
+    replicas get equal bits.
+    """
+    for name, tensor in (
+        ("theta", theta),
+        ("pseudo-gradient", mean_pseudo_gradient),
+        ("momentum", momentum_buffer),
+    ):
+        if tensor.dtype != torch.float32 or tensor.shape != theta.shape:
+            raise ValueError(
+                "outer step: "
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; float32 {tuple(theta.shape)} is needed"
+            )
+    decayed = torch.mul(momentum_buffer, config.momentum)
+    buffer = torch.add(decayed, mean_pseudo_gradient)
+    ahead = torch.mul(buffer, config.momentum)
+    direction = torch.add(ahead, mean_pseudo_gradient)
+    change = torch.mul(direction, config.lr)
+    return torch.sub(theta, change), buffer

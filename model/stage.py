@@ -1,0 +1,179 @@
+"""One pipeline stage as a plain module, and the helpers that turn its weights into numbers and back.
+
+A stage holds a contiguous run of layers, the embedding if it is first, the final norm and the vocabulary
+head if it is last, and its ends of the boundaries. Parameter names are those of the whole model
+("layers.5.attention.q.weight"), so the union of the stages' state dicts is the model's state dict; a
+boundary is named after the first layer behind it ("boundaries.2.sender.encoder.weight"). Initial weights
+are drawn per name from the seed, so every split of a config starts from the same model and a joiner can
+rebuild its stage without asking anyone.
+"""
+
+import hashlib
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.bottleneck import Receiver, Sender
+from model.checkpoint import content_digest
+from model.config import BoundaryForm, ModelConfig
+from model.split import StagePlan
+from model.transformer import Block, Embedding, Linear, RMSNorm, rotary_tables
+
+
+class StageInputError(ValueError):
+    """An input, target or vector whose shape or dtype does not fit the stage."""
+
+
+class Stage(nn.Module):
+    """The layers of `plan`; tokens in at the first stage, logits out at the last, boundary tensors in
+    between."""
+
+    rotary: Tensor
+
+    def __init__(self, config: ModelConfig, plan: StagePlan) -> None:
+        super().__init__()
+        self.config = config
+        self.plan = plan
+        if plan.is_first:
+            self.embedding = Embedding(config.vocab, config.hidden)
+        layers = range(plan.first_layer, plan.last_layer)
+        self.layers = nn.ModuleDict({str(index): Block(config) for index in layers})
+        self.boundaries = nn.ModuleDict()
+        if not plan.is_first:
+            self.boundaries[str(plan.first_layer)] = nn.ModuleDict({"receiver": Receiver(config)})
+        if plan.is_last:
+            self.norm = RMSNorm(config.hidden, config.norm_eps)
+            self.head = Linear(config.hidden, config.vocab)
+        else:
+            self.boundaries[str(plan.last_layer)] = nn.ModuleDict({"sender": Sender(config)})
+        self.register_buffer("rotary", rotary_tables(config), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens int64 (B, T) or boundary (B, T, width) to boundary (B, T, width) or logits (B, T, vocab).
+
+        Raises `StageInputError` for any other shape or dtype, or T above the model's context.
+        """
+        self.check_input(x)
+        if self.plan.is_first:
+            branch_input = carry = self.embedding(x)
+        else:
+            branch_input, carry = self._receiver(x)
+        tables = self.rotary[:, : x.shape[1]]
+        residual, branch = carry, None
+        for block in self.layers.values():
+            if branch is not None:
+                branch_input = carry = residual + branch
+            residual, branch = block(branch_input, carry, tables)
+        if self.plan.is_last:
+            logits: Tensor = self.head(self.norm(residual + branch))
+            return logits
+        boundary: Tensor = self._sender(residual, branch)
+        return boundary
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token, fp32 scalar; `targets` is int64 (B, T). Last stage only."""
+        if not self.plan.is_last:
+            raise StageInputError(
+                f"stage {self.plan.index} of {self.plan.count} has no loss: ask the last stage"
+            )
+        if targets.dtype != torch.int64 or targets.shape != x.shape[:2]:
+            raise StageInputError(
+                f"targets are {targets.dtype} {tuple(targets.shape)}; int64 {tuple(x.shape[:2])} is needed"
+            )
+        return F.cross_entropy(self(x).float().flatten(0, 1), targets.flatten())
+
+    def check_input(self, x: Tensor) -> None:
+        """Raises `StageInputError` unless `x` is what this stage takes; the message names what it takes."""
+        dtype, width = self.dtype, self.config.boundary_width
+        shape = tuple(x.shape)
+        if self.plan.is_first:
+            fits, needed = x.dtype == torch.int64 and len(shape) == 2, "int64 (B, T)"
+        else:
+            fits, needed = (
+                x.dtype == dtype and len(shape) == 3 and shape[2] == width,
+                f"{dtype} (B, T, {width})",
+            )
+        if not fits:
+            raise StageInputError(f"stage {self.plan.index} got {x.dtype} {shape}; it takes {needed}")
+        if shape[0] < 1 or not 1 <= shape[1] <= self.config.context:
+            raise StageInputError(
+                f"stage {self.plan.index} got shape {shape}; B must be at least 1 and T from 1 to context "
+                f"{self.config.context}: shorten the sequences or raise context"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the matrices and so of the boundary tensors; norm weights are fp32 in any case."""
+        return cast("Block", next(iter(self.layers.values()))).attention.q.weight.dtype
+
+    @property
+    def _receiver(self) -> nn.Module:
+        return cast("nn.ModuleDict", self.boundaries[str(self.plan.first_layer)])["receiver"]
+
+    @property
+    def _sender(self) -> nn.Module:
+        return cast("nn.ModuleDict", self.boundaries[str(self.plan.last_layer)])["sender"]
+
+
+def build_stage(
+    config: ModelConfig,
+    plan: StagePlan,
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Stage:
+    """A stage with its initial weights: the same values for every split, machine and device.
+
+    Matrices and embeddings are drawn from N(0, 0.02²), norms are 1, boundaries of form B are drawn from
+    N(0, 0.01²) truncated at two deviations, so that they start near the identity path. The global random
+    state is not touched.
+    """
+    stage = Stage(config, plan)
+    weights = {
+        name: _initial(name, parameter.shape, config, seed).to(
+            device, dtype if parameter.dim() > 1 else torch.float32
+        )
+        for name, parameter in stage.named_parameters()
+    }
+    stage.load_state_dict(weights, assign=True)
+    stage.rotary = rotary_tables(config).to(device)
+    return stage
+
+
+def weights_digest(stage: Stage) -> bytes:
+    """32 bytes naming the stage's weights exactly (`checkpoint.content_digest` over its parameters)."""
+    return content_digest(dict(stage.named_parameters()))
+
+
+def flatten(stage: Stage) -> Tensor:
+    """All parameters as one fp32 vector (n,), in order of name, on the stage's device."""
+    return torch.cat([p.detach().float().reshape(-1) for _, p in sorted(stage.named_parameters())])
+
+
+def assign_flat(stage: Stage, flat: Tensor) -> None:
+    """Sets all parameters from a vector (n,) in the order of `flatten`, rounding to each parameter's
+    dtype."""
+    parameters = [p for _, p in sorted(stage.named_parameters())]
+    needed = sum(p.numel() for p in parameters)
+    if flat.shape != (needed,):
+        raise StageInputError(
+            f"flat weights have shape {tuple(flat.shape)}; stage {stage.plan.index} needs ({needed},)"
+        )
+    with torch.no_grad():
+        parts = torch.split(flat, [p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.copy_(part.view_as(parameter))
+
+
+def _initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"orion/init/{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    weight = torch.empty(shape)
+    if name.startswith("boundaries.") and config.boundary.form is BoundaryForm.B:
+        return nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02, generator=generator)
+    return weight.normal_(0.0, 0.02, generator=generator)

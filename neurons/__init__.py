@@ -1,0 +1,1 @@
+"""The programs: miner, validator, and what only a running node has."""

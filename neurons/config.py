@@ -1,0 +1,73 @@
+"""The flags of a neuron: the same on the local chain, the test network and the real one."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeuronConfig:
+    """Where a node stands: its chain, its keys, its run and its disk."""
+
+    network: str
+    netuid: int
+    wallet: str
+    hotkey: str
+    wallet_path: Path
+    manifest: Path
+    data: Path
+    """Folder with the manifest's token shards."""
+    out: Path
+    """Folder for events, checkpoints and logs."""
+    name: str
+    """Names this node's event log."""
+    host: str
+    """Address the axon listens on."""
+    announce: str
+    """Address others reach it at, published on chain."""
+    port: int
+    threads: int
+    """Torch threads; 0 leaves torch's own choice."""
+
+
+def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
+    """Flags to a config; usage errors exit with status 2 as argparse words them."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    chain = parser.add_argument_group("chain")
+    chain.add_argument("--network", default="finney", help="finney, test, or a ws:// endpoint (default: finney)")
+    chain.add_argument("--netuid", type=int, default=9, help="subnet (default: 9)")
+    keys = parser.add_argument_group("keys")
+    keys.add_argument("--wallet", required=True, help="wallet (coldkey) name")
+    keys.add_argument("--hotkey", required=True, help="hotkey name within the wallet")
+    keys.add_argument(
+        "--wallet-path", type=Path, default=Path("~/.bittensor/wallets"), help="folder of wallets"
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--manifest", type=Path, required=True, help="the run's manifest.toml, as its authority published it")
+    run.add_argument("--data", type=Path, required=True, help="folder with the manifest's token shards")
+    run.add_argument("--out", type=Path, default=Path("runs/node"), help="folder for events and checkpoints")
+    run.add_argument("--name", default=None, help="name of this node's event log (default: the hotkey's name)")
+    network = parser.add_argument_group("network")
+    network.add_argument("--host", default="0.0.0.0", help="address the axon listens on (default: all)")  # noqa: S104
+    network.add_argument("--announce", default=None, help="address others reach it at (default: --host)")
+    network.add_argument("--port", type=int, default=8091, help="axon port, 0 for any free one (default: 8091)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    flags = parser.parse_args(argv)
+    return NeuronConfig(
+        network=flags.network,
+        netuid=flags.netuid,
+        wallet=flags.wallet,
+        hotkey=flags.hotkey,
+        wallet_path=flags.wallet_path.expanduser(),
+        manifest=flags.manifest,
+        data=flags.data,
+        out=flags.out,
+        name=flags.name or flags.hotkey,
+        host=flags.host,
+        announce=flags.announce or flags.host,
+        port=flags.port,
+        threads=flags.threads,
+    )

@@ -1,0 +1,277 @@
+"""The round machine of a miner: train, then merge with the chain as coordinator, then train again.
+
+Four blocks of a round are deadlines (manifest `[round]`). At `stop` heads start nothing more, at `close` every stage
+takes its last step; then CUT (roots on chain), HAVE (bitmaps on chain) and the next round's first block (digest of its
+weights on chain). What happens to those who miss one is defined: no root at CUT, no part in the merge; a payload that
+too few hold is left out and its contribution stays in the replica's own weights, so the next pseudo-gradient holds it;
+a replica that lacks a listed payload takes the merged weights from a sibling, checked against the digest on chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from model.checkpoint import CheckpointInfo, save
+from model.stage import assign_flat, flatten
+from neurons.archive import Archive, RoundArchive
+from neurons.node import Node, NodeError
+from neurons.pipeline import StageWorker, raw
+from neurons.telemetry import CheckpointWritten, Merged as MergedEvent, RoundStarted, Traffic
+from subnet.chain import ChainError
+from subnet.metagraph import ChainState
+from subnet.messages import Payload, PayloadRequest, PublicPart, WeightsRequest, flat, table
+from subnet.swarm import codec
+from subnet.swarm.merge import Merged, Source, accepted, apply, cut_sources, rebase
+from subnet.swarm.record import Phase, Record, bind_roots
+from subnet.swarm.roster import Roster
+from subnet.transport.errors import TransportError
+from subnet.trust.ledger import Evidence, digest
+
+log = logging.getLogger("orion.neurons.rounds")
+
+FETCH_DEADLINE = 30.0
+FETCH_PAUSE = 0.2
+
+
+def public_digest(theta: bytes, momentum: bytes) -> bytes:
+    """A stage's public state in one hash, from the digests of its weights and its outer momentum."""
+    return hashlib.sha256(b"orion/public/1" + theta + momentum).digest()
+
+
+def digest_of(state: Merged) -> bytes:
+    return public_digest(digest(raw(state.theta)), digest(raw(state.momentum)))
+
+
+class RoundMachine:
+    """One replica's rounds. `public` is what every replica of the stage holds alike."""
+
+    def __init__(self, node: Node, worker: StageWorker, archive: Archive) -> None:
+        self._node = node
+        self._worker = worker
+        self._archive = archive
+        self._manifest = node.loaded.manifest
+        self._stage = worker.engine.stage
+        theta = flatten(self._stage)
+        self.public = Merged(theta, torch.zeros_like(theta))
+
+    @property
+    def parameters(self) -> int:
+        return self.public.theta.numel()
+
+    async def play(self, roster: Roster, start: int) -> None:
+        """One whole round beginning at block `start`."""
+        node, marks = self._node, self._manifest.round
+        loop = asyncio.get_running_loop()
+        number, index = roster.round, self._worker.plan.index
+        held = self._archive.open(number, self.public)
+        node.telemetry.emit(
+            RoundStarted(
+                round=number,
+                block=start,
+                stage=index,
+                replicas=[len(stage) for stage in roster.stages],
+                roster=roster.digest.hex(),
+            )
+        )
+        evidence = await self._train(roster, start, held)
+        merge_start = loop.time()
+        payload = codec.encode(self.public.theta - flatten(self._stage))
+        held.payload_root = codec.root(payload)
+        held.payloads[node.identity.hotkey] = (payload, evidence.root)
+        held.evidence = evidence
+        record = Record(
+            run=node.loaded.run_id,
+            round=number,
+            phase=Phase.CUT,
+            work=len(evidence.leaves),
+            root=bind_roots(held.payload_root, evidence.root),
+            roster=roster.digest,
+        )
+        await self._publish(record, until=start + marks.cut)
+        sources = cut_sources(roster.stages[index], _records(await node.state(start + marks.cut)), number)
+        have = await self._collect(sources, number, held, until=start + marks.have - 1)
+        record = replace(record, phase=Phase.HAVE, have=have)
+        await self._publish(record, until=start + marks.have)
+        listed = accepted(sources, _records(await node.state(start + marks.have)), number)
+        included = node.identity.hotkey in {source.hotkey for source in listed}
+        await self._merge(listed, number, held, included=included, until=start + marks.length - 1)
+        record = replace(record, phase=Phase.DONE, weights=digest_of(self.public))
+        await self._publish(record, until=start + marks.length)
+        await self._checkpoint(number + 1)
+        node.telemetry.emit(
+            MergedEvent(
+                round=number,
+                stage=index,
+                sources=len(listed),
+                included=included,
+                void=not listed,
+                weights=digest_of(self.public).hex(),
+                seconds=round(loop.time() - merge_start, 3),
+            )
+        )
+        node.telemetry.emit(traffic(node))
+
+    async def _train(self, roster: Roster, start: int, held: RoundArchive) -> Evidence:
+        node, marks = self._node, self._manifest.round
+        seed = await node.seed(start, "orion/route/1")
+        self._worker.begin(roster.round, roster, seed, held)
+        drive = asyncio.create_task(self._worker.drive()) if self._worker.plan.is_first else None
+        try:
+            await node.wait(start + marks.stop)
+            self._worker.stop()
+            await node.wait(start + marks.close)
+        finally:
+            self._worker.stop()
+            if drive is not None:
+                await drive
+        _, evidence = await self._worker.close()
+        return evidence
+
+    async def _publish(self, record: Record, *, until: int) -> None:
+        """Put a record on chain in time. One that comes too late costs this round's part, not the node."""
+        try:
+            await self._node.chain.publish(record.encode(), until_block=until)
+        except ChainError as error:
+            log.warning("record of round %d (%s) missed block %d: %s", record.round, record.phase.name, until, error)
+
+    async def _collect(self, sources: Sequence[Source], number: int, held: RoundArchive, *, until: int) -> int:
+        """Fetch the other sources' payloads, all at once; returns the bitmap of those held."""
+        others = [source for source in sources if source.hotkey not in held.payloads]
+        await asyncio.gather(*(self._fetch_payload(source, [source], number, held, until=until) for source in others))
+        return sum(1 << source.index for source in sources if source.hotkey in held.payloads)
+
+    async def _fetch_payload(
+        self, source: Source, holders: Sequence[Source], number: int, held: RoundArchive, *, until: int
+    ) -> None:
+        """Try the holders in turn until the payload is here and proven, or block `until` has passed."""
+        node = self._node
+        turn = 0
+        while source.hotkey not in held.payloads and (await node.chain.finalized()).number < until:
+            holder = holders[turn % len(holders)].hotkey
+            turn += 1
+            try:
+                reply, tensors = await node.dendrite.call(
+                    node.neighbours.endpoints.get(holder, ""),
+                    holder,
+                    PayloadRequest(run=node.loaded.run_id.hex(), round=number, source=source.hotkey),
+                    reply=Payload,
+                    reply_specs={"payload": table(1, codec.payload_bytes(self.parameters))},
+                    deadline=FETCH_DEADLINE,
+                )
+                payload = bytes(raw(tensors["payload"]))
+                evidence = bytes.fromhex(reply.evidence)
+                if bind_roots(codec.root(payload), evidence) != source.root:
+                    raise codec.PayloadError(f"payload of {source.hotkey} does not hash to its root on chain")
+                codec.decode(payload, self.parameters)
+            except codec.PayloadError as error:
+                log.warning("round %d: %s", number, error)
+                return
+            except TransportError as error:
+                log.debug("payload of %s from %s: %s", source.hotkey, holder, error)
+                await asyncio.sleep(FETCH_PAUSE)
+                continue
+            held.payloads[source.hotkey] = (payload, evidence)
+
+    async def _merge(
+        self, listed: Sequence[Source], number: int, held: RoundArchive, *, included: bool, until: int
+    ) -> None:
+        """Bring public state and own weights to the next round."""
+        for source in listed:
+            if source.hotkey not in held.payloads:
+                await self._fetch_payload(source, listed, number, held, until=until)
+        before = self.public
+        if all(source.hotkey in held.payloads for source in listed):
+            deltas = [codec.decode(held.payloads[source.hotkey][0], self.parameters) for source in listed]
+            self.public = apply(before, deltas, self._manifest.optimizer.outer())
+        else:
+            self.public = await self._take_public(listed, number + 1)
+        weights = rebase(flatten(self._stage), before, self.public, included=included)
+        assign_flat(self._stage, weights)
+        self._worker.engine.weights_replaced()
+
+    async def _take_public(self, holders: Sequence[Source], number: int) -> Merged:
+        """The public state at the start of round `number` from a sibling, as most of the siblings' records say."""
+        node = self._node
+        start = (await node.chain.finalized()).number
+        for block in range(start, start + self._manifest.round.length):
+            records = _records(await node.state(block))
+            digests = Counter(
+                record.weights
+                for holder in holders
+                if (record := records.get(holder.hotkey)) is not None
+                and record.round == number - 1
+                and record.phase is Phase.DONE
+            )
+            if not digests or digests.most_common(1)[0][1] * 2 <= len(holders):
+                continue
+            agreed = digests.most_common(1)[0][0]
+            for holder in holders:
+                try:
+                    state = await fetch_public(node, holder.hotkey, number, self.parameters)
+                except TransportError as error:
+                    log.debug("public weights from %s: %s", holder.hotkey, error)
+                    continue
+                if digest_of(state) == agreed:
+                    return state
+        raise NodeError(
+            f"stage {self._worker.plan.index} has no sibling that serves the weights of round {number}: "
+            "restart this miner to join again"
+        )
+
+    async def _checkpoint(self, number: int) -> None:
+        """Public weights and outer momentum of the stage at the start of round `number`, on this node's disk."""
+        path = checkpoint_path(self._node.config.out, self._worker.plan.index, number)
+        tensors = {name: tensor.detach() for name, tensor in self._stage.state_dict().items()}
+        await asyncio.to_thread(
+            save,
+            path,
+            tensors | {"outer.momentum": self.public.momentum},
+            CheckpointInfo(
+                manifest_hash=self._node.loaded.digest.hex(), round=number, version=self._worker.engine.version
+            ),
+        )
+        self._node.telemetry.emit(CheckpointWritten(round=number, stage=self._worker.plan.index, path=str(path)))
+
+
+def checkpoint_path(out: Path, stage: int, number: int) -> Path:
+    return out / "checkpoints" / f"stage-{stage:02d}" / f"round-{number:05d}.safetensors"
+
+
+async def fetch_public(node: Node, holder: str, number: int, parameters: int) -> Merged:
+    """A stage's public state as `holder` serves it; the caller checks its digest. Raises `TransportError`."""
+    parts = {}
+    for part in ("theta", "momentum"):
+        _, tensors = await node.dendrite.call(
+            node.neighbours.endpoints.get(holder, ""),
+            holder,
+            WeightsRequest(run=node.loaded.run_id.hex(), round=number, part=part),
+            reply=PublicPart,
+            reply_specs={"weights": flat(parameters)},
+            deadline=FETCH_DEADLINE,
+        )
+        parts[part] = tensors["weights"]
+    return Merged(parts["theta"], parts["momentum"])
+
+
+def traffic(node: Node) -> Traffic:
+    """Bytes sent so far by kind: requests through the dendrite, replies through the axon."""
+    sent = {route: counter.sent for route, counter in node.dendrite.counters.items()}
+    received = {route: counter.received for route, counter in node.dendrite.counters.items()}
+    return Traffic(
+        forward=sent.get("forward", 0),
+        backward=sent.get("backward", 0),
+        merge=received.get("payload", 0),
+        evidence=sum(received.get(route, 0) for route in ("evidence", "window", "unit", "weights")),
+    )
+
+
+def _records(state: ChainState) -> dict[str, Record | None]:
+    return {neuron.hotkey: Record.decode(neuron.record) for neuron in state.neurons}

@@ -1,0 +1,227 @@
+"""The event log: append-only JSON lines, one file per node, the only thing views and reports read.
+
+Every event is a frozen dataclass; its `kind` is the class name in snake case. `Telemetry.emit` writes one line with
+the time since the epoch from the clock handed in. Nobody parses log text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from io import TextIOBase
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStarted:
+    """The process runs and its axon listens."""
+
+    hotkey: str
+    role: str
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStarted:
+    """The roster of a round is known; `stage` is this node's, None for a validator or a miner that waits."""
+
+    round: int
+    block: int
+    stage: int | None
+    replicas: list[int]
+    roster: str
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStep:
+    """One optimizer step of this replica."""
+
+    round: int
+    stage: int
+    version: int
+    units: int
+    grad_norm: float
+    lr: float
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MicrobatchDone:
+    """A microbatch came back to its head."""
+
+    round: int
+    sample: int
+    loss: float
+    seconds: float
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingClosed:
+    """Training of the round ended here. Heads count microbatches; every stage counts its own units."""
+
+    round: int
+    stage: int
+    started: int
+    completed: int
+    rerouted: int
+    lost: int
+    units: int
+    busy_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The round's merge ended; `weights` is the digest of the stage's public weights."""
+
+    round: int
+    stage: int
+    sources: int
+    included: bool
+    void: bool
+    weights: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes this node sent since it started, by kind of message."""
+
+    forward: int
+    backward: int
+    merge: int
+    evidence: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitAudited:
+    """A validator replayed one unit of a miner."""
+
+    round: int
+    hotkey: str
+    stage: int
+    direction: str
+    sample: int
+    passed: bool
+    error: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MinerScored:
+    """A validator's score of one miner for one round, term by term."""
+
+    round: int
+    uid: int
+    hotkey: str
+    stage: int
+    units: int
+    claimed: int
+    flops: float
+    correctness: float
+    score: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSet:
+    """A validator's weights are on chain."""
+
+    round: int
+    block: int
+    weights: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """Validation loss of the public weights at the start of a round, over the whole pipeline."""
+
+    round: int
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWritten:
+    round: int
+    stage: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFinished:
+    """The node did all it had to do; nothing of it is left to wait for."""
+
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFailed:
+    """The node gave up; `message` is the one line a person reads."""
+
+    message: str
+
+
+Event = (
+    NodeStarted
+    | RoundStarted
+    | LocalStep
+    | MicrobatchDone
+    | TrainingClosed
+    | Merged
+    | Traffic
+    | UnitAudited
+    | MinerScored
+    | WeightsSet
+    | Validated
+    | CheckpointWritten
+    | NodeFinished
+    | NodeFailed
+)
+
+EVENTS: dict[str, type[Event]] = {
+    re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower(): kind for kind in Event.__args__
+}
+_KINDS = {kind: name for name, kind in EVENTS.items()}
+
+
+class Telemetry:
+    """Writes events of one node. `now` gives seconds since the epoch."""
+
+    def __init__(self, stream: TextIOBase, *, now: Callable[[], float]) -> None:
+        self._stream = stream
+        self._now = now
+
+    @classmethod
+    def open(cls, path: Path, *, now: Callable[[], float]) -> Telemetry:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cls(path.open("a", encoding="utf-8", buffering=1), now=now)  # type: ignore[arg-type]
+
+    def emit(self, event: Event) -> None:
+        line = {"t": round(self._now(), 4), "kind": _KINDS[type(event)], **asdict(event)}
+        self._stream.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Stamped:
+    """An event as read back: when, and what."""
+
+    time: float
+    event: Event
+
+
+def read_events(lines: Iterator[str] | list[str]) -> Iterator[Stamped]:
+    """Events from complete lines of a log. Raises `ValueError` naming a line that is no event."""
+    for line in lines:
+        fields = json.loads(line)
+        moment, kind = fields.pop("t"), fields.pop("kind")
+        if kind not in EVENTS:
+            raise ValueError(f"event kind {kind!r} is unknown: the log was written by another version of Orion")
+        if kind == "weights_set":
+            fields["weights"] = {int(uid): weight for uid, weight in fields["weights"].items()}
+        yield Stamped(moment, EVENTS[kind](**fields))

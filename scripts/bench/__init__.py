@@ -1,0 +1,1 @@
+"""Benchmarks: one command each, ratios side by side in one run, JSON results."""

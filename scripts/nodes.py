@@ -1,0 +1,91 @@
+"""Many nodes on one machine: forked from one server that has imported everything once.
+
+Spawning eleven interpreters that each import torch takes longer than the training they do. Here a fork server imports
+the neurons once, including what a first training step imports lazily, and every node is a fork of it that runs
+`python -m neurons.<role>`'s own main with the same flags. A node whose parent disappears stops by itself.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver, parent_process
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Begin importing in the background; returns at once."""
+    _CONTEXT.set_forkserver_preload(["scripts.preload"])
+    forkserver.ensure_running()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProcess:
+    name: str
+    role: str
+    process: ForkServerProcess
+    log: Path
+
+    @property
+    def finished(self) -> bool:
+        return self.process.exitcode is not None
+
+
+def start_node(name: str, role: str, flags: Sequence[str], *, log: Path) -> NodeProcess:
+    """Fork a node. Its standard output and error go to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = _CONTEXT.Process(target=_run, args=(role, list(flags), str(log)), name=name)
+    process.start()
+    return NodeProcess(name, role, process, log)
+
+
+def stop_nodes(nodes: Sequence[NodeProcess], *, patience: float) -> None:
+    """Ask every node to stop, wait `patience` seconds in all, then kill what is left."""
+    for node in nodes:
+        if node.process.is_alive():
+            node.process.terminate()
+    deadline = threading.Event()
+    timer = threading.Timer(patience, deadline.set)
+    timer.start()
+    while not deadline.is_set() and any(node.process.is_alive() for node in nodes):
+        wait([node.process.sentinel for node in nodes if node.process.is_alive()], timeout=0.1)
+    timer.cancel()
+    for node in nodes:
+        if node.process.is_alive():
+            node.process.kill()
+            node.process.join()
+
+
+def _run(role: str, flags: list[str], log: str) -> None:
+    """In the forked child: become the node."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    sys.exit(_entry(role)(flags))
+
+
+def _follow_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _entry(role: str) -> Callable[[list[str]], int]:
+    if role == "miner":
+        from neurons.miner import run as miner  # noqa: PLC0415 - imported by the fork server already
+
+        return miner
+    from neurons.validator import run as validator  # noqa: PLC0415 - imported by the fork server already
+
+    return validator

@@ -1,0 +1,1 @@
+"""The protocol between nodes: chain, transport, swarm, trust. Nothing about processes."""

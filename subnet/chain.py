@@ -1,0 +1,595 @@
+"""The chain as Orion sees it. The one file that talks to the Bittensor SDK.
+
+`Chain` is the protocol that the rest of the code is written against; `BittensorChain` implements it for every network,
+the local development chain included, over one websocket. What matters is read at finalized blocks, pinned by hash. One
+subscription to finalized heads feeds `finalized` and `wait_for_block`, so an idle node costs one small message per block.
+
+Writes are signed by the hotkey, one at a time (they share one nonce sequence), with a short mortal era: an extrinsic that
+is late can no longer land, so nothing published for one phase of a round turns up in the next. Every await has a
+deadline. Reads are retried on a lost connection a bounded number of times; writes never are, as they may have landed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
+
+import bittensor as bt
+from bittensor.settings import default_archive_endpoints, default_fallback_endpoints, resolve_endpoint
+
+log = logging.getLogger("orion.subnet.chain")
+
+RECORD_LIMIT = 128
+U16_MAX = 65_535
+RAO = 1_000_000_000
+
+_DEFAULT_ERA = 16
+_SHORTEST_ERA = 4
+_LONGEST_ERA = 64
+_ATTEMPTS = 5
+_BACKOFF = 0.25
+_KEPT_STATES = 4
+_KEPT_HEADS = 64
+_BATCH = 32
+_SILENCE = 3.0
+_SILENCE_BLOCKS = 5
+
+T = TypeVar("T")
+
+
+class ChainError(Exception):
+    """The chain, or the way to it, failed. One line: what, why, and the remedy."""
+
+
+class NotRegistered(ChainError):
+    """The hotkey holds no uid on the subnet."""
+
+
+class ChainUnreachable(ChainError):
+    """No answer within the deadline, or the connection is lost for good."""
+
+
+class ChainRefused(ChainError):
+    """The chain (or a check made before asking it) said no."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A finalized block. hash: 0x-hex. timestamp_ms: the block's own, milliseconds since 1970."""
+
+    number: int
+    hash: str
+    timestamp_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a neuron listens."""
+
+    ip: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Neuron:
+    """One uid of the subnet.
+
+    stake: in alpha. incentive, dividends: shares in [0, 1]. record: the bytes of the hotkey's commitment if that is a
+    single Raw field, else None; record_block: the block it was published in.
+    """
+
+    uid: int
+    hotkey: str
+    coldkey: str
+    stake: float
+    validator_permit: bool
+    endpoint: Endpoint | None
+    registered_at: int
+    last_update: int
+    incentive: float
+    dividends: float
+    record: bytes | None
+    record_block: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChainState:
+    """The subnet at one finalized block. neurons: by uid."""
+
+    head: Head
+    netuid: int
+    owner_hotkey: str
+    tempo: int
+    neurons: tuple[Neuron, ...]
+
+    def by_hotkey(self, hotkey: str) -> Neuron | None:
+        """The neuron registered under an ss58 address."""
+        return next((neuron for neuron in self.neurons if neuron.hotkey == hotkey), None)
+
+
+class Chain(Protocol):
+    """What a node needs from a chain. Every method raises ChainError."""
+
+    async def finalized(self) -> Head:
+        """The newest finalized block."""
+
+    async def wait_for_block(self, number: int, *, timeout: float) -> Head:
+        """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""
+
+    async def block_hash(self, number: int) -> str:
+        """The hash of a finalized block; ChainRefused for one that is not finalized yet."""
+
+    async def state_at(self, number: int) -> ChainState:
+        """The whole subnet as it was after finalized block `number`."""
+
+    async def serve_axon(self, endpoint: Endpoint) -> None:
+        """Publish where this hotkey listens."""
+
+    async def publish(self, record: bytes, *, until_block: int | None = None) -> int:
+        """Replace this hotkey's record (at most 128 bytes). Returns the block that includes it, `until_block` at the latest."""
+
+    async def set_weights(self, weights: Mapping[int, float]) -> int:
+        """Set this hotkey's weights, uid to any non-negative number. Returns the block that includes them."""
+
+    async def weights(self) -> dict[int, dict[int, float]]:
+        """What the chain holds: validator uid to {uid: weight}, each row summing to 1."""
+
+    async def next_epoch_block(self) -> int:
+        """The block at which the subnet's next epoch runs."""
+
+    async def close(self) -> None:
+        """Disconnect. Waiters get ChainUnreachable."""
+
+
+class BittensorChain:
+    """`Chain` over the Bittensor SDK. Make one with `connect`."""
+
+    def __init__(
+        self,
+        substrate: bt.RpcSubstrate,
+        client: bt.Client,
+        netuid: int,
+        wallet: bt.Wallet | None,
+        timeout: float,
+    ) -> None:
+        self.netuid = netuid
+        self._substrate = substrate
+        self._client = client
+        self._wallet = wallet
+        self._timeout = timeout
+        self._finalized = -1
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._lost: ChainUnreachable | None = None
+        self._hotkey_lock = asyncio.Lock()
+        self._heads: OrderedDict[int, Head] = OrderedDict()
+        self._states: OrderedDict[int, ChainState] = OrderedDict()
+        self._watcher: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def connect(
+        cls, network: str, netuid: int, wallet: bt.Wallet | None, *, timeout: float
+    ) -> BittensorChain:
+        """Connect to a network name (`finney`, `test`) or a ws:// URL. `timeout`: seconds allowed for each request.
+
+        Without a wallet the chain is read-only. ChainRefused for an unknown network or subnet.
+        """
+        try:
+            label, endpoint = resolve_endpoint(network)
+        except ValueError as error:
+            raise ChainRefused(f"network {network!r}: {error}") from error
+        substrate = bt.RpcSubstrate(
+            endpoint,
+            fallback_endpoints=default_fallback_endpoints(label),
+            archive_endpoints=default_archive_endpoints(label),
+        )
+        client = bt.Client(network, substrate=substrate)
+        chain = cls(substrate, client, netuid, wallet, timeout)
+        try:
+            await chain._read(f"connecting to {endpoint}", substrate.connect, attempts=1)
+            exists = await chain._read(
+                "reading the subnet",
+                lambda: substrate.query("SubtensorModule", "NetworksAdded", [netuid]),
+                attempts=1,
+            )
+            if not exists:
+                raise ChainRefused(f"network {network} has no subnet {netuid}; check --netuid and --network")
+            chain._watcher = asyncio.create_task(chain._watch(), name="chain-finalized-heads")
+            await chain.wait_for_block(0, timeout=timeout)
+        except BaseException:
+            await chain.close()
+            raise
+        return chain
+
+    async def close(self) -> None:
+        """Disconnect. Waiters get ChainUnreachable."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        self._give_up(ChainUnreachable("the connection to the chain was closed; connect again"))
+        await self._substrate.close()
+
+    # finalized blocks ---------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Follow finalized heads; subscribe anew when the stream breaks or falls silent, at most `_ATTEMPTS` times."""
+        failures = 0
+        silence = max(
+            _SILENCE, _SILENCE_BLOCKS * await self._read("reading the block time", self._substrate.block_time)
+        )
+        while True:
+            reason: Exception
+            heads = self._substrate.blocks(finalized=True)
+            try:
+                while True:
+                    # Silence may be finality that stalls, or a connection that the SDK no longer reads: subscribing
+                    # anew answers at once with the current head, or fails.
+                    update = await asyncio.wait_for(anext(heads), silence)
+                    failures = 0
+                    self._advance(int(update["header"]["number"]))
+            except (bt.BittensorError, OSError, TimeoutError, StopAsyncIteration) as error:
+                reason = error
+            failures += 1
+            if failures > _ATTEMPTS:
+                why = _line(reason)
+                self._give_up(
+                    ChainUnreachable(
+                        f"lost the chain after {_ATTEMPTS} attempts ({why}); check the network and reconnect"
+                    )
+                )
+                return
+            log.warning(
+                "finalized heads of %s stopped (%s), attempt %d",
+                self._substrate.endpoint,
+                _line(reason),
+                failures,
+            )
+            await asyncio.sleep(_BACKOFF * 2**failures)
+
+    def _advance(self, number: int) -> None:
+        self._finalized = max(self._finalized, number)
+        due = [future for block, future in self._waiting if block <= self._finalized]
+        self._waiting = [entry for entry in self._waiting if entry[0] > self._finalized]
+        for future in due:
+            if not future.done():
+                future.set_result(None)
+
+    def _give_up(self, error: ChainUnreachable) -> None:
+        self._lost = self._lost or error
+        for _, future in self._waiting:
+            if not future.done():
+                future.set_exception(self._lost)
+        self._waiting = []
+
+    async def finalized(self) -> Head:
+        """The newest finalized block."""
+        if self._lost is not None:
+            raise self._lost
+        return await self._head(self._finalized)
+
+    async def wait_for_block(self, number: int, *, timeout: float) -> Head:
+        """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""
+        if number > self._finalized:
+            if self._lost is not None:
+                raise self._lost
+            future = asyncio.get_running_loop().create_future()
+            entry = (number, future)
+            self._waiting.append(entry)
+            try:
+                await asyncio.wait_for(future, timeout)
+            except TimeoutError as error:
+                raise ChainUnreachable(
+                    f"block {number} was not finalized within {timeout:g} s, the last one is {self._finalized}; "
+                    "is the chain running?"
+                ) from error
+            finally:
+                if entry in self._waiting:
+                    self._waiting.remove(entry)
+        return await self._head(number)
+
+    async def block_hash(self, number: int) -> str:
+        """The hash of a finalized block; ChainRefused for one that is not finalized yet."""
+        return (await self._head(number)).hash
+
+    async def _head(self, number: int) -> Head:
+        found = self._heads.get(number)
+        if found is not None:
+            return found
+        if number > self._finalized:
+            raise ChainRefused(
+                f"block {number} is not final, the last one is {self._finalized}; wait for it first"
+            )
+        block_hash = await self._read(f"reading block {number}", lambda: self._substrate.block_hash(number))
+        timestamp = await self._read(
+            f"reading the time of block {number}",
+            lambda: self._substrate.query("Timestamp", "Now", [], block_hash=block_hash),
+        )
+        head = Head(number, block_hash, int(timestamp))
+        self._heads[number] = head
+        if len(self._heads) > _KEPT_HEADS:
+            self._heads.popitem(last=False)
+        return head
+
+    # reading ------------------------------------------------------------------------------------------------------
+
+    async def state_at(self, number: int) -> ChainState:
+        """The whole subnet as it was after finalized block `number`: two requests once the block's hash is known."""
+        found = self._states.get(number)
+        if found is not None:
+            return found
+        head = await self._head(number)
+        what = f"reading subnet {self.netuid} at block {number}"
+        graph = await self._read(
+            what,
+            lambda: self._substrate.runtime_call(
+                "SubnetInfoRuntimeApi", "get_metagraph", [self.netuid], block_hash=head.hash
+            ),
+        )
+        if not isinstance(graph, dict):
+            raise ChainRefused(f"{what}: the subnet did not exist then; check --netuid")
+        hotkeys = [str(hotkey) for hotkey in graph["hotkeys"]]
+        commitments = await self._read(
+            what,
+            lambda: self._substrate.query_batch(
+                "Commitments",
+                "CommitmentOf",
+                [[self.netuid, hotkey] for hotkey in hotkeys],
+                block_hash=head.hash,
+            ),
+        )
+        state = ChainState(
+            head=head,
+            netuid=self.netuid,
+            owner_hotkey=str(graph["owner_hotkey"]),
+            tempo=int(graph["tempo"]),
+            neurons=tuple(_neuron(uid, graph, commitments[uid]) for uid in range(len(hotkeys))),
+        )
+        self._states[number] = state
+        if len(self._states) > _KEPT_STATES:
+            self._states.popitem(last=False)
+        return state
+
+    async def weights(self) -> dict[int, dict[int, float]]:
+        """What the chain holds: validator uid to {uid: weight}, each row summing to 1."""
+        head = await self.finalized()
+        rows = await self._read(
+            "reading weights",
+            lambda: self._substrate.query_map(
+                "SubtensorModule", "Weights", [self.netuid], block_hash=head.hash
+            ),
+        )
+        weights = {}
+        for uid, row in rows:
+            total = sum(value for _, value in row)
+            if total:
+                weights[int(uid)] = {int(target): value / total for target, value in row}
+        return weights
+
+    async def next_epoch_block(self) -> int:
+        """The block at which the subnet's next epoch runs."""
+        head = await self.finalized()
+        block = await self._read(
+            "reading the epoch schedule",
+            lambda: self._substrate.runtime_call(
+                "SubnetInfoRuntimeApi", "get_next_epoch_start_block", [self.netuid], block_hash=head.hash
+            ),
+        )
+        if block is None:
+            raise ChainRefused(
+                f"subnet {self.netuid} never runs an epoch (its tempo is 0); choose another --netuid"
+            )
+        return int(block)
+
+    # writing ------------------------------------------------------------------------------------------------------
+
+    async def serve_axon(self, endpoint: Endpoint) -> None:
+        """Publish where this hotkey listens."""
+        what = f"publishing {endpoint.ip}:{endpoint.port}"
+        try:
+            ipaddress.ip_address(endpoint.ip)
+        except ValueError as error:
+            raise ChainRefused(f"{what}: {error}; pass an IPv4 or IPv6 address") from error
+        if not 0 < endpoint.port <= U16_MAX:
+            raise ChainRefused(f"{what}: port {endpoint.port} is outside 1..{U16_MAX}; choose another --port")
+        intent = bt.ServeAxon(netuid=self.netuid, ip=endpoint.ip, port=endpoint.port)
+        await self._execute(what, intent)
+
+    async def publish(self, record: bytes, *, until_block: int | None = None) -> int:
+        """Replace this hotkey's record (at most 128 bytes). Returns the block that includes it, `until_block` at the latest."""
+        if len(record) > RECORD_LIMIT:
+            raise ChainRefused(
+                f"publishing a record of {len(record)} bytes: the chain takes at most {RECORD_LIMIT}; shorten it"
+            )
+        info = {"fields": [[{f"Raw{len(record)}": record}]]}
+        call = bt.calls.Commitments.set_commitment(netuid=self.netuid, info=info)
+        what = f"publishing a record of {len(record)} bytes"
+        composed = await self._read(what, lambda: self._substrate.compose(call))
+        async with self._hotkey_lock:
+            return await self._submit(what, composed, until_block)
+
+    async def set_weights(self, weights: Mapping[int, float]) -> int:
+        """Set this hotkey's weights, uid to any non-negative number. Returns the block that includes them."""
+        intent = bt.SetWeights(netuid=self.netuid, weights=dict(weights))
+        return await self._execute(f"setting weights of {len(weights)} uids", intent)
+
+    async def register_neurons(self, stakes: Mapping[str, float]) -> dict[str, int]:
+        """Register hotkeys (ss58) and stake TAO to each where its number is above 0, paid by the wallet's coldkey.
+
+        Registrations go out in atomic batches: a refused batch registers none of its hotkeys. Returns the uids. Meant
+        for development networks: on a real one register with `btcli subnets register`, which is shielded against
+        front-running.
+        """
+        wallet, hotkeys = self._signer("registering neurons"), list(stakes)
+        for start in range(0, len(hotkeys), _BATCH):
+            part = hotkeys[start : start + _BATCH]
+            what = f"registering {len(part)} hotkeys on subnet {self.netuid}"
+            intents: list[bt.Intent] = [
+                bt.BurnedRegister(netuid=self.netuid, hotkey_ss58=hotkey) for hotkey in part
+            ]
+            intents += [
+                bt.AddStake(hotkey_ss58=hotkey, netuid=self.netuid, amount_tao=stakes[hotkey])
+                for hotkey in part
+                if stakes[hotkey] > 0
+            ]
+            try:
+                async with asyncio.timeout(self._timeout * _ATTEMPTS):
+                    result = await self._client.execute(bt.Batch(intents=intents), wallet)
+            except (bt.BittensorError, OSError, TimeoutError) as error:
+                raise _translated(what, error, self._timeout * _ATTEMPTS) from error
+            _included_in(what, result)
+        uids = await self._read(
+            "reading uids",
+            lambda: self._substrate.query_batch(
+                "SubtensorModule", "Uids", [[self.netuid, key] for key in hotkeys]
+            ),
+        )
+        return {hotkey: int(uid) for hotkey, uid in zip(hotkeys, uids, strict=True)}
+
+    async def _execute(self, what: str, intent: bt.Intent) -> int:
+        """Plan an intent with the SDK (its preflight checks run here), then sign and submit the planned call."""
+        wallet = self._signer(what)
+        async with self._hotkey_lock:
+            plan = await self._read(what, lambda: self._client.plan(intent, wallet))
+            if not plan.ok:
+                raise ChainRefused(f"{what}: {'; '.join(plan.violations)}")
+            return await self._submit(what, plan.call, None)
+
+    def _signer(self, what: str) -> bt.Wallet:
+        if self._wallet is None:
+            raise ChainRefused(
+                f"{what}: connected without a wallet, which is read-only; pass --wallet and --hotkey"
+            )
+        return self._wallet
+
+    async def _submit(self, what: str, call: object, until_block: int | None) -> int:
+        """Sign `call` with the hotkey and follow it until its block is final. Hold the hotkey's lock."""
+        keypair = self._signer(what).hotkey
+        period = _DEFAULT_ERA
+        if until_block is not None:
+            # Valid in blocks [birth, birth + period), where birth is the finalized block at signing.
+            period = _era_ending_by(until_block - self._finalized + 1, what, until_block, self._finalized)
+        unsigned = await self._read(
+            what, lambda: self._substrate.prepare(call, address=keypair.ss58_address, period=period)
+        )
+        birth = int(cast("Mapping[str, int]", unsigned.era)["current"])
+        if until_block is not None and birth + period - 1 > until_block:
+            raise ChainRefused(
+                f"{what}: it could land as late as block {birth + period - 1}, after {until_block}; publish earlier"
+            )
+        signature = bytes(keypair.sign(unsigned.payload))
+        blocks = period + 2 * _SHORTEST_ERA  # until the era is over, and finality behind it
+        deadline = self._timeout + blocks * await self._read(what, self._substrate.block_time)
+        try:
+            async with asyncio.timeout(deadline):
+                result = await self._substrate.submit_signature(unsigned, signature)
+        except (bt.BittensorError, OSError, TimeoutError) as error:
+            raise _translated(what, error, deadline) from error
+        return _included_in(what, result)
+
+    async def _read(self, what: str, request: Callable[[], Awaitable[T]], *, attempts: int = _ATTEMPTS) -> T:
+        """Await `request()` within the deadline, again on a lost connection, with the SDK's errors turned into ours."""
+        for attempt in range(1, attempts + 1):
+            try:
+                async with asyncio.timeout(self._timeout):
+                    return await request()
+            except (bt.BittensorError, OSError, TimeoutError, ValueError) as error:
+                translated = _translated(what, error, self._timeout)
+                if not isinstance(translated, ChainUnreachable) or attempt == attempts:
+                    raise translated from error
+                log.warning("%s, attempt %d of %d", translated, attempt, attempts)
+            await asyncio.sleep(_BACKOFF * 2**attempt)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _neuron(uid: int, graph: Mapping[str, Sequence[object]], commitment: object) -> Neuron:
+    """Row `uid` of the runtime's metagraph, which has a column per property."""
+
+    def number(column: str) -> int:
+        return int(cast("int", graph[column][uid]))
+
+    record, record_block = _record(commitment)
+    return Neuron(
+        uid=uid,
+        hotkey=str(graph["hotkeys"][uid]),
+        coldkey=str(graph["coldkeys"][uid]),
+        stake=number("total_stake") / RAO,
+        validator_permit=bool(graph["validator_permit"][uid]),
+        endpoint=_endpoint(cast("Mapping[str, int]", graph["axons"][uid])),
+        registered_at=number("block_at_registration"),
+        last_update=number("last_update"),
+        incentive=number("incentives") / U16_MAX,
+        dividends=number("dividends") / U16_MAX,
+        record=record,
+        record_block=record_block,
+    )
+
+
+def _endpoint(axon: Mapping[str, int]) -> Endpoint | None:
+    ip, port = int(axon["ip"]), int(axon["port"])
+    if not ip or not port:
+        return None
+    address = (
+        ipaddress.IPv6Address(ip) if int(axon["ip_type"]) == 6 else ipaddress.IPv4Address(ip & 0xFFFFFFFF)
+    )
+    return Endpoint(str(address), port)
+
+
+def _record(commitment: object) -> tuple[bytes | None, int | None]:
+    """(bytes, block) of a commitment that is one Raw field; the codec gives its bytes as 0x-hex, or [] for none."""
+    if not isinstance(commitment, dict):
+        return None, None
+    fields = commitment["info"]["fields"]
+    if len(fields) != 1 or not isinstance(fields[0], dict):
+        return None, None
+    ((kind, value),) = fields[0].items()
+    if not str(kind).startswith("Raw"):
+        return None, None
+    return bytes.fromhex(value.removeprefix("0x")) if isinstance(value, str) else bytes(value), int(
+        commitment["block"]
+    )
+
+
+def _era_ending_by(blocks: int, what: str, until: int, finalized: int) -> int:
+    """The longest mortal era (a power of two) of at most `blocks` blocks."""
+    if blocks < _SHORTEST_ERA:
+        raise ChainRefused(
+            f"{what}: block {until} is too near the finalized block {finalized} (an era has at least {_SHORTEST_ERA} "
+            "blocks); publish earlier"
+        )
+    return int(min(_LONGEST_ERA, 1 << (blocks.bit_length() - 1)))
+
+
+def _included_in(what: str, result: bt.ExtrinsicResult) -> int:
+    """The block that a submitted extrinsic is in; ChainError if it failed there or was not taken."""
+    if not result.success:
+        raise _translated(what, result.error or bt.ChainError(result.message), 0.0)
+    return int(str(result.extrinsic_id).partition("-")[0])
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _translated(what: str, error: Exception, deadline: float) -> ChainError:
+    """The SDK's error as one of ours, with its remedy."""
+    if isinstance(error, TimeoutError):
+        return ChainUnreachable(
+            f"{what}: no answer within {deadline:g} s; check the network, or another --network"
+        )
+    if isinstance(error, bt.RpcConnectionError | bt.ConnectionNotReady | OSError):
+        return ChainUnreachable(f"{what}: {_line(error)}; check that the node runs, or another --network")
+    if isinstance(error, bt.ChainError):
+        if (
+            error.name == "AccountNotAllowedCommit"
+        ):  # the Commitments pallet's word for an unregistered hotkey
+            error = bt.ChainError(error.message, error.name, bt.ErrorCode.NOT_REGISTERED)
+        kind = NotRegistered if error.code is bt.ErrorCode.NOT_REGISTERED else ChainRefused
+        name = f" [{error.name}]" if error.name else ""
+        return kind(f"{what}: {_line(error)}{name}; remedy: {error.remediation}")
+    return ChainRefused(f"{what}: {_line(error)}")

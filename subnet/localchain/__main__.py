@@ -1,0 +1,81 @@
+"""`python -m subnet.localchain`: run the development chain as a process of its own until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from subnet.localchain.genesis import ChainConfig
+from subnet.localchain.node import LocalChain
+
+log = logging.getLogger("orion.subnet.localchain")
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    defaults = ChainConfig()
+    parser = argparse.ArgumentParser(prog="python -m subnet.localchain", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+    parser.add_argument("--port", type=int, default=9944, help="TCP port; 0 picks a free one (default 9944)")
+    parser.add_argument(
+        "--block-time", type=float, default=defaults.block_time, help="seconds between blocks"
+    )
+    parser.add_argument("--netuid", type=int, default=defaults.netuid, help="the subnet that exists")
+    parser.add_argument("--tempo", type=int, default=defaults.tempo, help="blocks between epochs")
+    parser.add_argument(
+        "--ready-file", type=Path, help="file to write the ws:// URL to once the chain serves"
+    )
+    return parser.parse_args(argv)
+
+
+async def _run(options: argparse.Namespace, config: ChainConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, stop.set)
+    async with LocalChain(config, host=options.host, port=options.port) as chain:
+        if options.ready_file is not None:
+            _write_atomically(options.ready_file, chain.url + "\n")
+        log.info("netuid %d, block time %s s, serving %s", config.netuid, config.block_time, chain.url)
+        sys.stdout.write(chain.url + "\n")
+        sys.stdout.flush()
+        stopped, broken = asyncio.create_task(stop.wait()), asyncio.create_task(chain.run())
+        await asyncio.wait({stopped, broken}, return_when=asyncio.FIRST_COMPLETED)
+        if broken.done():
+            await broken
+        stopped.cancel()
+        broken.cancel()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """A reader sees the whole text or no file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run until SIGINT or SIGTERM. Exit status 2 with one line for options or a port that cannot be used."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    options = _arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        config = ChainConfig(netuid=options.netuid, tempo=options.tempo, block_time=options.block_time)
+        asyncio.run(_run(options, config))
+    except ValueError as error:
+        sys.stderr.write(f"localchain: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(
+            f"localchain: cannot listen on {options.host}:{options.port}: {error.strerror or error}; choose --port\n"
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

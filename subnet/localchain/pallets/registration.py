@@ -1,0 +1,62 @@
+"""Registration on a subnet by burning TAO: `burned_register` and `register_limit`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from subnet.localchain import neurons
+from subnet.localchain.dispatch import Args, Context, Function
+from subnet.localchain.errors import DispatchError
+from subnet.localchain.pallets import balances
+
+_ROOT = 0
+
+
+def own_hotkey(ctx: Context, coldkey: str, hotkey: str) -> None:
+    """Create the hotkey's account under `coldkey` if it is new; NonAssociatedColdKey if another coldkey owns it."""
+    owner = ctx.state.account("SubtensorModule.Owner", hotkey)
+    if owner is None:
+        ctx.state.put("SubtensorModule.Owner", (hotkey,), coldkey)
+        owned = ctx.state.accounts("SubtensorModule.OwnedHotkeys", coldkey)
+        ctx.state.put("SubtensorModule.OwnedHotkeys", (coldkey,), [*owned, hotkey])
+    elif owner != coldkey:
+        raise DispatchError("NonAssociatedColdKey")
+
+
+def _register(ctx: Context, coldkey: str, netuid: int, hotkey: str, limit: int | None) -> None:
+    state = ctx.state
+    if netuid == _ROOT:
+        raise DispatchError("RegistrationNotPermittedOnRootSubnet")
+    if not neurons.subnet_exists(state, netuid):
+        raise DispatchError("SubnetNotExists")
+    if not state.flag("SubtensorModule.NetworkRegistrationAllowed", netuid):
+        raise DispatchError("SubNetRegistrationDisabled")
+    this_block = state.number("SubtensorModule.RegistrationsThisBlock", netuid)
+    if this_block >= state.number("SubtensorModule.MaxRegistrationsPerBlock", netuid):
+        raise DispatchError("TooManyRegistrationsThisBlock")
+    if neurons.uid_of(state, netuid, hotkey) is not None:
+        raise DispatchError("HotKeyAlreadyRegisteredInSubNet")
+    price = state.number("SubtensorModule.Burn", netuid)
+    if limit is not None and price > limit:
+        raise DispatchError("RegistrationPriceLimitExceeded")
+    if balances.free_of(state, coldkey) < price + balances.EXISTENTIAL_DEPOSIT:
+        raise DispatchError("NotEnoughBalanceToStake")
+    own_hotkey(ctx, coldkey, hotkey)
+    balances.withdraw(ctx, coldkey, price)
+    recycled = state.number("SubtensorModule.RAORecycledForRegistration", netuid)
+    state.put("SubtensorModule.RAORecycledForRegistration", (netuid,), recycled + price)
+    neurons.register(ctx, netuid, hotkey)
+    state.put("SubtensorModule.RegistrationsThisBlock", (netuid,), this_block + 1)
+    interval = state.number("SubtensorModule.RegistrationsThisInterval", netuid)
+    state.put("SubtensorModule.RegistrationsThisInterval", (netuid,), min(interval + 1, 0xFFFF))
+
+
+def _burned_register(ctx: Context, origin: str, args: Args) -> None:
+    _register(ctx, origin, args.number("netuid"), args.account("hotkey"), None)
+
+
+def _register_limit(ctx: Context, origin: str, args: Args) -> None:
+    _register(ctx, origin, args.number("netuid"), args.account("hotkey"), args.number("limit_price"))
+
+
+CALLS: Mapping[str, Function] = {"burned_register": _burned_register, "register_limit": _register_limit}

@@ -1,0 +1,305 @@
+"""The run manifest: everything a coordinator would decide, fixed in one TOML file.
+
+The manifest's identity is the SHA-256 of its bytes (`sha256sum manifest.toml` is the check anyone can do). The
+authority, a registered hotkey, publishes that hash on chain; a node refuses a manifest whose hash is another one.
+All that differs between two runs stands here, resolved to plain numbers, so that two nodes with equal bytes compute
+the same roster, the same data assignment, the same merge and the same scores.
+
+The authority's commitment is one fixed layout of 76 bytes: magic(4) activation_block(8) manifest(32) previous(32).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.config import BoundaryConfig, BoundaryForm, ModelConfig
+from model.optimizer import OptimizerConfig, OuterConfig
+
+Sha256Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class ManifestError(Exception):
+    """The manifest cannot be used: one line with the value, the limit and the remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RunSection(_Section):
+    """Which run this is, where, and who may change it."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    netuid: Annotated[int, Field(ge=0, le=65535)]
+    authority: str
+    """ss58 hotkey whose commitment names this manifest."""
+    activation_block: Annotated[int, Field(ge=0)]
+    """First block at which the run may gather its roster."""
+    seed: int
+    """Seeds weights and data order. Everything judged by chance takes a block hash instead."""
+
+
+class ModelSection(_Section):
+    vocab: Positive
+    hidden: Positive
+    layers: Positive
+    heads: Positive
+    kv_heads: Positive
+    ffn: Positive
+    context: Positive
+    rope_base: float
+    norm_eps: float
+    boundary_form: Literal["none", "a", "b"]
+    boundary_width: Annotated[int, Field(ge=0)]
+    wire_dtype: Literal["float32", "bfloat16"]
+    """Element type of what crosses a boundary; the stages themselves compute in float32 on a CPU."""
+
+    def config(self) -> ModelConfig:
+        return ModelConfig(
+            vocab=self.vocab,
+            hidden=self.hidden,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            ffn=self.ffn,
+            context=self.context,
+            rope_base=self.rope_base,
+            norm_eps=self.norm_eps,
+            boundary=BoundaryConfig(form=BoundaryForm(self.boundary_form), width=self.boundary_width),
+        )
+
+    @classmethod
+    def of(cls, config: ModelConfig, *, wire_dtype: Literal["float32", "bfloat16"]) -> Self:
+        return cls(
+            vocab=config.vocab,
+            hidden=config.hidden,
+            layers=config.layers,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            ffn=config.ffn,
+            context=config.context,
+            rope_base=config.rope_base,
+            norm_eps=config.norm_eps,
+            boundary_form=config.boundary.form.value,
+            boundary_width=config.boundary.width,
+            wire_dtype=wire_dtype,
+        )
+
+
+class SwarmSection(_Section):
+    stages: Positive
+    replicas: Annotated[int, Field(gt=0, le=64)]
+    """Replicas per stage that must be there before round 0 begins; 64 is what the have-bitmap holds."""
+    gather_blocks: Positive
+    """While gathering, the roster is tried at every block `activation_block + k * gather_blocks`."""
+
+
+class ShardSection(_Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=128)]
+    sha256: Sha256Hex
+    dtype: Literal["uint16", "uint32"]
+
+
+class DataSection(_Section):
+    batch: Positive
+    """Sequences in one microbatch."""
+    sequence: Positive
+    """Tokens in one sequence."""
+    samples_per_round: Positive
+    """Sample ids set aside for each round, shared by its heads; a head that used its part waits for the next round."""
+    held_out: Annotated[float, Field(gt=0, lt=0.5)]
+    """Share of the tokens kept for validation."""
+    validation_batches: Positive
+    shards: Annotated[list[ShardSection], Field(min_length=1)]
+
+
+class OptimizerSection(_Section):
+    kind: Literal["adamw", "nadam"]
+    lr: Annotated[float, Field(gt=0)]
+    beta1: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
+    eps: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    clip: Annotated[float, Field(ge=0)]
+    accumulation: Positive
+    """Microbatches in one local step of one replica."""
+    outer_lr: Annotated[float, Field(gt=0)]
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)]
+
+    def inner(self) -> OptimizerConfig:
+        return OptimizerConfig(
+            kind=self.kind,
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            clip=self.clip,
+        )
+
+    def outer(self) -> OuterConfig:
+        return OuterConfig(lr=self.outer_lr, momentum=self.outer_momentum)
+
+
+class RoundSection(_Section):
+    """Deadlines of a round, in blocks after its first block (design: §8, the chain is the coordinator)."""
+
+    count: Annotated[int, Field(ge=0)]
+    """Rounds in the run; 0 means without end."""
+    stop: Positive
+    """Heads start no microbatch after this block."""
+    close: Positive
+    """Stages compute nothing more of this round after this block: what is in flight then is reported lost."""
+    cut: Positive
+    """Payload and evidence roots must be on chain."""
+    have: Positive
+    """Bitmaps of the payloads each replica holds must be on chain."""
+    length: Positive
+    """The next round begins; the digest of its weights must be on chain."""
+    linger: Positive
+    """After the last round miners still serve evidence for this many blocks."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        marks = (self.stop, self.close, self.cut, self.have, self.length)
+        if any(a >= b for a, b in zip(marks, marks[1:], strict=False)):
+            raise ValueError(f"round deadlines must rise: stop < close < cut < have < length, got {marks}")
+        return self
+
+
+class AuditSection(_Section):
+    seed_delay: Positive
+    """Blocks after CUT whose hash is the audit seed: nobody knows it when the roots are fixed."""
+    windows: Positive
+    """Windows audited per miner, validator and round."""
+    units: Positive
+    """Units replayed inside each of them."""
+    tolerance: Fraction
+    """Largest accepted error of a token's increment, relative to the increment (99th percentile over tokens)."""
+
+
+class ScoreSection(_Section):
+    rounds: Positive
+    """Scores are means over this many closed rounds."""
+
+
+class Manifest(_Section):
+    """A whole run. Build it with `Manifest.load(path)`; `digest` is its identity."""
+
+    version: Literal[1]
+    run: RunSection
+    model: ModelSection
+    swarm: SwarmSection
+    data: DataSection
+    optimizer: OptimizerSection
+    round: RoundSection
+    audit: AuditSection
+    score: ScoreSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self.model.config()
+        if self.data.sequence > self.model.context:
+            raise ValueError(
+                f"data.sequence {self.data.sequence} is longer than model.context {self.model.context}: lower data.sequence"
+            )
+        if self.swarm.stages > self.model.layers:
+            raise ValueError(
+                f"swarm.stages {self.swarm.stages} is more than model.layers {self.model.layers}: lower swarm.stages"
+            )
+        return self
+
+    @property
+    def tokens_per_microbatch(self) -> int:
+        return self.data.batch * self.data.sequence
+
+    def round_start(self, first_block: int, number: int) -> int:
+        """First block of round `number`, given the first block of round 0."""
+        return first_block + number * self.round.length
+
+    def to_bytes(self) -> bytes:
+        return tomli_w.dumps(self.model_dump(mode="json")).encode()
+
+    def write(self, path: Path) -> LoadedManifest:
+        """Write the file that others load. Its bytes, not its content, are what the hash is taken of."""
+        raw = self.to_bytes()
+        path.write_bytes(raw)
+        return LoadedManifest(self, hashlib.sha256(raw).digest())
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedManifest:
+    """A manifest with the digest of the bytes it was read from (32 bytes)."""
+
+    manifest: Manifest
+    digest: bytes
+
+    @property
+    def run_id(self) -> bytes:
+        """The first 8 bytes of the digest: what records and messages carry."""
+        return self.digest[:8]
+
+
+def load_manifest(path: Path) -> LoadedManifest:
+    """Read, parse and check a manifest. Raises `ManifestError` with the first problem in one line."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"manifest {path} cannot be read ({error.strerror}): check --manifest") from error
+    try:
+        manifest = Manifest.model_validate(tomllib.loads(raw.decode()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(f"manifest {path} is not TOML ({error}): take it again from its publisher") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise ManifestError(f"manifest {path}: {where}: {first['msg']} (got {first['input']!r:.80})") from error
+    return LoadedManifest(manifest, hashlib.sha256(raw).digest())
+
+
+_ANNOUNCEMENT = struct.Struct("<4sQ32s32s")
+_MAGIC = b"ORM1"
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What the authority commits on chain: which manifest is in force, from which block, and what it replaces."""
+
+    activation_block: int
+    manifest: bytes
+    previous: bytes = bytes(32)
+
+    def encode(self) -> bytes:
+        return _ANNOUNCEMENT.pack(_MAGIC, self.activation_block, self.manifest, self.previous)
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Announcement | None:
+        """The announcement in `raw`, or None when these bytes are something else."""
+        if len(raw) != _ANNOUNCEMENT.size or not raw.startswith(_MAGIC):
+            return None
+        _, block, manifest, previous = _ANNOUNCEMENT.unpack(raw)
+        return cls(block, manifest, previous)
+
+
+def check_announced(loaded: LoadedManifest, committed: bytes | None) -> None:
+    """Refuse a manifest that is not the one its authority has on chain. Raises `ManifestError`."""
+    announcement = Announcement.decode(committed) if committed is not None else None
+    authority = loaded.manifest.run.authority
+    if announcement is None:
+        raise ManifestError(f"authority {authority} has published no manifest on chain: check --netuid and --network")
+    if announcement.manifest != loaded.digest:
+        raise ManifestError(
+            f"manifest {loaded.digest.hex()[:16]} is not the one on chain ({announcement.manifest.hex()[:16]}): "
+            "take the current manifest from its publisher and pass it with --manifest"
+        )

@@ -1,0 +1,163 @@
+"""What nodes say to each other: every message, what tensors travel beside it, and how large they may be.
+
+A push carries one boundary tensor; its answer is the consumer's receipt. Everything else is a fetch of something
+whose hash already stands on chain or in a closed ledger, so a wrong answer is found by the reader, not trusted.
+Shapes are functions of the manifest (`Shapes`), so a receiver knows them before it reads a byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from model.config import ModelConfig
+from model.split import StagePlan
+from subnet.manifest import Manifest
+from subnet.transport.synapse import Synapse, TensorSpec
+from subnet.trust.ledger import LEAF_BYTES, WINDOW_BYTES
+
+RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+DigestHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Round = Annotated[int, Field(ge=0, lt=2**32)]
+Sample = Annotated[int, Field(ge=0, lt=2**63)]
+Hotkey = Annotated[str, Field(min_length=40, max_length=60)]
+
+
+class RunSynapse(Synapse):
+    """Every message names its run and round."""
+
+    run: RunId
+    round: Round
+
+
+class Push(RunSynapse):
+    """One microbatch crossing one boundary. `version` is the sender's weight version it was computed with."""
+
+    sample: Sample
+    head: Hotkey
+    index: Annotated[int, Field(ge=0, lt=2**32)]
+    """The microbatch's number within its head's round: with `head`, what routing is a function of."""
+    version: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Forward(Push):
+    """Tensor `y`: the boundary activation, (B, T, b)."""
+
+    route: ClassVar[str] = "forward"
+
+
+class Backward(Push):
+    """Tensor `g`: the gradient of the receiver's forward output, (B, T, b). `loss` is the tail's, passed along."""
+
+    route: ClassVar[str] = "backward"
+    loss: float
+
+
+class Accepted(Synapse):
+    """The push counts as delivered; `receipt` is the consumer's signature (ledger.receipt_message)."""
+
+    receipt: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
+class PayloadRequest(RunSynapse):
+    """The pseudo-gradient of `source`, from whoever holds it."""
+
+    route: ClassVar[str] = "payload"
+    source: Hotkey
+
+
+class Payload(Synapse):
+    """Tensor `payload`, uint8 (n,). With `evidence` it hashes to the source's root on chain."""
+
+    evidence: DigestHex
+
+
+class EvidenceRequest(RunSynapse):
+    """The closed ledger of the round."""
+
+    route: ClassVar[str] = "evidence"
+
+
+class EvidenceTables(Synapse):
+    """Tensors `leaves` uint8 (work, LEAF_BYTES) and `windows` uint8 (windows, WINDOW_BYTES)."""
+
+    payload: DigestHex
+    windows: Annotated[int, Field(ge=0, lt=2**20)]
+
+
+class WindowRequest(RunSynapse):
+    """The weights at the start of one window."""
+
+    route: ClassVar[str] = "window"
+    version: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class UnitRequest(RunSynapse):
+    """The tensors of one unit as they crossed the wire."""
+
+    route: ClassVar[str] = "unit"
+    sample: Sample
+    backward: bool
+
+
+class WeightsRequest(RunSynapse):
+    """The stage's public state at the start of the round: its weights θ or its outer momentum."""
+
+    route: ClassVar[str] = "weights"
+    part: Literal["theta", "momentum"]
+
+
+class PublicPart(Synapse):
+    """Tensor `weights`, fp32 (n,): the part asked for. `other` is the digest of the part that was not."""
+
+    other: DigestHex
+
+
+class Tensors(Synapse):
+    """The answer to a fetch of tensors."""
+
+
+
+WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The tensors of every message of one run, by stage."""
+
+    boundary: TensorSpec
+    tokens: TensorSpec
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Shapes:
+        config: ModelConfig = manifest.model.config()
+        batch, sequence = manifest.data.batch, manifest.data.sequence
+        return cls(
+            boundary=TensorSpec(WIRE_DTYPES[manifest.model.wire_dtype], (batch, sequence, config.boundary_width)),
+            tokens=TensorSpec(torch.int64, (batch, sequence)),
+        )
+
+    def unit(self, plan: StagePlan, *, backward: bool) -> dict[str, TensorSpec]:
+        """Tensors served for one unit of a stage: `input`, and `gradient` and `output` where the unit has them."""
+        specs = {"input": self.tokens if plan.is_first else self.boundary}
+        if backward and not plan.is_last:
+            specs["gradient"] = self.boundary
+        if not (backward and plan.is_first) and not (plan.is_last and not backward):
+            specs["output"] = self.boundary
+        return specs
+
+
+def flat(count: int) -> TensorSpec:
+    """A stage's weights, one after the other in name order, fp32."""
+    return TensorSpec(torch.float32, (count,))
+
+
+def table(rows: int, row_bytes: int) -> TensorSpec:
+    return TensorSpec(torch.uint8, (rows, row_bytes))
+
+
+def evidence_specs(work: int, windows: int) -> dict[str, TensorSpec]:
+    return {"leaves": table(work, LEAF_BYTES), "windows": table(windows, WINDOW_BYTES)}

@@ -1,0 +1,1 @@
+"""Who does what: roster, routing, merge, codec. Pure functions of what every node can read."""

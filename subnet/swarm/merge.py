@@ -1,0 +1,98 @@
+"""The merge: which contributions count is read from the chain, and every replica computes the whole merge itself.
+
+Two deadlines decide (design §8). At CUT each replica's record holds the root of its payload, so a source cannot send
+different things to different peers. At HAVE each record holds a bitmap of the payloads its owner has; a source counts
+iff more than half of the stage's replicas that cut in time have it, and the round counts iff the list holds more than
+half of them. Otherwise the round is void and contributions carry over: weights stay as they are locally, so the next
+pseudo-gradient contains them.
+
+Reduction arithmetic is pinned: fp32, hotkey order, separate multiply and add. Replicas end bit-identical by
+construction, on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from model.optimizer import OuterConfig, outer_step
+from subnet.swarm.record import Phase, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A replica whose payload was fixed in time."""
+
+    index: int
+    """Position among the stage's replicas in hotkey order: its bit in every have-bitmap."""
+    hotkey: str
+    root: bytes
+    """`bind_roots(payload root, evidence root)` as committed."""
+    work: int
+
+
+def cut_sources(replicas: Sequence[str], records: Mapping[str, Record | None], number: int) -> tuple[Source, ...]:
+    """Replicas of the stage whose record at the CUT block fixes a payload for round `number`."""
+    sources = []
+    for index, hotkey in enumerate(replicas):
+        record = records.get(hotkey)
+        if record is not None and record.round == number and record.phase >= Phase.CUT:
+            sources.append(Source(index, hotkey, record.root, record.work))
+    return tuple(sources)
+
+
+def accepted(sources: Sequence[Source], records: Mapping[str, Record | None], number: int) -> tuple[Source, ...]:
+    """The source list of round `number` from the records at the HAVE block; empty means the round is void.
+
+    A record whose root is no longer the one at CUT does not vote: it was changed after the deadline.
+    """
+    voters = 0
+    votes = {source.index: 0 for source in sources}
+    for source in sources:
+        record = records.get(source.hotkey)
+        if (
+            record is None
+            or record.round != number
+            or record.phase < Phase.HAVE
+            or record.root != source.root
+        ):
+            continue
+        voters += 1
+        for index in votes:
+            votes[index] += (record.have >> index) & 1
+    listed = tuple(source for source in sources if votes[source.index] * 2 > len(sources))
+    return listed if voters * 2 > len(sources) and len(listed) * 2 > len(sources) else ()
+
+
+def mean(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Plain mean of fp32 pseudo-gradients, summed in the order given (hotkey order), then one multiplication."""
+    total = deltas[0].clone()
+    for delta in deltas[1:]:
+        total = total + delta
+    return total * (1.0 / len(deltas))
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A stage's public state: weights θ (fp32, flat) and outer momentum, equal on every replica."""
+
+    theta: torch.Tensor
+    momentum: torch.Tensor
+
+
+def apply(state: Merged, deltas: Sequence[torch.Tensor], outer: OuterConfig) -> Merged:
+    """One outer step on the mean pseudo-gradient. No deltas (a void round) leave the state as it is."""
+    if not deltas:
+        return state
+    theta, momentum = outer_step(state.theta, mean(deltas), state.momentum, outer)
+    return Merged(theta, momentum)
+
+
+def rebase(weights: torch.Tensor, before: Merged, after: Merged, *, included: bool) -> torch.Tensor:
+    """A replica's weights after the merge: W + (θ' - θ) - own pending, where pending = W - θ if it was included.
+
+    Included replicas land on θ' exactly, so they are set to it rather than to a sum that rounds to it.
+    """
+    return after.theta.clone() if included else weights + (after.theta - before.theta)

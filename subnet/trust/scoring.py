@@ -1,0 +1,195 @@
+"""Scoring: from evidence and audits to weights, every term named, recomputable by anyone.
+
+    score = verified useful FLOPs x correctness
+
+averaged over the last closed rounds. A unit's FLOPs are verified when the unit is *paid* (`settle`): its microbatch
+came back to its head, the consumer of its output signed for it, and its input is what the upstream leaf says it put
+out, its gradient what the downstream leaf sent. Where a neighbour served no evidence the receipts alone decide, so
+nobody loses pay through another's silence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from subnet.swarm.roster import Roster
+from subnet.swarm.routing import head_of
+from subnet.trust.ledger import NO_DIGEST, Direction, Evidence, Leaf, receipt_message
+
+Verify = Callable[[str, bytes, bytes], bool]
+"""(hotkey, message, signature) -> whether the signature is the hotkey's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paid:
+    """Units of one miner in one round that count."""
+
+    forward: int
+    backward: int
+    claimed: int
+    """Leaves in its evidence, paid or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pathway:
+    """Who a completed microbatch went through, head first, and the loss its tail reported."""
+
+    sample: int
+    hotkeys: tuple[str, ...]
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    paid: dict[str, Paid]
+    pathways: tuple[Pathway, ...]
+
+
+_Unit = tuple[int, int, Direction]
+"""(stage, sample, direction)."""
+
+
+class _Book:
+    """Leaves of all miners of a round, with the neighbours' view of each."""
+
+    def __init__(
+        self, run: bytes, roster: Roster, evidence: Mapping[str, Evidence], verify: Verify, first_sample: int
+    ) -> None:
+        self.run, self.roster, self.verify, self.first_sample = run, roster, verify, first_sample
+        self.units: dict[str, dict[_Unit, Leaf]] = {
+            hotkey: {(leaf.stage, leaf.sample, leaf.direction): leaf for leaf in table.leaves}
+            for hotkey, table in evidence.items()
+        }
+
+    def peer(self, stage: int, index: int) -> str | None:
+        if not 0 <= stage < len(self.roster.stages) or index >= len(self.roster.stages[stage]):
+            return None
+        return self.roster.stages[stage][index]
+
+    def leaf(self, hotkey: str, stage: int, leaf: Leaf, direction: Direction) -> Leaf | None:
+        return self.units.get(hotkey, {}).get((stage, leaf.sample, direction))
+
+    def signed(self, hotkey: str, leaf: Leaf) -> bool:
+        """Whether the sink signed for this unit's output."""
+        consumer = self.peer(leaf.stage + (1 if leaf.direction is Direction.FORWARD else -1), leaf.sink)
+        if consumer is None:
+            return False
+        message = receipt_message(
+            self.run, self.roster.round, producer=hotkey, key=leaf.key, stage=leaf.stage, output=leaf.output
+        )
+        return self.verify(consumer, message, leaf.receipt)
+
+    def assigned(self, hotkey: str, leaf: Leaf) -> bool:
+        """Whether the sample was this head's to train."""
+        heads = self.roster.stages[0]
+        return head_of(leaf.sample, base=self.first_sample, heads=len(heads)) == heads.index(hotkey)
+
+    def linked(self, hotkey: str, leaf: Leaf) -> bool:
+        """Whether what came in is what the sender says it sent; a sender without evidence contradicts nothing."""
+        tail = len(self.roster.stages) - 1
+        upstream = leaf.direction is Direction.FORWARD or leaf.stage == tail
+        stage = leaf.stage - 1 if upstream else leaf.stage + 1
+        if stage < 0:
+            return self.assigned(hotkey, leaf)
+        sender = self.peer(stage, leaf.source)
+        if sender is None:
+            return False
+        if sender not in self.units:
+            return True
+        sent = self.leaf(sender, stage, leaf, Direction.FORWARD if upstream else Direction.BACKWARD)
+        return sent is not None and sent.output == (leaf.input if upstream else leaf.gradient)
+
+    def completed(self) -> set[int]:
+        """Samples of the microbatches that came back to their head, in its own words or by its receipt."""
+        done: set[int] = set()
+        for hotkey, units in self.units.items():
+            for (stage, sample, direction), leaf in units.items():
+                if direction is not Direction.BACKWARD:
+                    continue
+                head = self.peer(0, leaf.sink) if stage == 1 else None
+                if stage == 0 or (stage == 1 and head not in self.units and self.signed(hotkey, leaf)):
+                    done.add(sample)
+        return done
+
+
+def settle(
+    run: bytes, roster: Roster, evidence: Mapping[str, Evidence], verify: Verify, *, first_sample: int
+) -> Settlement:
+    """Which units of a round count, per miner, and the pathways they form.
+
+    `first_sample` is the round's first sample id: it decides which head each sample belongs to.
+
+    `evidence` holds the tables that were served and matched their root on chain; miners missing from it earn nothing.
+    """
+    book = _Book(run, roster, evidence, verify, first_sample)
+    done = book.completed()
+    claims = Counter(unit for units in book.units.values() for unit in units)
+    paid: dict[str, Paid] = {}
+    for hotkey, units in book.units.items():
+        counts = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
+        for unit, leaf in units.items():
+            counts[leaf.direction] += _pays(book, hotkey, unit, leaf, done, claims)
+        paid[hotkey] = Paid(counts[Direction.FORWARD], counts[Direction.BACKWARD], len(units))
+    return Settlement(paid, tuple(_pathways(book, done)))
+
+
+def _pays(
+    book: _Book, hotkey: str, unit: _Unit, leaf: Leaf, done: set[int], claims: Counter[_Unit]
+) -> bool:
+    if book.roster.stage_of(hotkey) != leaf.stage or claims[unit] > 1:
+        return False
+    if leaf.sample not in done or not book.linked(hotkey, leaf):
+        return False
+    return leaf.output == NO_DIGEST or book.signed(hotkey, leaf)
+
+
+def _pathways(book: _Book, done: Iterable[int]) -> Iterable[Pathway]:
+    tail = len(book.roster.stages) - 1
+    holders: dict[int, dict[int, tuple[str, float]]] = defaultdict(dict)
+    for hotkey, units in book.units.items():
+        for (stage, sample, direction), leaf in units.items():
+            if direction is Direction.BACKWARD:
+                holders[sample][stage] = (hotkey, leaf.loss)
+    for sample in sorted(done):
+        path = holders[sample]
+        if len(path) == tail + 1:
+            yield Pathway(sample, tuple(path[stage][0] for stage in range(tail + 1)), path[tail][1])
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One miner's score in one round, term by term."""
+
+    hotkey: str
+    flops: float
+    """Forward and backward FLOPs of its paid units; recompute is not paid."""
+    correctness: float
+
+    @property
+    def value(self) -> float:
+        return self.flops * self.correctness
+
+
+def score(
+    settlement: Settlement, *, forward_flops: Mapping[str, float], correctness: Mapping[str, float]
+) -> dict[str, Score]:
+    """Scores of a round. `forward_flops` is a stage's forward cost of one microbatch; a backward counts twice that."""
+    scores = {}
+    for hotkey, paid in settlement.paid.items():
+        flops = (paid.forward + 2.0 * paid.backward) * forward_flops[hotkey]
+        scores[hotkey] = Score(hotkey, flops, correctness.get(hotkey, 1.0))
+    return scores
+
+
+def weights(history: Sequence[Mapping[str, Score]], *, rounds: int) -> dict[str, float]:
+    """Normalised weights by hotkey: the mean score over the last `rounds` closed rounds, newcomers over those present."""
+    recent = history[-rounds:]
+    sums: dict[str, list[float]] = defaultdict(list)
+    for scores in recent:
+        for hotkey, entry in scores.items():
+            sums[hotkey].append(entry.value)
+    means = {hotkey: sum(values) / len(values) for hotkey, values in sums.items()}
+    total = sum(means.values())
+    return {hotkey: value / total for hotkey, value in means.items() if value > 0} if total > 0 else {}

@@ -1,0 +1,87 @@
+"""Wallets on disk, in the layout that btcli and the SDK share: `PATH/NAME/coldkey`, `PATH/NAME/hotkeys/HOTKEY`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bittensor.keyfiles import Keyfile, KeyfileError, Keypair
+from bittensor.wallet import Wallet
+
+DEFAULT_PATH = Path("~/.bittensor/wallets")
+
+
+class WalletError(Exception):
+    """A wallet that is missing, unreadable or in the way. One line with the path and the remedy."""
+
+
+def load_wallet(name: str, hotkey: str, path: Path = DEFAULT_PATH) -> Wallet:
+    """A wallet whose hotkey can sign now. The coldkey may be absent or locked: only registration and staking need it."""
+    root = path.expanduser()
+    wallet = Wallet(name, hotkey, str(root))
+    file = wallet.hotkey_file.path
+    try:
+        wallet.unlock_hotkey()
+    except FileNotFoundError as error:
+        found = sorted(
+            item.name for item in (root / name / "hotkeys").glob("*") if not item.name.endswith("pub.txt")
+        )
+        have = f"hotkeys there: {', '.join(found)}" if found else f"no hotkeys under {root / name}"
+        raise WalletError(
+            f"no hotkey file {file} ({have}); check --wallet, --hotkey and --wallet-path, or create it with "
+            f"`btcli wallet new-hotkey`"
+        ) from error
+    except (OSError, ValueError, KeyfileError) as error:
+        raise WalletError(
+            f"hotkey file {file} cannot be used: {' '.join(str(error).split())}; check its password"
+        ) from error
+    return wallet
+
+
+def create_wallet(
+    name: str,
+    hotkey: str,
+    path: Path,
+    *,
+    coldkey_uri: str | None = None,
+    hotkey_uri: str | None = None,
+) -> Wallet:
+    """Write an unencrypted development wallet: from development URIs such as `//Alice`, or fresh keys where none is given.
+
+    An existing coldkey of that name is kept (so one coldkey can own many hotkeys) if it is the one that is asked for;
+    WalletError for a different one, and for a hotkey that exists.
+    """
+    wallet = Wallet(name, hotkey, str(path.expanduser()))
+    if wallet.coldkeypub_file.exists_on_device():
+        if coldkey_uri is not None and wallet.coldkeypub.ss58_address != _keypair(coldkey_uri).ss58_address:
+            raise WalletError(
+                f"{wallet.coldkeypub_file.path} holds another coldkey than {coldkey_uri}; choose another name or path"
+            )
+    else:
+        _write(_keypair(coldkey_uri), wallet.coldkey_file, wallet.coldkeypub_file)
+    if wallet.hotkey_file.exists_on_device():
+        raise WalletError(f"{wallet.hotkey_file.path} exists already; choose another hotkey name or path")
+    _write(_keypair(hotkey_uri), wallet.hotkey_file, wallet.hotkeypub_file)
+    return Wallet(name, hotkey, str(path.expanduser()))
+
+
+def _keypair(uri: str | None) -> Keypair:
+    return (
+        Keypair.create_from_uri(uri)
+        if uri is not None
+        else Keypair.create_from_mnemonic(Keypair.generate_mnemonic(12))
+    )
+
+
+def _write(keypair: Keypair, secret: Keyfile, public: Keyfile) -> None:
+    view = Keypair(
+        ss58_address=keypair.ss58_address,
+        public_key=bytes(keypair.public_key),
+        crypto_type=keypair.crypto_type,
+    )
+    try:
+        secret.set_keypair(keypair, encrypt=False)
+        public.set_keypair(view, encrypt=False)
+    except OSError as error:
+        raise WalletError(
+            f"cannot write {secret.path}: {error.strerror or error}; choose another path"
+        ) from error

@@ -1,0 +1,217 @@
+"""The asynchronous pipeline between real axons: work is done, receipted, replayable; refusals are typed."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import BoundaryConfig, BoundaryForm
+from model.split import split
+from model.stage import assign_flat, build_stage
+from neurons.pipeline import raw
+from subnet.identity import verify
+from subnet.messages import Accepted, Backward, Forward
+from subnet.swarm.routing import sample_id
+from subnet.transport.errors import Busy, Dropped, NotFinite, Unreachable, UnknownHotkey, UnknownRun, WrongTensor
+from subnet.trust.audit import replay, select_units, select_windows
+from subnet.trust.ledger import Direction, Evidence, UnitKey, digest, receipt_message
+from subnet.trust.scoring import settle
+from tests.neurons.swarm import Swarm, manifest, open_corpus, tiny, tokens_file
+
+BOUNDARY = BoundaryConfig(form=BoundaryForm.A, width=8)
+
+
+def swarm_of(tmp_path: Path, *, stages: int = 3, replicas: int = 2, wire: str = "bfloat16") -> Swarm:
+    entry = tokens_file(tmp_path)
+    loaded = manifest(tiny(boundary=BOUNDARY), entry, stages=stages, replicas=replicas, wire=wire).write(
+        tmp_path / "manifest.toml"
+    )
+    return Swarm(loaded, open_corpus(tmp_path, loaded.manifest, entry), replicas=replicas)
+
+
+async def close_all(swarm: Swarm) -> dict[str, Evidence]:
+    return {hotkey: (await member.worker.close())[1] for hotkey, member in swarm.members.items()}
+
+
+async def test_everything_done_is_paid_and_replays(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path) as swarm:
+        heads = swarm.stage(0)
+        await asyncio.gather(*(head.worker.drive(limit=12) for head in heads))
+        evidence = await close_all(swarm)
+        run, plan = swarm.loaded.run_id, split(swarm.loaded.manifest.model.config(), 3)
+
+        settlement = settle(run, swarm.roster, evidence, verify, first_sample=0)
+        assert len(settlement.pathways) == 24
+        for hotkey, paid in settlement.paid.items():
+            assert paid.forward + paid.backward == paid.claimed, hotkey
+        assert len({path.hotkeys for path in settlement.pathways}) > 2
+
+        for hotkey, table in evidence.items():
+            parsed = Evidence.parse(*table.tables())
+            assert parsed.root == table.root
+            index = swarm.roster.stage_of(hotkey)
+            stage = build_stage(swarm.loaded.manifest.model.config(), plan[index], 0)
+            for window in select_windows(parsed, seed=b"s", hotkey=hotkey, count=99):
+                assert digest(raw(swarm.rounds[hotkey].windows[window.version])) == window.weights
+                assign_flat(stage, swarm.rounds[hotkey].windows[window.version])
+                for leaf in select_units(parsed, window, seed=b"s", hotkey=hotkey, validator="v", count=99):
+                    verdict = replay(
+                        stage,
+                        leaf,
+                        swarm.rounds[hotkey].units[leaf.key],
+                        targets=swarm.corpus.sample(leaf.sample)[:, 1:] if plan[index].is_last else None,
+                        accumulation=swarm.loaded.manifest.optimizer.accumulation,
+                        tolerance=1e-4,
+                    )
+                    assert verdict.passed, verdict
+
+
+async def test_wire_carries_the_boundary_and_a_bounded_header(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
+        head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
+        await head.worker.drive(limit=6)
+        data = swarm.loaded.manifest.data
+        payload = data.batch * data.sequence * BOUNDARY.width * 2
+        for member, route in ((head, "forward"), (tail, "backward")):
+            traffic = member.dendrite.counters[route]
+            assert traffic.calls == 6
+            assert 6 * payload < traffic.sent <= 6 * (payload + 600)
+
+
+async def test_a_dead_replica_is_routed_around(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=3, replicas=2) as swarm:
+        dead = swarm.stage(1)[0]
+        await dead.axon.stop()
+        head = swarm.stage(0)[0]
+        await asyncio.wait_for(head.worker.drive(limit=6), 20)
+        current, _ = await head.worker.close()
+        assert current.completed == 6
+        assert current.rerouted > 0
+
+
+async def test_what_is_in_flight_at_close_is_lost_and_counted(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
+        head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
+        await tail.axon.stop()
+        drive = asyncio.create_task(head.worker.drive())
+        while not swarm.rounds[head.identity.hotkey].units:
+            await asyncio.sleep(0)
+        current, evidence = await head.worker.close()
+        await drive
+        assert current.started > 0
+        assert current.completed == 0
+        assert head.events[-1].event.lost == current.started
+        assert settle(swarm.loaded.run_id, swarm.roster, {head.identity.hotkey: evidence}, verify, first_sample=0).paid[
+            head.identity.hotkey
+        ].forward == 0
+
+
+def push(swarm: Swarm, kind: type[Forward] | type[Backward], **changes: object) -> Forward | Backward:
+    fields = {
+        "run": swarm.loaded.run_id.hex(),
+        "round": 0,
+        "sample": sample_id(base=0, heads=1, head=0, index=0),
+        "head": swarm.roster.stages[0][0],
+        "index": 0,
+        "version": 0,
+    }
+    extra = {"loss": 0.0} if kind is Backward else {}
+    return kind(**{**fields, **extra, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sender", "fill", "error", "message"),
+    [
+        ({}, 0, float("nan"), NotFinite, "NaN"),
+        ({"run": "00" * 8}, 0, 0.0, UnknownRun, "manifest"),
+        ({"round": 7}, 0, 0.0, Busy, "has not begun"),
+        ({}, 1, 0.0, UnknownHotkey, "does not hold stage 0"),
+        ({"head": "5" + "X" * 47}, 0, 0.0, UnknownHotkey, "does not hold"),
+    ],
+)
+async def test_bad_pushes_are_refused(
+    tmp_path: Path, changes: dict[str, object], sender: int, fill: float, error: type[Exception], message: str
+) -> None:
+    async with swarm_of(tmp_path, stages=3, replicas=1) as swarm:
+        source = swarm.stage(sender)[0] if sender == 0 else swarm.stage(2)[0]
+        target = swarm.stage(1)[0]
+        y = torch.full((4, 32, 8), fill, dtype=torch.bfloat16)
+        with pytest.raises(error, match=message):
+            await source.dendrite.call(
+                target.axon.endpoint,
+                target.identity.hotkey,
+                push(swarm, Forward, **changes),
+                {"y": y},
+                reply=Accepted,
+                deadline=5,
+            )
+        assert not target.worker._current().receipts
+
+
+async def test_wrong_shape_and_unasked_gradient_are_refused(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=3, replicas=1) as swarm:
+        head, body, tail = (swarm.stage(index)[0] for index in range(3))
+        with pytest.raises(WrongTensor, match="plan says"):
+            await head.dendrite.call(
+                body.axon.endpoint,
+                body.identity.hotkey,
+                push(swarm, Forward),
+                {"y": torch.zeros(4, 32, 9, dtype=torch.bfloat16)},
+                reply=Accepted,
+                deadline=5,
+            )
+        with pytest.raises(Dropped, match="no forward open"):
+            await tail.dendrite.call(
+                body.axon.endpoint,
+                body.identity.hotkey,
+                push(swarm, Backward),
+                {"g": torch.zeros(4, 32, 8, dtype=torch.bfloat16)},
+                reply=Accepted,
+                deadline=5,
+            )
+
+
+async def test_a_repeated_push_gets_the_same_receipt_and_is_computed_once(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
+        head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
+        message = push(swarm, Forward)
+        y = torch.zeros(4, 32, 8, dtype=torch.bfloat16)
+        receipts = set()
+        for _ in range(3):
+            reply, _ = await head.dendrite.call(
+                tail.axon.endpoint, tail.identity.hotkey, message, {"y": y}, reply=Accepted, deadline=5
+            )
+            receipts.add(reply.receipt)
+        assert len(receipts) == 1
+        signed = receipt_message(
+            swarm.loaded.run_id,
+            0,
+            producer=head.identity.hotkey,
+            key=UnitKey(0, Direction.FORWARD),
+            stage=0,
+            output=digest(raw(y)),
+        )
+        assert verify(tail.identity.hotkey, signed, bytes.fromhex(receipts.pop()))
+        _, evidence = await tail.worker.close()
+        assert len(evidence.leaves) <= 1
+
+
+async def test_closed_round_drops_pushes(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
+        head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
+        await tail.worker.close()
+        with pytest.raises(Dropped, match="closed"):
+            await head.dendrite.call(
+                tail.axon.endpoint,
+                tail.identity.hotkey,
+                push(swarm, Forward),
+                {"y": torch.zeros(4, 32, 8, dtype=torch.bfloat16)},
+                reply=Accepted,
+                deadline=5,
+            )
+        await tail.axon.stop()
+        with pytest.raises(Unreachable):
+            await head.dendrite.call(
+                tail.axon.endpoint, tail.identity.hotkey, push(swarm, Forward), {}, reply=Accepted, deadline=5
+            )

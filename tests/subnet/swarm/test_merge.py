@@ -1,0 +1,105 @@
+"""The chain decides what counts; arithmetic is pinned; a void round loses nothing."""
+
+import pytest
+import torch
+
+from model.optimizer import OuterConfig
+from subnet.swarm import codec
+from subnet.swarm.merge import Merged, accepted, apply, cut_sources, mean, rebase
+from subnet.swarm.record import MAX_HAVE, Phase, Record, bind_roots
+
+REPLICAS = ("a", "b", "c")
+OUTER = OuterConfig(lr=0.7, momentum=0.9)
+
+
+def record(phase: Phase, *, number: int = 4, root: bytes = b"r" * 32, have: int = 0) -> Record:
+    return Record(run=b"run-0001", round=number, phase=phase, root=root, have=have, work=3)
+
+
+def test_record_layout_is_fixed_and_small() -> None:
+    full = Record(
+        run=b"run-0001",
+        round=2**32 - 1,
+        phase=Phase.DONE,
+        work=7,
+        root=b"\xff" * 32,
+        roster=b"\x80" * 15,
+        weights=b"\x01" * 32,
+        have=2**MAX_HAVE - 1,
+    )
+    assert len(full.encode()) <= 128
+    assert Record.decode(full.encode()) == full
+    for other in (None, b"", b"hello", full.encode()[:-1], b"XX1" + full.encode()[3:], full.encode()[:3] + b"\x09" + full.encode()[4:]):
+        assert Record.decode(other) is None
+
+
+def test_late_or_foreign_records_are_no_sources() -> None:
+    records = {"a": record(Phase.CUT), "b": record(Phase.READY), "c": record(Phase.CUT, number=3)}
+    assert [source.hotkey for source in cut_sources(REPLICAS, records, 4)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("haves", "listed"),
+    [
+        ((0b111, 0b111, 0b111), ["a", "b", "c"]),
+        ((0b011, 0b011, 0b111), ["a", "b"]),  # c's payload is held by c alone
+        ((0b001, 0b010, 0b100), []),  # nobody has what the others sent: void
+        ((0b111, None, None), []),  # one voter of three is no majority
+        ((0b011, 0b011, None), ["a", "b"]),
+    ],
+)
+def test_source_list_needs_a_majority(haves: tuple[int | None, ...], listed: list[str]) -> None:
+    sources = cut_sources(REPLICAS, {name: record(Phase.CUT) for name in REPLICAS}, 4)
+    records = {
+        name: record(Phase.CUT) if have is None else record(Phase.HAVE, have=have)
+        for name, have in zip(REPLICAS, haves, strict=True)
+    }
+    assert [source.hotkey for source in accepted(sources, records, 4)] == listed
+
+
+def test_a_root_changed_after_cut_does_not_vote() -> None:
+    sources = cut_sources(REPLICAS[:2], {name: record(Phase.CUT) for name in REPLICAS[:2]}, 4)
+    records = {"a": record(Phase.HAVE, have=3), "b": record(Phase.HAVE, have=3, root=b"x" * 32)}
+    assert accepted(sources, records, 4) == ()
+
+
+def test_reduction_is_in_the_order_given() -> None:
+    deltas = [torch.tensor([1e8]), torch.tensor([1.0]), torch.tensor([-1e8])]
+    expected = ((deltas[0] + deltas[1]) + deltas[2]) * (1.0 / 3)
+    assert torch.equal(mean(deltas), expected)
+
+
+def test_replicas_land_on_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(3)
+    theta = torch.randn(1000, generator=generator)
+    state = Merged(theta, torch.zeros(1000))
+    payloads = [codec.encode(torch.randn(1000, generator=generator) * 1e-2) for _ in range(3)]
+    results = [apply(state, [codec.decode(payload, 1000) for payload in payloads], OUTER) for _ in range(2)]
+    assert torch.equal(results[0].theta, results[1].theta)
+    assert torch.equal(rebase(theta + 1, state, results[0], included=True), results[0].theta)
+
+
+def test_void_round_carries_contributions_over() -> None:
+    theta = torch.zeros(8)
+    state = Merged(theta, torch.zeros(8))
+    local = torch.linspace(0, 1, 8)
+    after = apply(state, [], OUTER)
+    assert torch.equal(rebase(local, state, after, included=False), local)
+
+
+def test_excluded_replica_keeps_its_own_progress() -> None:
+    state = Merged(torch.zeros(8), torch.zeros(8))
+    after = apply(state, [torch.full((8,), -0.5)], OuterConfig(lr=1.0, momentum=0.0))
+    assert torch.equal(after.theta, torch.full((8,), 0.5))
+    assert torch.equal(rebase(torch.ones(8), state, after, included=False), torch.full((8,), 1.5))
+
+
+def test_payload_is_checked() -> None:
+    payload = codec.encode(torch.tensor([1.0, 2.0]))
+    assert len(payload) == codec.payload_bytes(2)
+    with pytest.raises(codec.PayloadError, match="5 parameters"):
+        codec.decode(payload, 5)
+    with pytest.raises(codec.PayloadError, match="NaN"):
+        codec.decode(codec.encode(torch.tensor([1.0, float("nan")])), 2)
+    assert codec.root(payload) != codec.root(payload[:-1] + b"\x00\x00")
+    assert bind_roots(codec.root(payload), b"e" * 32) != bind_roots(codec.root(payload), b"f" * 32)

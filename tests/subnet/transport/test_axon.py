@@ -1,0 +1,562 @@
+"""Axon and dendrite over real loopback sockets with real signatures: what works, and all that is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+import torch
+from bittensor.sp_core import Keypair
+
+from subnet.transport import auth, synapse
+from subnet.transport.admission import Admission
+from subnet.transport.axon import Axon, Handler
+from subnet.transport.dendrite import Dendrite
+from subnet.transport.errors import (
+    BadReply,
+    Broken,
+    Busy,
+    Dropped,
+    NotFinite,
+    PortTaken,
+    Refused,
+    StaleRequest,
+    TooLarge,
+    Unavailable,
+    UnknownHotkey,
+    UnknownRoute,
+    UnknownRun,
+    Unreachable,
+    WrongReceiver,
+    WrongTensor,
+)
+from subnet.transport.synapse import Synapse, TensorSpec
+
+ALICE = Keypair.create_from_uri("//Alice")
+BOB = Keypair.create_from_uri("//Bob")
+EVE = Keypair.create_from_uri("//Eve")
+BOB_KEY = BOB.ss58_address
+RUN = "run-1"
+SPECS = {"x": TensorSpec(torch.float32, (8, 4))}
+BIG = {"x": TensorSpec(torch.bfloat16, (1024, 2048))}  # 4 MiB: streamed both ways
+
+
+class Push(Synapse):
+    route: ClassVar[str] = "push"
+    sample: int
+    run: str = RUN
+
+
+class Bulk(Synapse):
+    route: ClassVar[str] = "bulk"
+
+
+class Unserved(Synapse):
+    route: ClassVar[str] = "unserved"
+
+
+class Done(Synapse):
+    sample: int = 0
+
+
+@dataclass
+class Node:
+    """Bob's axon, what reached its handlers, and a gate that holds them back when closed."""
+
+    axon: Axon
+    seen: list[tuple[str, int]] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    entered: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+
+    async def push(
+        self, caller: str, message: Push, tensors: dict[str, torch.Tensor]
+    ) -> tuple[Done, dict[str, torch.Tensor]]:
+        if message.run != RUN:
+            raise UnknownRun(f"run {message.run!r}, this node trains {RUN!r}", "load the manifest on chain")
+        if message.sample < 0:
+            raise Dropped(f"sample {message.sample} is of a past round", "do not send it again")
+        if message.sample == 13:
+            raise ZeroDivisionError("unlucky")
+        synapse.require_finite(tensors)
+        self.seen.append((caller, message.sample))
+        self.entered.release()
+        await self.gate.wait()
+        return Done(sample=message.sample), {"x": tensors["x"] * 2}
+
+    @staticmethod
+    async def bulk(
+        _caller: str, _message: Bulk, tensors: dict[str, torch.Tensor]
+    ) -> tuple[Done, dict[str, torch.Tensor]]:
+        return Done(), {"x": tensors["x"] + 1}
+
+
+def rule(hotkey: str, route: str) -> None:
+    if hotkey == EVE.ss58_address:
+        raise UnknownHotkey(f"{hotkey} is no neighbour of this stage", "register on subnet 9")
+
+
+@contextlib.asynccontextmanager
+async def running(
+    *, slots: int = 4, buffer_bytes: int = 1 << 28, grace_s: float = 5.0
+) -> AsyncIterator[Node]:
+    door = Admission(BOB_KEY, allow=rule, now_ns=time.time_ns, slots=slots, buffer_bytes=buffer_bytes)
+    node = Node(Axon(door, grace_s=grace_s))
+    node.gate.set()
+    node.axon.serve(Push, node.push, specs=SPECS)
+    node.axon.serve(Bulk, node.bulk, specs=BIG)
+    await node.axon.start()
+    try:
+        yield node
+    finally:
+        node.gate.set()
+        await node.axon.stop()
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[Node]:
+    async with running() as it:
+        yield it
+
+
+@pytest.fixture
+async def alice() -> AsyncIterator[Dendrite]:
+    async with Dendrite(ALICE, now_ns=time.time_ns) as it:
+        yield it
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {"x": torch.arange(32.0).view(8, 4)}
+
+
+async def push(
+    dendrite: Dendrite,
+    node: Node,
+    message: Synapse | None = None,
+    values: dict[str, torch.Tensor] | None = None,
+) -> tuple[Done, dict[str, torch.Tensor]]:
+    return await dendrite.call(
+        node.axon.endpoint,
+        BOB_KEY,
+        message or Push(sample=1),
+        tensors() if values is None else values,
+        reply=Done,
+        reply_specs=SPECS,
+        deadline=10,
+    )
+
+
+@dataclass
+class Answer:
+    status: int
+    body: dict[str, object]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, object]]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = int(head.split("content-length: ")[1].split("\r\n")[0])
+    return int(head.split()[1]), json.loads(await reader.readexactly(length))
+
+
+@contextlib.asynccontextmanager
+async def raw(node: Node, request: bytes) -> AsyncIterator[Answer]:
+    """The answer to hand-written bytes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
+    try:
+        writer.write(request)
+        status, body = await read_answer(reader)
+        yield Answer(status, body, reader, writer)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def head(
+    body: bytes = b"", *, path: str = "/push", change: dict[str, str | None] | None = None, age_s: float = 0
+) -> bytes:
+    """Signed request line and headers for this body, some then changed or (None) left out."""
+    headers: dict[str, str | None] = {
+        **auth.sign(
+            ALICE,
+            path=path,
+            digest=hashlib.sha256(body).digest(),
+            receiver=BOB_KEY,
+            nonce_ns=time.time_ns() - int(age_s * 1e9),
+        ),
+        "Host": "bob",
+        "Content-Length": str(len(body)),
+    }
+    lines = [f"{k}: {v}" for k, v in (headers | (change or {})).items() if v is not None]
+    return "\r\n".join([f"POST {path} HTTP/1.1", *lines, "", ""]).encode()
+
+
+async def test_round_trip_in_both_sizes(node: Node, alice: Dendrite) -> None:
+    fields, got = await push(alice, node, Push(sample=5))
+    assert fields == Done(sample=5)
+    assert torch.equal(got["x"], tensors()["x"] * 2)
+    assert node.seen == [(ALICE.ss58_address, 5)]
+    x = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    _, got = await alice.call(
+        node.axon.endpoint, BOB_KEY, Bulk(), {"x": x}, reply=Done, reply_specs=BIG, deadline=20
+    )
+    assert torch.equal(got["x"], x + 1)
+
+
+async def test_counters_are_the_bytes_of_the_bodies(node: Node, alice: Dendrite) -> None:
+    for sample in (1, 2):
+        await push(alice, node, Push(sample=sample))
+    with pytest.raises(Dropped):
+        await push(alice, node, Push(sample=-1))
+    size = synapse.size_of(synapse.encode(Push(sample=1), tensors()))
+    traffic = alice.counters["push"]
+    assert (traffic.calls, traffic.refused, traffic.failed) == (3, 1, 0)
+    assert 3 * size <= traffic.sent <= 3 * size + 8  # "-1" may cost a padding unit
+    assert traffic.received > 2 * synapse.wire_bytes(SPECS)
+
+
+async def test_sequential_calls_use_one_connection_and_parallel_ones_four(
+    node: Node, alice: Dendrite
+) -> None:
+    ports: set[int] = set()
+    accept = node.axon._on_request
+
+    async def watch(request: object) -> object:
+        ports.add(request.transport.get_extra_info("peername")[1])  # type: ignore[attr-defined]
+        return await accept(request)  # type: ignore[arg-type]
+
+    node.axon._runner.server.request_handler = watch  # type: ignore[union-attr]
+    for sample in range(5):
+        await push(alice, node, Push(sample=sample))
+    assert len(ports) == 1
+    with pytest.raises(Dropped):  # a refusal does not cost the connection
+        await push(alice, node, Push(sample=-1))
+    await asyncio.gather(*(push(alice, node, Push(sample=sample)) for sample in range(20, 40)))
+    assert 1 < len(ports) <= 4
+
+
+async def test_health(node: Node) -> None:
+    async with raw(node, b"GET /health HTTP/1.1\r\nHost: b\r\n\r\n") as answer:
+        assert answer.status == 200
+        assert answer.body == {"hotkey": BOB_KEY, "routes": ["bulk", "push"]}
+
+
+@pytest.mark.parametrize(
+    ("message", "values", "kind", "status", "told"),
+    [
+        (Push(sample=1), {"x": torch.zeros(4, 8)}, WrongTensor, 422, "F32[4, 8]"),
+        (Push(sample=1), {"x": torch.zeros(8, 4).double()}, WrongTensor, 422, "F64[8, 4]"),
+        (
+            Push(sample=1),
+            {"x": torch.zeros(8, 4).int()},
+            WrongTensor,
+            422,
+            "plan says F32[8, 4] in 128 bytes",
+        ),
+        (Push(sample=1), {}, WrongTensor, 422, "send exactly ['x']"),
+        (Push(sample=1), {"x": torch.full((8, 4), torch.nan)}, NotFinite, 422, "32 of 32 elements"),
+        (Push(sample=1, run="other"), None, UnknownRun, 404, "run 'other', this node trains 'run-1'"),
+        (Push(sample=-3), None, Dropped, 410, "sample -3 is of a past round"),
+        (Unserved(), {}, UnknownRoute, 404, "no route /unserved; this axon serves bulk, push"),
+    ],
+)
+async def test_refusals_reach_the_caller_as_what_they_were(
+    node: Node,
+    alice: Dendrite,
+    message: Synapse,
+    values: dict[str, torch.Tensor] | None,
+    kind: type[Refused],
+    status: int,
+    told: str,
+) -> None:
+    with pytest.raises(kind) as caught:
+        await push(alice, node, message, values)
+    assert caught.value.status == status
+    assert told in caught.value.message
+    assert caught.value.peer == node.axon.endpoint
+    assert node.seen == []
+    await push(alice, node)  # and the node is none the worse
+
+
+async def test_wrong_receiver_and_unknown_hotkey(node: Node, alice: Dendrite) -> None:
+    with pytest.raises(WrongReceiver, match="look the peer's endpoint up again"):
+        await alice.call(
+            node.axon.endpoint, EVE.ss58_address, Push(sample=1), tensors(), reply=Done, deadline=10
+        )
+    async with Dendrite(EVE, now_ns=time.time_ns) as eve:
+        with pytest.raises(UnknownHotkey, match="no neighbour of this stage; register on subnet 9"):
+            await push(eve, node)
+
+
+async def test_a_clock_that_is_off_is_told_so(node: Node) -> None:
+    async with Dendrite(ALICE, now_ns=lambda: time.time_ns() + 60 * 10**9) as ahead:
+        with pytest.raises(StaleRequest, match=r"signed -6\d\.\d s ago, allowed -2 to 10 s.*NTP"):
+            await push(ahead, node)
+
+
+async def test_a_recorded_request_is_refused(node: Node) -> None:
+    body = b"".join(synapse.encode(Push(sample=1), tensors()))
+    recorded = head(body) + body
+    reader, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
+    writer.write(recorded)
+    await reader.readuntil(b"\r\n\r\n")
+    async with raw(node, recorded) as answer:
+        assert (answer.status, answer.body["error"]) == (409, "replayed")
+    writer.close()
+    assert len(node.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "age_s", "status", "code"),
+    [
+        ({"Content-Length": None}, "/push", 0, 411, "length_required"),
+        ({"Content-Length": None, "Transfer-Encoding": "chunked"}, "/push", 0, 400, "malformed"),
+        ({"Content-Encoding": "gzip"}, "/push", 0, 400, "malformed"),
+        ({"X-Bittensor-Signature": "0x" + "00" * 64}, "/push", 0, 401, "bad_signature"),
+        ({"X-Bittensor-Signature": None}, "/push", 0, 400, "malformed"),
+        ({}, "/push", 30, 401, "stale"),
+        ({}, "/push?x=1", 0, 404, "unknown_route"),
+    ],
+)
+async def test_bad_headers_are_refused(
+    node: Node, change: dict[str, str | None], path: str, age_s: float, status: int, code: str
+) -> None:
+    async with raw(node, head(b"abc", change=change, path=path, age_s=age_s)) as answer:
+        assert (answer.status, answer.body["error"]) == (status, code)
+        assert "; " in str(answer.body["message"])
+        assert "\n" not in str(answer.body["message"])
+
+
+async def test_other_methods_are_refused(node: Node) -> None:
+    async with raw(node, b"DELETE /push HTTP/1.1\r\nHost: b\r\n\r\n") as answer:
+        assert (answer.status, answer.body["error"]) == (400, "malformed")
+
+
+@pytest.mark.parametrize(
+    "request_line", [b"\x00\xff\x00 garbage\r\n\r\n", b"POST /push HTTP/1.1\r\nA: " + b"a" * 20_000]
+)
+async def test_garbage_and_endless_headers_close_the_connection(
+    node: Node, alice: Dendrite, request_line: bytes
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
+    writer.write(request_line)
+    assert (await reader.read()).startswith(b"HTTP/1.0 400")
+    writer.close()
+    await push(alice, node)
+
+
+async def test_an_oversized_body_is_refused_before_it_is_read(node: Node) -> None:
+    limit = synapse.max_blob_bytes(SPECS)
+    async with raw(node, head(b"", change={"Content-Length": str(1 << 40)})) as answer:
+        # Not a byte of the body has been sent yet.
+        assert (answer.status, answer.body["error"]) == (413, "too_large")
+        assert f"body of {1 << 40} bytes, limit {limit} on this route" in str(answer.body["message"])
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 1 << 28:
+                answer.writer.write(bytes(1 << 16))
+                await answer.writer.drain()
+                sent += 1 << 16
+        assert sent < 1 << 25  # what kernels buffer, far from the 256 MiB that were on offer
+
+
+async def test_a_dendrite_that_sends_too_much_learns_why(node: Node, alice: Dendrite) -> None:
+    with pytest.raises(TooLarge, match="limit"):
+        await push(alice, node, values={"x": torch.zeros(1 << 18)})
+
+
+async def test_a_cut_off_body_reaches_no_handler(node: Node, alice: Dendrite) -> None:
+    body = b"".join(synapse.encode(Push(sample=1), tensors()))
+    _, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
+    writer.write(head(body) + body[:-1])
+    writer.close()
+    await writer.wait_closed()
+    await push(alice, node, Push(sample=2))
+    assert [sample for _, sample in node.seen] == [2]
+
+
+async def test_a_body_that_is_not_the_signed_one_is_refused(node: Node) -> None:
+    body = b"".join(synapse.encode(Push(sample=1), tensors()))
+    async with raw(node, head(body) + body[:-1] + b"!") as answer:
+        assert (answer.status, answer.body["error"]) == (401, "bad_signature")
+        assert "not the one that was signed" in str(answer.body["message"])
+    assert node.seen == []
+
+
+@pytest.mark.parametrize("body", [b"", b"garbage", b"\xff" * 100, (10**9).to_bytes(8, "little") + b"{}"])
+async def test_signed_garbage_is_refused(node: Node, body: bytes) -> None:
+    async with raw(node, head(body) + body) as answer:
+        assert (answer.status, answer.body["error"]) == (400, "malformed")
+
+
+async def test_a_truncated_blob_is_refused(node: Node) -> None:
+    body = b"".join(synapse.encode(Push(sample=1), tensors()))[:-4]
+    async with raw(node, head(body) + body) as answer:
+        assert (answer.status, answer.body["error"]) == (400, "malformed")
+        assert f"{len(body)} bytes received, {len(body) + 4} announced" in str(answer.body["message"])
+
+
+async def test_a_slow_body_is_cut_off() -> None:
+    async with running(grace_s=0.1, slots=1) as node, Dendrite(ALICE, now_ns=time.time_ns) as alice:
+        async with raw(node, head(b"12345678") + b"1") as answer:
+            assert (answer.status, answer.body["error"]) == (408, "too_slow")
+            assert "1 of 8 bytes" in str(answer.body["message"])
+            assert await answer.reader.read() == b""  # closed
+        await push(alice, node)  # its slot is free again
+
+
+async def test_a_caller_with_all_slots_taken_is_told_to_back_off(alice: Dendrite) -> None:
+    async with running(slots=2) as node:
+        node.gate.clear()
+        held = [asyncio.create_task(push(alice, node, Push(sample=sample))) for sample in (1, 2)]
+        for _ in held:
+            await node.entered.acquire()
+        with pytest.raises(Busy, match=r"2 requests of .* in progress, limit 2; back off") as busy:
+            await push(alice, node, Push(sample=3))
+        assert (busy.value.status, busy.value.retry_after) == (429, 0.1)
+        async with Dendrite(Keypair.create_from_uri("//Charlie"), now_ns=time.time_ns) as charlie:
+            other = asyncio.create_task(push(charlie, node, Push(sample=4)))
+            await node.entered.acquire()  # somebody else is served meanwhile
+            node.gate.set()
+            await asyncio.gather(*held, other)
+        await push(alice, node, Push(sample=5))
+
+
+async def test_full_buffers_refuse_before_buffering(alice: Dendrite) -> None:
+    async with running(buffer_bytes=10_000) as node:
+        with pytest.raises(Unavailable, match=r"in buffers, limit 10000; back off or try a sibling") as full:
+            await alice.call(
+                node.axon.endpoint,
+                BOB_KEY,
+                Bulk(),
+                {"x": torch.zeros(1024, 2048).bfloat16()},
+                reply=Done,
+                deadline=10,
+            )
+        assert full.value.status == 503
+
+
+async def test_a_handlers_bug_is_logged_once_and_hurts_nobody(
+    node: Node, alice: Dendrite, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(Broken, match=r"incident \d+-1; its operator's log") as caught,
+    ):
+        await push(alice, node, Push(sample=13))
+    assert caught.value.status == 500
+    assert "unlucky" not in caught.value.message
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == 1
+    assert "incident" in errors[0].getMessage()
+    assert errors[0].exc_info is not None
+    await push(alice, node)
+
+
+async def test_a_taken_port_says_so(node: Node) -> None:
+    door = Admission(BOB_KEY, allow=rule, now_ns=time.time_ns)
+    with pytest.raises(PortTaken, match=rf"127.0.0.1 port {node.axon.port} .*--port"):
+        await Axon(door, port=node.axon.port).start()
+
+
+async def test_nobody_there_is_unreachable(alice: Dendrite) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(Unreachable, match=rf"{endpoint} did not answer push .*try a sibling"):
+            await alice.call(endpoint, BOB_KEY, Push(sample=1), tensors(), reply=Done, deadline=10)
+    assert alice.counters["push"].failed == 1
+
+
+async def test_a_deadline_ends_the_call_but_not_the_node(node: Node, alice: Dendrite) -> None:
+    node.gate.clear()
+    with pytest.raises(
+        Unreachable, match=r"no answer to push within 0.1 s; try a sibling or a longer deadline"
+    ):
+        await alice.call(
+            node.axon.endpoint,
+            BOB_KEY,
+            Push(sample=1),
+            tensors(),
+            reply=Done,
+            reply_specs=SPECS,
+            deadline=0.1,
+        )
+    node.gate.set()
+    await push(alice, node)
+
+
+async def test_stopping_the_axon_ends_open_connections(alice: Dendrite) -> None:
+    async with running() as node:
+        await push(alice, node)
+    with pytest.raises(Unreachable):
+        await push(alice, node)
+
+
+async def test_stopping_the_dendrite_ends_its_calls(node: Node, alice: Dendrite) -> None:
+    node.gate.clear()
+    calls = [asyncio.create_task(push(alice, node, Push(sample=sample))) for sample in range(6)]
+    for _ in range(4):  # two more wait for a stream
+        await node.entered.acquire()
+    await alice.stop()
+    ends = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(end, Unreachable) for end in ends)
+    assert alice.counters["push"].failed == 6
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9999999999\r\n\r\n", "announced a reply of 9999999999 bytes"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "announced a reply of None bytes"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", "answered push badly: header of"),
+        (b"HTTP/1.1 502 Bad\r\nContent-Length: 4\r\n\r\n<h1>", "answered 502 .*no Orion error"),
+        (b"HTTP/1.1 301 Go\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", "answered 301"),
+    ],
+)
+async def test_answers_that_are_none(alice: Dendrite, answer: bytes, told: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(BadReply, match=told):
+            await alice.call(endpoint, BOB_KEY, Push(sample=1), tensors(), reply=Done, deadline=10)
+        await alice.stop()
+
+
+async def test_a_reply_with_other_tensors_is_the_peers_fault(node: Node, alice: Dendrite) -> None:
+    with pytest.raises(BadReply, match=r"answered push badly: tensors \['x'\]"):
+        await alice.call(node.axon.endpoint, BOB_KEY, Push(sample=1), tensors(), reply=Done, deadline=10)
+
+
+async def test_concurrent_calls_never_share_a_nonce(node: Node) -> None:
+    async with Dendrite(ALICE, now_ns=lambda: frozen) as stopped_clock:
+        frozen = time.time_ns()
+        for sample in range(3):
+            await push(stopped_clock, node, Push(sample=sample))
+    assert len(node.seen) == 3
+
+
+def test_routes_are_checked_when_they_are_made() -> None:
+    axon = Axon(Admission(BOB_KEY, allow=rule, now_ns=time.time_ns))
+    handler: Handler[Push] = Node(axon).push
+    axon.serve(Push, handler, specs=SPECS)
+    with pytest.raises(ValueError, match="give every served kind a route of its own"):
+        axon.serve(Push, handler, specs=SPECS)
+    with pytest.raises(ValueError, match="max_bytes is missing for Bulk"):
+        axon.serve(Bulk, Node.bulk, specs=lambda _message: BIG)

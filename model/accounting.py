@@ -53,9 +53,7 @@ def training_flops_per_token(config: ModelConfig, *, stages: int = 1, tokens: in
 def mfu(tokens_per_second: float, flops_per_token: float, *, devices: int, peak_flops: float) -> float:
     """Model FLOPs utilisation, 0 to 1: useful FLOPs per second of wall-clock time over all devices' peak."""
     if devices < 1 or not peak_flops > 0:
-        raise ConfigError(
-            f"devices is {devices} and peak_flops {peak_flops}; both must be above 0: name the device"
-        )
+        raise ConfigError(f"devices is {devices} and peak_flops {peak_flops}; both must be above 0: name the device")
     return tokens_per_second * flops_per_token / (devices * peak_flops)
 
 

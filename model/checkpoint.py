@@ -58,9 +58,7 @@ def content_digest(tensors: Mapping[str, Tensor]) -> bytes:
     if not level:
         return hashlib.sha256(b"").digest()
     while len(level) > 1:
-        pairs = [
-            hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)
-        ]
+        pairs = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)]
         level = pairs + ([level[-1]] if len(level) % 2 else [])
     return level[0]
 
@@ -105,8 +103,7 @@ def load(path: Path, *, manifest_hash: str) -> tuple[dict[str, Tensor], Checkpoi
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointCorruptError(
-            f"checkpoint {path} cannot be read ({error}): "
-            "use an older checkpoint or fetch the weights from a peer"
+            f"checkpoint {path} cannot be read ({error}): use an older checkpoint or fetch the weights from a peer"
         ) from error
     info, expected = _parse(path, metadata)
     found = content_digest(tensors).hex()
@@ -139,8 +136,7 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> tuple[CheckpointInfo, str
         ) from error
     if not sealed:
         raise CheckpointCorruptError(
-            f"checkpoint {path} has an altered header: "
-            "use an older checkpoint or fetch the weights from a peer"
+            f"checkpoint {path} has an altered header: use an older checkpoint or fetch the weights from a peer"
         )
     return info, expected
 

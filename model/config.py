@@ -35,8 +35,7 @@ class BoundaryConfig:
     def __post_init__(self) -> None:
         if self.form is BoundaryForm.NONE and self.width != 0:
             raise ConfigError(
-                f"boundary.width is {self.width} but boundary.form 'none' sends the whole residual: "
-                "set width to 0"
+                f"boundary.width is {self.width} but boundary.form 'none' sends the whole residual: set width to 0"
             )
         if self.form is not BoundaryForm.NONE and self.width < 1:
             raise ConfigError(
@@ -68,17 +67,14 @@ class ModelConfig:
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1: raise {name}")
         if self.hidden % self.heads:
-            raise ConfigError(
-                f"hidden {self.hidden} is not a multiple of heads {self.heads}: change hidden or heads"
-            )
+            raise ConfigError(f"hidden {self.hidden} is not a multiple of heads {self.heads}: change hidden or heads")
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: change heads or kv_heads"
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"hidden / heads is {self.head_dim}; rotary embedding needs an even number: "
-                "change hidden or heads"
+                f"hidden / heads is {self.head_dim}; rotary embedding needs an even number: change hidden or heads"
             )
         if self.boundary.width > self.hidden:
             raise ConfigError(
@@ -133,6 +129,4 @@ def preset(name: str) -> ModelConfig:
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-    raise ConfigError(
-        f"model preset '{name}' is unknown: did you mean '{near}'? Presets: {', '.join(PRESETS)}"
-    )
+    raise ConfigError(f"model preset '{name}' is unknown: did you mean '{near}'? Presets: {', '.join(PRESETS)}")

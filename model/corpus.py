@@ -21,9 +21,7 @@ import numpy as np
 from model.data import DataError, ShardEntry
 
 END_OF_TEXT = "<|endoftext|>"
-_LEFT_OUT = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
-)
+_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"})
 _INDEX = "corpus.json"
 _TOKENS = "tokens.bin"
 _TOKENIZER = "tokenizer.json"
@@ -53,9 +51,7 @@ def standard_library_corpus(
         raise DataError(f"vocab is {vocab}; a byte-level BPE in uint16 takes 257 to 65536: change vocab")
     texts = list(_texts(Path(sysconfig.get_paths()["stdlib"]), cap_bytes))
     if not texts:
-        raise DataError(
-            "this Python has no standard library source (.py files): use another Python or a data folder"
-        )
+        raise DataError("this Python has no standard library source (.py files): use another Python or a data folder")
     source = hashlib.sha256(b"\0".join(text.encode() for text in texts)).hexdigest()
     recipe = hashlib.sha256(f"{source}/{vocab}/{training_bytes}".encode()).hexdigest()[:16]
     folder = cache / f"stdlib-{recipe}"
@@ -96,9 +92,7 @@ def _build(folder: Path, texts: list[str], source: str, *, vocab: int, training_
     )
     tokenizer.train_from_iterator(_prefix(texts, training_bytes), trainer)
     end = tokenizer.token_to_id(END_OF_TEXT)
-    parts = [
-        [end, *encoding.ids] for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    ]
+    parts = [[end, *encoding.ids] for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     ids = np.concatenate([np.asarray(part, dtype="<u2") for part in parts])
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -141,9 +135,7 @@ def _verified(folder: Path) -> CorpusFiles:
         for name, expected in hashes.items():
             got = _sha256(folder / name)
             if got != expected:
-                raise DataError(
-                    f"corpus file {folder / name} has SHA-256 {got}, expected {expected}: {remedy}"
-                )
+                raise DataError(f"corpus file {folder / name} has SHA-256 {got}, expected {expected}: {remedy}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"corpus {folder} is incomplete ({error!r}): {remedy}") from error
     return CorpusFiles(

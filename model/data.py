@@ -65,13 +65,10 @@ class TokenShard:
             largest = max(largest, int(part.max()))
         if digest.hexdigest() != entry.sha256:
             raise DataError(
-                f"shard {path} has SHA-256 {digest.hexdigest()}, expected {entry.sha256}: "
-                "delete it and fetch it again"
+                f"shard {path} has SHA-256 {digest.hexdigest()}, expected {entry.sha256}: delete it and fetch it again"
             )
         if largest >= vocab:
-            raise DataError(
-                f"shard {path} holds token {largest}, the vocabulary has {vocab}: use the data's own model"
-            )
+            raise DataError(f"shard {path} holds token {largest}, the vocabulary has {vocab}: use the data's own model")
         return cls(entry, tokens)
 
 
@@ -137,9 +134,7 @@ class Corpus:
     def validation_sample(self, index: int) -> Tensor:
         """Held-out batch `index` in [0, validation_samples) as int64 (B, T+1), in the order of the corpus."""
         if not 0 <= index < self.validation_samples:
-            raise DataError(
-                f"validation sample is {index}; this corpus has 0 to {self.validation_samples - 1}"
-            )
+            raise DataError(f"validation sample is {index}; this corpus has 0 to {self.validation_samples - 1}")
         first = self._first_held + index * self.batch
         return self._stack(range(first, first + self.batch))
 

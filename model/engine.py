@@ -124,9 +124,7 @@ class StageEngine:
         Raises `CapacityError`, `DuplicateUnitError`, or `StageInputError` for an input that does not fit.
         """
         if self.plan.is_last:
-            raise EngineError(
-                f"stage {self.plan.index} is the last and sends nothing on: call tail, not forward"
-            )
+            raise EngineError(f"stage {self.plan.index} is the last and sends nothing on: call tail, not forward")
         if key in self._units:
             raise DuplicateUnitError(f"unit {key} is open already: wait for its backward or drop it")
         if len(self._units) >= self.capacity:
@@ -257,9 +255,7 @@ class StageEngine:
                 for field in fields
             }
         if rest:
-            raise StateError(
-                f"state holds '{min(rest)}', which stage {self.plan.index} lacks: load its own checkpoint"
-            )
+            raise StateError(f"state holds '{min(rest)}', which stage {self.plan.index} lacks: load its own checkpoint")
         self.stage.load_state_dict(weights)
         self._optimizer.state.clear()
         for name, parameter in self.stage.named_parameters():
@@ -296,9 +292,7 @@ def replay_backward(stage: Stage, x: Tensor, g: Tensor) -> Tensor | None:
     return leaf.grad
 
 
-def replay_tail(
-    stage: Stage, x: Tensor, targets: Tensor, *, accumulation: int
-) -> tuple[float, Tensor | None]:
+def replay_tail(stage: Stage, x: Tensor, targets: Tensor, *, accumulation: int) -> tuple[float, Tensor | None]:
     """What an honest `StageEngine.tail` returns; leaves no gradients in the stage."""
     loss, leaf = _tail_forward(stage, x, targets)
     torch.autograd.backward(loss / accumulation)
@@ -321,7 +315,5 @@ def _take(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
     if tensor is None:
         raise StateError(f"state lacks '{name}': load a complete checkpoint of this stage")
     if tensor.shape != shape:
-        raise StateError(
-            f"state has '{name}' of shape {tuple(tensor.shape)}; this stage needs {tuple(shape)}"
-        )
+        raise StateError(f"state has '{name}' of shape {tuple(tensor.shape)}; this stage needs {tuple(shape)}")
     return tensor

@@ -40,18 +40,12 @@ class OptimizerConfig:
         if self.kind not in ("adamw", "nadam"):
             raise ConfigError(f"optimizer.kind is '{self.kind}'; it must be 'adamw' or 'nadam': change it")
         if not 0 < self.lr < math.inf:
-            raise ConfigError(
-                f"optimizer.lr is {self.lr}; it must be a finite number above 0: change optimizer.lr"
-            )
+            raise ConfigError(f"optimizer.lr is {self.lr}; it must be a finite number above 0: change optimizer.lr")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(
-                f"optimizer.betas are {self.betas}; both must be in [0, 1): change optimizer.betas"
-            )
+            raise ConfigError(f"optimizer.betas are {self.betas}; both must be in [0, 1): change optimizer.betas")
         for name in ("weight_decay", "warmup_steps", "clip"):
             if not getattr(self, name) >= 0:
-                raise ConfigError(
-                    f"optimizer.{name} is {getattr(self, name)}; it must be at least 0: raise it"
-                )
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0: raise it")
         if not self.eps > 0:
             raise ConfigError(f"optimizer.eps is {self.eps}; it must be above 0: raise optimizer.eps")
 
@@ -133,8 +127,7 @@ def outer_step(
     ):
         if tensor.dtype != torch.float32 or tensor.shape != theta.shape:
             raise ValueError(
-                "outer step: "
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; float32 {tuple(theta.shape)} is needed"
+                f"outer step: {name} is {tensor.dtype} {tuple(tensor.shape)}; float32 {tuple(theta.shape)} is needed"
             )
     decayed = torch.mul(momentum_buffer, config.momentum)
     buffer = torch.add(decayed, mean_pseudo_gradient)
@@ -142,3 +135,6 @@ def outer_step(
     direction = torch.add(ahead, mean_pseudo_gradient)
     change = torch.mul(direction, config.lr)
     return torch.sub(theta, change), buffer
+
+
+NANO_OPTIMIZER = OptimizerConfig(lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=10, clip=1.0)

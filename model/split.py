@@ -68,8 +68,7 @@ def split(config: ModelConfig, stages: int) -> tuple[StagePlan, ...]:
     """
     if not 1 <= stages <= config.layers:
         raise ConfigError(
-            f"stages is {stages}; it must be from 1 to the model's {config.layers} layers: "
-            "change stages or the model"
+            f"stages is {stages}; it must be from 1 to the model's {config.layers} layers: change stages or the model"
         )
     sizes = _balance(config.layers, stages, block_matrix_parameters(config), config.vocab * config.hidden)
     plans: list[StagePlan] = []

@@ -9,6 +9,7 @@ rebuild its stage without asking anyone.
 """
 
 import hashlib
+import math
 from typing import cast
 
 import torch
@@ -75,9 +76,7 @@ class Stage(nn.Module):
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, fp32 scalar; `targets` is int64 (B, T). Last stage only."""
         if not self.plan.is_last:
-            raise StageInputError(
-                f"stage {self.plan.index} of {self.plan.count} has no loss: ask the last stage"
-            )
+            raise StageInputError(f"stage {self.plan.index} of {self.plan.count} has no loss: ask the last stage")
         if targets.dtype != torch.int64 or targets.shape != x.shape[:2]:
             raise StageInputError(
                 f"targets are {targets.dtype} {tuple(targets.shape)}; int64 {tuple(x.shape[:2])} is needed"
@@ -125,17 +124,15 @@ def build_stage(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Stage:
-    """A stage with its initial weights: the same values for every split, machine and device.
+    """A stage with its initial weights: the same bits for every split, machine and device.
 
-    Matrices and embeddings are drawn from N(0, 0.02²), norms are 1, boundaries of form B are drawn from
-    N(0, 0.01²) truncated at two deviations, so that they start near the identity path. The global random
-    state is not touched.
+    Norms are 1; `_deviation` says how large the others are. They are uniform, because uniform numbers come
+    from random bits by exact arithmetic alone: normal ones pass through log and cos, whose last bit differs
+    between processors, and these weights are hashed on chain. The global random state is not touched.
     """
     stage = Stage(config, plan)
     weights = {
-        name: _initial(name, parameter.shape, config, seed).to(
-            device, dtype if parameter.dim() > 1 else torch.float32
-        )
+        name: _initial(name, parameter.shape, config, seed).to(device, dtype if parameter.dim() > 1 else torch.float32)
         for name, parameter in stage.named_parameters()
     }
     stage.load_state_dict(weights, assign=True)
@@ -173,7 +170,25 @@ def _initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Te
         return torch.ones(shape)
     digest = hashlib.sha256(f"orion/init/{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    weight = torch.empty(shape)
+    bound = math.sqrt(3) * _deviation(name, shape[1], config)
+    return torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(bound)
+
+
+def _deviation(name: str, inputs: int, config: ModelConfig) -> float:
+    """Standard deviation of a matrix' initial weights: 1/sqrt(inputs), so that no signal shrinks on its way.
+
+    Exceptions: 1 for the embedding, a quarter for the head (the first loss is then ln(vocab)), the residual's
+    writers over sqrt(2·layers), and 0.01 for boundaries of form B, which so start near the identity path.
+    With 0.02 throughout, nano in four stages of form A learns little beyond token frequencies in 80 steps
+    (validation loss 6.0, with this rule 4.9): what a boundary decodes is then below the next norm's eps.
+    """
+    fan_in = 1 / math.sqrt(inputs)
+    if name == "embedding.weight":
+        return 1.0
+    if name == "head.weight":
+        return fan_in / 4
     if name.startswith("boundaries.") and config.boundary.form is BoundaryForm.B:
-        return nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02, generator=generator)
-    return weight.normal_(0.0, 0.02, generator=generator)
+        return 0.01
+    if name.endswith(("attention.o.weight", "ffn.down.weight")):
+        return fan_in / math.sqrt(2 * config.layers)
+    return fan_in

@@ -81,12 +81,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tables: Tensor) -> Tensor:
         """(B, T, hidden) to (B, T, hidden); `tables` is (2, T, head_dim)."""
-        q, k, v = (
-            part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v)
-        )
-        mixed = F.scaled_dot_product_attention(
-            rotate(q, tables), rotate(k, tables), v, is_causal=True, enable_gqa=True
-        )
+        q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(rotate(q, tables), rotate(k, tables), v, is_causal=True, enable_gqa=True)
         out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return out
 

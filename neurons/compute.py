@@ -12,7 +12,8 @@ import heapq
 import threading
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -24,14 +25,33 @@ class Lane(IntEnum):
     FORWARD = 1
 
 
-class _Job(Generic[T]):
-    __slots__ = ("call", "future", "index")
+class _Job:
+    """A call and where its answer goes."""
+
+    __slots__ = ("_call", "_future", "index")
 
     def __init__(self, index: int, call: Callable[[], T], future: asyncio.Future[T]) -> None:
-        self.index, self.call, self.future = index, call, future
+        self.index = index
+        self._call: Callable[[], object] = call
+        self._future = cast("asyncio.Future[object]", future)
 
-    def __lt__(self, other: _Job[object]) -> bool:
+    def __lt__(self, other: _Job) -> bool:
         return self.index < other.index
+
+    def cancel(self) -> None:
+        self._future.cancel()
+
+    def run(self) -> Callable[[], None]:
+        """Do it; returns what delivers the answer, to be called in the event loop."""
+        try:
+            result = self._call()
+        except Exception as caught:  # noqa: BLE001 - every failure belongs to whoever awaits the job
+            return partial(self._deliver, self._future.set_exception, caught)
+        return partial(self._deliver, self._future.set_result, result)
+
+    def _deliver(self, setter: Callable[[Any], None], value: object) -> None:
+        if not self._future.done():
+            setter(value)
 
 
 class ComputeThread:
@@ -41,7 +61,7 @@ class ComputeThread:
         self._loop = asyncio.get_running_loop()
         self._ordered = ordered
         self._ready = threading.Condition()
-        self._queues: dict[Lane, list[_Job[object]]] = {lane: [] for lane in Lane}
+        self._queues: dict[Lane, list[_Job]] = {lane: [] for lane in Lane}
         self._next = dict.fromkeys(Lane, 0)
         self._busy = False
         self._stopped = False
@@ -54,7 +74,7 @@ class ComputeThread:
         """Queue a job. Its exception, if any, arrives through the future."""
         future: asyncio.Future[T] = self._loop.create_future()
         with self._ready:
-            heapq.heappush(self._queues[lane], _Job(index, call, future))  # type: ignore[arg-type]
+            heapq.heappush(self._queues[lane], _Job(index, call, future))
             self._ready.notify_all()
         return future
 
@@ -66,7 +86,7 @@ class ComputeThread:
                 queue.clear()
             self._next = dict.fromkeys(Lane, 0)
         for job in forgotten:
-            job.future.cancel()
+            job.cancel()
 
     async def idle(self) -> None:
         """Wait until the job that runs now, if any, has been answered."""
@@ -87,7 +107,7 @@ class ComputeThread:
         with self._ready:
             self._ready.wait_for(lambda: not self._busy)
 
-    def _take(self) -> _Job[object] | None:
+    def _take(self) -> _Job | None:
         for lane, queue in self._queues.items():
             if queue and (not self._ordered or queue[0].index == self._next[lane]):
                 self._next[lane] += 1
@@ -107,17 +127,6 @@ class ComputeThread:
                     job = self._take()
                 self._busy = True
             start = self._loop.time()
-            try:
-                result = job.call()
-            except Exception as error:  # noqa: BLE001 - every failure belongs to whoever awaits the job
-                self._answer(job.future.set_exception, error, job.future)
-            else:
-                self._answer(job.future.set_result, result, job.future)
+            deliver = job.run()
             self.busy_seconds += self._loop.time() - start
-
-    def _answer(self, setter: Callable[[object], None], value: object, future: asyncio.Future[object]) -> None:
-        def deliver() -> None:
-            if not future.done():
-                setter(value)
-
-        self._loop.call_soon_threadsafe(deliver)
+            self._loop.call_soon_threadsafe(deliver)

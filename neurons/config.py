@@ -41,11 +41,11 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     keys = parser.add_argument_group("keys")
     keys.add_argument("--wallet", required=True, help="wallet (coldkey) name")
     keys.add_argument("--hotkey", required=True, help="hotkey name within the wallet")
-    keys.add_argument(
-        "--wallet-path", type=Path, default=Path("~/.bittensor/wallets"), help="folder of wallets"
-    )
+    keys.add_argument("--wallet-path", type=Path, default=Path("~/.bittensor/wallets"), help="folder of wallets")
     run = parser.add_argument_group("run")
-    run.add_argument("--manifest", type=Path, required=True, help="the run's manifest.toml, as its authority published it")
+    run.add_argument(
+        "--manifest", type=Path, required=True, help="the run's manifest.toml, as its authority published it"
+    )
     run.add_argument("--data", type=Path, required=True, help="folder with the manifest's token shards")
     run.add_argument("--out", type=Path, default=Path("runs/node"), help="folder for events and checkpoints")
     run.add_argument("--name", default=None, help="name of this node's event log (default: the hotkey's name)")

@@ -9,7 +9,6 @@ for the audits of the last one.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from model.engine import Recompute, StageEngine
 from model.stage import build_stage
 from neurons.archive import Archive, RoundArchive
 from neurons.node import Node, NodeError, main
-from neurons.pipeline import DEPTH_LIMIT_PER_STAGE, StageWorker, raw
+from neurons.pipeline import DEPTH_LIMIT_PER_STAGE, StageWorker
 from neurons.rounds import RoundMachine, traffic
 from neurons.telemetry import NodeFinished
 from subnet.messages import (
@@ -43,6 +42,7 @@ from subnet.swarm.roster import Roster
 from subnet.transport.axon import Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Busy, Dropped, Unavailable, UnknownRun
+from subnet.transport.synapse import tensor_bytes
 from subnet.trust.ledger import Direction, UnitKey, digest
 
 log = logging.getLogger("orion.neurons.miner")
@@ -112,10 +112,8 @@ class EvidenceDesk:
 
     async def weights(self, _caller: str, request: WeightsRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         public = self._held(request).public
-        part, other = (
-            (public.theta, public.momentum) if request.part == "theta" else (public.momentum, public.theta)
-        )
-        return PublicPart(other=digest(raw(other)).hex()), {"weights": part}
+        part, other = (public.theta, public.momentum) if request.part == "theta" else (public.momentum, public.theta)
+        return PublicPart(other=digest(tensor_bytes(other)).hex()), {"weights": part}
 
 
 class PushDesk:
@@ -151,7 +149,9 @@ async def mine(node: Node) -> None:
     roster, start = await node.first_roster()
     stage = roster.stage_of(node.identity.hotkey)
     if stage is None:
-        raise NodeError(f"{node.identity.hotkey} came after the run had gathered at block {start}: joining is not possible yet")
+        raise NodeError(
+            f"{node.identity.hotkey} came after the run had gathered at block {start}: joining is not possible yet"
+        )
     worker = build_worker(node, stage)
     pushes.worker = worker
     machine = RoundMachine(node, worker, archive)
@@ -159,6 +159,7 @@ async def mine(node: Node) -> None:
         await _play(node, machine, roster, start)
     finally:
         worker.shut_down()
+    await machine.settle()
     rounds = manifest.round.count
     # The state after the last round is served like any round's start.
     archive.open(rounds, machine.public)
@@ -173,7 +174,9 @@ async def _play(node: Node, machine: RoundMachine, roster: Roster, start: int) -
     number = 0
     while manifest.round.count == 0 or number < manifest.round.count:
         if current.stage_of(node.identity.hotkey) is None:
-            raise NodeError(f"{node.identity.hotkey} is out of the roster of round {number}: its record or axon is gone")
+            raise NodeError(
+                f"{node.identity.hotkey} is out of the roster of round {number}: its record or axon is gone"
+            )
         await machine.play(current, manifest.round_start(start, number))
         number += 1
         current = await node.next_roster(current, manifest.round_start(start, number))

@@ -26,8 +26,8 @@ from model.data import Corpus, DataError, ShardEntry
 from model.split import StagePlan, split
 from neurons.config import NeuronConfig, parse
 from neurons.telemetry import NodeFailed, NodeStarted, Telemetry
-from subnet.chain import BittensorChain, Chain, ChainError, load_wallet
-from subnet.identity import Identity
+from subnet.chain import BittensorChain, Chain, ChainError
+from subnet.identity import Identity, IdentityError
 from subnet.manifest import LoadedManifest, ManifestError, check_announced, load_manifest
 from subnet.messages import Shapes
 from subnet.metagraph import ChainState, Endpoint
@@ -36,6 +36,7 @@ from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Busy, PortTaken, UnknownHotkey
+from subnet.wallets import load_wallet
 
 log = logging.getLogger("orion.neurons.node")
 
@@ -60,11 +61,7 @@ class Neighbourhood:
 
     def update(self, roster: Roster, state: ChainState) -> None:
         self.roster = roster
-        self.endpoints = {
-            neuron.hotkey: neuron.endpoint.url
-            for neuron in state.neurons
-            if neuron.endpoint is not None
-        }
+        self.endpoints = {neuron.hotkey: neuron.endpoint.url for neuron in state.neurons if neuron.endpoint is not None}
         self.validators = frozenset(neuron.hotkey for neuron in state.neurons if neuron.validator_permit)
 
     def allow(self, hotkey: str, route: str) -> None:
@@ -177,9 +174,7 @@ class Node:
         block = manifest.run.activation_block
         while True:
             state = await self.state(block)
-            roster = gather(
-                state, self.loaded.run_id, stages=manifest.swarm.stages, replicas=manifest.swarm.replicas
-            )
+            roster = gather(state, self.loaded.run_id, stages=manifest.swarm.stages, replicas=manifest.swarm.replicas)
             if roster is not None:
                 self.neighbours.update(roster, state)
                 return roster, block
@@ -227,7 +222,15 @@ def main(argv: list[str], *, role: str, description: str, body: Callable[[Node],
 
     try:
         asyncio.run(whole())
-    except (NodeError, ChainError, ManifestError, ConfigError, DataError, PortTaken) as error:
+    except (
+        NodeError,
+        ChainError,
+        IdentityError,
+        ManifestError,
+        ConfigError,
+        DataError,
+        PortTaken,
+    ) as error:
         log.error("%s", error)  # noqa: TRY400 - the line is for a person; the cause is chained in it
         return 1
     except asyncio.CancelledError:

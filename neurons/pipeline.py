@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -38,7 +40,7 @@ from subnet.transport.errors import (
     UnknownRun,
     Unreachable,
 )
-from subnet.transport.synapse import require_finite
+from subnet.transport.synapse import require_finite, tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import (
     NO_DIGEST,
@@ -60,13 +62,11 @@ StepResult = tuple[StepReport, int, torch.Tensor]
 
 PUSH_DEADLINE = 10.0
 RETRY_PAUSE = 0.05
+RECENT_FLIGHTS = 8
+DRAIN_MARGIN = 1.5
+"""A microbatch is started only if this many times the slowest recent flight fits before the round closes."""
 DEPTH_LIMIT_PER_STAGE = 4
 """At most this many microbatches in flight per head and stage: bounds input caches and staleness."""
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's bytes, without copying."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
 
 
 class _Mean:
@@ -144,6 +144,7 @@ class StageWorker:
         self._round: TrainingRound | None = None
         self._unit_seconds = _Mean()
         self._push_seconds = _Mean()
+        self._flight_seconds: deque[float] = deque(maxlen=RECENT_FLIGHTS)
 
     # -- the frame of a round -------------------------------------------------------------------------------------
 
@@ -154,12 +155,19 @@ class StageWorker:
         self._open_window(self._round, self.engine.version, flatten(self.engine.stage))
         return self._round
 
-    async def drive(self, *, limit: int | None = None) -> None:
-        """At the head: keep the pipeline full until `stop`, or until `limit` microbatches were started and done."""
+    async def drive(self, *, closing_at: float = math.inf, limit: int | None = None) -> None:
+        """At the head: keep the pipeline full until `stop`, or until `limit` microbatches were started and done.
+
+        `closing_at` is when the round closes, by the loop's clock: nothing is started that would not be back by then,
+        judged by how long the slowest of the last microbatches took.
+        """
         current = self._current()
         quota = self._manifest.data.samples_per_round // len(current.roster.stages[0])
         ends = quota if limit is None else min(quota, limit)
+        loop = asyncio.get_running_loop()
         while not current.stopping and current.started < ends:
+            if loop.time() + DRAIN_MARGIN * max(self._flight_seconds, default=0.0) > closing_at:
+                return
             if not self._has_room(current):
                 current.room.clear()
                 await current.room.wait()
@@ -229,7 +237,7 @@ class StageWorker:
             )
         require_finite(tensors)
         x = tensors["y"]
-        x_digest = digest(raw(x))
+        x_digest = digest(tensor_bytes(x))
         receipt = self._sign_receipt(current, key, caller, x_digest)
         source = current.roster.stages[self.plan.index - 1].index(caller)
         held = _Input(caller, source, x, x_digest)
@@ -253,7 +261,7 @@ class StageWorker:
             )
         require_finite(tensors)
         g = tensors["g"]
-        g_digest = digest(raw(g))
+        g_digest = digest(tensor_bytes(g))
         receipt = self._sign_receipt(current, key, caller, g_digest)
         source = current.roster.stages[self.plan.index + 1].index(caller)
         self._spawn(current.work, self._backward_unit(current, push, g, g_digest, source))
@@ -264,9 +272,7 @@ class StageWorker:
         if push.run != self._run.hex():
             raise UnknownRun(f"run {push.run} is not {self._run.hex()}", "start with the manifest that is on chain")
         if current is None or push.round > current.number:
-            raise Busy(
-                f"round {push.round} has not begun here", "push again after the pause", retry_after=RETRY_PAUSE
-            )
+            raise Busy(f"round {push.round} has not begun here", "push again after the pause", retry_after=RETRY_PAUSE)
         if push.round < current.number or not current.accepting:
             raise Dropped(f"round {push.round} is closed here", "drop what belongs to it")
         if current.roster.stage_of(caller) != neighbour or push.head not in current.roster.stages[0]:
@@ -278,9 +284,7 @@ class StageWorker:
 
     def _sign_receipt(self, current: TrainingRound, key: UnitKey, producer: str, output: bytes) -> str:
         stage = self.plan.index + (-1 if key.direction is Direction.FORWARD else 1)
-        message = receipt_message(
-            self._run, current.number, producer=producer, key=key, stage=stage, output=output
-        )
+        message = receipt_message(self._run, current.number, producer=producer, key=key, stage=stage, output=output)
         receipt = self._identity.sign(message).hex()
         current.receipts[key] = receipt
         return receipt
@@ -292,7 +296,7 @@ class StageWorker:
         version, y = await self._timed(
             Lane.FORWARD, push.index, lambda: (self.engine.version, self.engine.forward(push.sample, x).to(self._wire))
         )
-        y_digest = digest(raw(y))
+        y_digest = digest(tensor_bytes(y))
         leaf = Leaf(
             direction=Direction.FORWARD,
             stage=self.plan.index,
@@ -365,7 +369,7 @@ class StageWorker:
             loss=loss,
             input=held.digest,
             gradient=NO_DIGEST if gradient is None else gradient[1],
-            output=NO_DIGEST if dx is None else digest(raw(dx)),
+            output=NO_DIGEST if dx is None else digest(tensor_bytes(dx)),
         )
         current.ledger.add(leaf)
         current.units += 1
@@ -410,7 +414,7 @@ class StageWorker:
 
     def _open_window(self, current: TrainingRound, version: int, weights: torch.Tensor) -> None:
         current.archive.windows[version] = weights
-        current.ledger.open_window(version, digest(raw(weights)))
+        current.ledger.open_window(version, digest(tensor_bytes(weights)))
 
     # -- pushes out -----------------------------------------------------------------------------------------------
 
@@ -462,9 +466,7 @@ class StageWorker:
             raise Unreachable(f"{hop} serves no axon at the last finalized block; a sibling is tried")
         loop = asyncio.get_running_loop()
         start = loop.time()
-        accepted, _ = await self._dendrite.call(
-            endpoint, hop, push, tensors, reply=Accepted, deadline=PUSH_DEADLINE
-        )
+        accepted, _ = await self._dendrite.call(endpoint, hop, push, tensors, reply=Accepted, deadline=PUSH_DEADLINE)
         self._push_seconds.add(loop.time() - start)
         receipt = bytes.fromhex(accepted.receipt)
         message = receipt_message(
@@ -518,13 +520,14 @@ class StageWorker:
             index=index,
             version=self.engine.version,
         )
-        held = _Input(self._identity.hotkey, NO_PEER, tokens, digest(raw(tokens)))
+        held = _Input(self._identity.hotkey, NO_PEER, tokens, digest(tensor_bytes(tokens)))
         current.open[sample] = held
         unit = self._tail_unit(current, push, held) if self.plan.is_last else self._forward_unit(current, push, held)
         self._spawn(current.work, unit)
 
     def _complete(self, current: TrainingRound, sample: int, loss: float) -> None:
         seconds = asyncio.get_running_loop().time() - current.flights.pop(sample)
+        self._flight_seconds.append(seconds)
         current.completed += 1
         current.losses.append(loss)
         current.room.set()

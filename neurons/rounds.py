@@ -22,23 +22,26 @@ import torch
 from model.checkpoint import CheckpointInfo, save
 from model.stage import assign_flat, flatten
 from neurons.archive import Archive, RoundArchive
-from neurons.node import Node, NodeError
-from neurons.pipeline import StageWorker, raw
-from neurons.telemetry import CheckpointWritten, Merged as MergedEvent, RoundStarted, Traffic
+from neurons.node import CHAIN_STALL, Node, NodeError
+from neurons.pipeline import StageWorker
+from neurons.telemetry import CheckpointWritten, RoundStarted, Traffic
+from neurons.telemetry import Merged as MergedEvent
 from subnet.chain import ChainError
-from subnet.metagraph import ChainState
 from subnet.messages import Payload, PayloadRequest, PublicPart, WeightsRequest, flat, table
+from subnet.metagraph import ChainState
 from subnet.swarm import codec
 from subnet.swarm.merge import Merged, Source, accepted, apply, cut_sources, rebase
 from subnet.swarm.record import Phase, Record, bind_roots
 from subnet.swarm.roster import Roster
 from subnet.transport.errors import TransportError
+from subnet.transport.synapse import tensor_bytes
 from subnet.trust.ledger import Evidence, digest
 
 log = logging.getLogger("orion.neurons.rounds")
 
 FETCH_DEADLINE = 30.0
 FETCH_PAUSE = 0.2
+PACE_BLOCKS = 10
 
 
 def public_digest(theta: bytes, momentum: bytes) -> bytes:
@@ -47,7 +50,7 @@ def public_digest(theta: bytes, momentum: bytes) -> bytes:
 
 
 def digest_of(state: Merged) -> bytes:
-    return public_digest(digest(raw(state.theta)), digest(raw(state.momentum)))
+    return public_digest(digest(tensor_bytes(state.theta)), digest(tensor_bytes(state.momentum)))
 
 
 class RoundMachine:
@@ -61,6 +64,7 @@ class RoundMachine:
         self._stage = worker.engine.stage
         theta = flatten(self._stage)
         self.public = Merged(theta, torch.zeros_like(theta))
+        self._announcing: asyncio.Task[None] | None = None
 
     @property
     def parameters(self) -> int:
@@ -95,16 +99,17 @@ class RoundMachine:
             root=bind_roots(held.payload_root, evidence.root),
             roster=roster.digest,
         )
-        await self._publish(record, until=start + marks.cut)
+        await self._publish(record, until=start + marks.have)
         sources = cut_sources(roster.stages[index], _records(await node.state(start + marks.cut)), number)
         have = await self._collect(sources, number, held, until=start + marks.have - 1)
         record = replace(record, phase=Phase.HAVE, have=have)
-        await self._publish(record, until=start + marks.have)
+        await self._publish(record, until=start + marks.length)
         listed = accepted(sources, _records(await node.state(start + marks.have)), number)
         included = node.identity.hotkey in {source.hotkey for source in listed}
         await self._merge(listed, number, held, included=included, until=start + marks.length - 1)
         record = replace(record, phase=Phase.DONE, weights=digest_of(self.public))
-        await self._publish(record, until=start + marks.length)
+        # The next round need not wait for this one: nobody reads it before its first windows are audited.
+        self._announcing = asyncio.create_task(self._publish(record, until=start + marks.length + marks.close))
         await self._checkpoint(number + 1)
         node.telemetry.emit(
             MergedEvent(
@@ -123,10 +128,11 @@ class RoundMachine:
         node, marks = self._node, self._manifest.round
         seed = await node.seed(start, "orion/route/1")
         self._worker.begin(roster.round, roster, seed, held)
-        drive = asyncio.create_task(self._worker.drive()) if self._worker.plan.is_first else None
+        drive = None
+        if self._worker.plan.is_first:
+            closing_at = await self._time_of(start + marks.close)
+            drive = asyncio.create_task(self._worker.drive(closing_at=closing_at))
         try:
-            await node.wait(start + marks.stop)
-            self._worker.stop()
             await node.wait(start + marks.close)
         finally:
             self._worker.stop()
@@ -135,8 +141,22 @@ class RoundMachine:
         _, evidence = await self._worker.close()
         return evidence
 
+    async def _time_of(self, block: int) -> float:
+        """When `block` will be finalized, by the loop's clock, at the pace of the last blocks."""
+        chain = self._node.chain
+        head = await chain.finalized()
+        before = await chain.wait_for_block(max(1, head.number - PACE_BLOCKS), timeout=CHAIN_STALL)
+        pace = (head.timestamp_ms - before.timestamp_ms) / 1000 / max(1, head.number - before.number)
+        return asyncio.get_running_loop().time() + (block - head.number) * pace
+
+    async def settle(self) -> None:
+        """Wait until the last record is on chain."""
+        if self._announcing is not None:
+            await self._announcing
+
     async def _publish(self, record: Record, *, until: int) -> None:
-        """Put a record on chain in time. One that comes too late costs this round's part, not the node."""
+        """Put a record on chain. Deadlines are kept by reading the chain at their block, so a late record costs this
+        round's part, not the node; `until` only keeps it out of later phases."""
         try:
             await self._node.chain.publish(record.encode(), until_block=until)
         except ChainError as error:
@@ -166,7 +186,7 @@ class RoundMachine:
                     reply_specs={"payload": table(1, codec.payload_bytes(self.parameters))},
                     deadline=FETCH_DEADLINE,
                 )
-                payload = bytes(raw(tensors["payload"]))
+                payload = bytes(tensor_bytes(tensors["payload"]))
                 evidence = bytes.fromhex(reply.evidence)
                 if bind_roots(codec.root(payload), evidence) != source.root:
                     raise codec.PayloadError(f"payload of {source.hotkey} does not hash to its root on chain")

@@ -197,7 +197,7 @@ class Telemetry:
     @classmethod
     def open(cls, path: Path, *, now: Callable[[], float]) -> Telemetry:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return cls(path.open("a", encoding="utf-8", buffering=1), now=now)  # type: ignore[arg-type]
+        return cls(path.open("a", encoding="utf-8", buffering=1), now=now)
 
     def emit(self, event: Event) -> None:
         line = {"t": round(self._now(), 4), "kind": _KINDS[type(event)], **asdict(event)}

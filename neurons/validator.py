@@ -21,7 +21,6 @@ import torch
 from model.accounting import stage_flops
 from model.stage import Stage, assign_flat, build_stage, flatten
 from neurons.node import Node, main
-from neurons.pipeline import raw
 from neurons.rounds import FETCH_DEADLINE, FETCH_PAUSE, public_digest
 from neurons.telemetry import (
     MinerScored,
@@ -31,7 +30,6 @@ from neurons.telemetry import (
     Validated,
     WeightsSet,
 )
-from subnet.metagraph import ChainState
 from subnet.identity import verify
 from subnet.messages import (
     EvidenceRequest,
@@ -44,11 +42,12 @@ from subnet.messages import (
     evidence_specs,
     flat,
 )
+from subnet.metagraph import ChainState
 from subnet.swarm.merge import accepted, cut_sources
 from subnet.swarm.record import Phase, Record, bind_roots
 from subnet.swarm.roster import Roster
 from subnet.transport.errors import TransportError
-from subnet.transport.synapse import HEADER_LIMIT
+from subnet.transport.synapse import HEADER_LIMIT, tensor_bytes
 from subnet.trust.audit import UnitTensors, Verdict, correctness, replay, select_units, select_windows
 from subnet.trust.ledger import (
     LEAF_BYTES,
@@ -66,6 +65,7 @@ from subnet.trust.scoring import Score, Settlement, score, settle, weights
 log = logging.getLogger("orion.neurons.validator")
 
 THETA_TRIES = 50
+AGREE_STEP = 4
 
 
 class Auditor:
@@ -77,7 +77,9 @@ class Auditor:
         self._node = node
         self._stages: list[Stage] = [build_stage(config, plan, manifest.run.seed) for plan in node.plans]
         self._theta = [flatten(stage) for stage in self._stages]
-        """Public weights at the start of the round being audited, by stage."""
+        """Public weights of every stage, as last known."""
+        self._known = [0] * len(node.plans)
+        """The round at whose start they are that, by stage."""
         self._rebased: set[str] = set()
         """Replicas whose own weights differ from the public ones, because their contribution was carried over."""
         self._history: list[dict[str, Score]] = []
@@ -120,7 +122,7 @@ class Auditor:
                 max_reply_bytes=HEADER_LIMIT + record.work * (LEAF_BYTES + WINDOW_BYTES),
                 deadline=FETCH_DEADLINE,
             )
-            leaves, windows = raw(tensors["leaves"]), raw(tensors["windows"])
+            leaves, windows = tensor_bytes(tensors["leaves"]), tensor_bytes(tensors["windows"])
             if bind_roots(bytes.fromhex(reply.payload), evidence_root(leaves, windows)) != record.root:
                 raise LedgerError("its evidence does not hash to its root on chain")
             return Evidence.parse(leaves, windows)
@@ -189,8 +191,9 @@ class Auditor:
         """The window's weights as served; a round's first window must start from the public ones."""
         node = self._node
         first = min(entry.version for entry in evidence.windows)
-        if window.version == first and hotkey not in self._rebased:
-            if window.weights != digest(raw(self._theta[index])):
+        public = self._known[index] == roster.round and hotkey not in self._rebased
+        if window.version == first and public:
+            if window.weights != digest(tensor_bytes(self._theta[index])):
                 raise LedgerError(f"its first window of round {roster.round} does not start from the public weights")
             return self._theta[index]
         _, tensors = await node.dendrite.call(
@@ -201,7 +204,7 @@ class Auditor:
             reply_specs={"weights": flat(self._theta[index].numel())},
             deadline=FETCH_DEADLINE,
         )
-        if digest(raw(tensors["weights"])) != window.weights:
+        if digest(tensor_bytes(tensors["weights"])) != window.weights:
             raise LedgerError(f"the weights of window {window.version} do not hash to its head")
         return tensors["weights"]
 
@@ -218,7 +221,7 @@ class Auditor:
             deadline=FETCH_DEADLINE,
         )
         for name in ("input", "gradient", "output"):
-            if name in tensors and digest(raw(tensors[name])) != getattr(leaf, name):
+            if name in tensors and digest(tensor_bytes(tensors[name])) != getattr(leaf, name):
                 raise LedgerError(f"the {name} of sample {leaf.sample} does not hash to its leaf")
         if index == 0 and not torch.equal(tensors["input"], node.corpus.sample(leaf.sample)[:, :-1]):
             raise LedgerError(f"sample {leaf.sample} was trained on other tokens than its own")
@@ -270,27 +273,34 @@ class Auditor:
     async def follow(self, roster: Roster, start: int) -> None:
         """Take the public weights after the round that began at `start`, from whoever serves what the chain says."""
         node, marks = self._node, self._node.loaded.manifest.round
-        records = {
-            block: {neuron.hotkey: Record.decode(neuron.record) for neuron in (await node.state(block)).neurons}
-            for block in (start + marks.cut, start + marks.have, start + marks.length)
-        }
+        at_cut, at_have = [await self._records(start + mark) for mark in (marks.cut, marks.have)]
         self._rebased = set()
         for index, replicas in enumerate(roster.stages):
-            sources = cut_sources(replicas, records[start + marks.cut], roster.round)
-            listed = {source.hotkey for source in accepted(sources, records[start + marks.have], roster.round)}
+            sources = cut_sources(replicas, at_cut, roster.round)
+            listed = {source.hotkey for source in accepted(sources, at_have, roster.round)}
             self._rebased.update(set(replicas) - listed)
-            last = records[start + marks.length]
+            agreed = await self._agreed(replicas, roster.round, start + marks.length)
+            if agreed is None:
+                log.warning("round %d: stage %d agreed on no weights in time", roster.round, index)
+            else:
+                await self._take_theta(index, replicas, roster.round + 1, agreed)
+
+    async def _records(self, block: int) -> dict[str, Record | None]:
+        state = await self._node.state(block)
+        return {neuron.hotkey: Record.decode(neuron.record) for neuron in state.neurons}
+
+    async def _agreed(self, replicas: Sequence[str], number: int, block: int) -> bytes | None:
+        """The digest most of a stage's replicas committed for the weights after round `number`, from `block` on."""
+        for later in range(0, self._node.loaded.manifest.round.close, AGREE_STEP):
+            records = await self._records(block + later)
             digests = Counter(
                 record.weights
                 for hotkey in replicas
-                if (record := last.get(hotkey)) is not None
-                and record.round == roster.round
-                and record.phase is Phase.DONE
+                if (record := records.get(hotkey)) is not None and record.round == number and record.phase is Phase.DONE
             )
-            if digests:
-                await self._take_theta(index, replicas, roster.round + 1, digests.most_common(1)[0][0])
-            else:
-                log.warning("round %d: stage %d committed no weights; its old ones stay", roster.round, index)
+            if digests and digests.most_common(1)[0][1] * 2 > len(replicas):
+                return digests.most_common(1)[0][0]
+        return None
 
     async def _take_theta(self, index: int, replicas: Sequence[str], number: int, agreed: bytes) -> None:
         node = self._node
@@ -309,15 +319,18 @@ class Auditor:
                 log.debug("weights of stage %d from %s: %s", index, hotkey, error)
                 await asyncio.sleep(FETCH_PAUSE)
                 continue
-            if public_digest(digest(raw(tensors["weights"])), bytes.fromhex(reply.other)) == agreed:
-                self._theta[index] = tensors["weights"]
+            if public_digest(digest(tensor_bytes(tensors["weights"])), bytes.fromhex(reply.other)) == agreed:
+                self._theta[index], self._known[index] = tensors["weights"], number
                 return
             log.warning("weights of stage %d from %s are not what the chain says", index, hotkey)
-        log.warning("nobody served the weights of stage %d in round %d; its old ones stay", index, number)
+        log.warning("nobody served the weights of stage %d at the start of round %d", index, number)
 
     async def validate(self, number: int) -> None:
         """Validation loss of the public weights at the start of round `number`, one stage at a time."""
         manifest = self._node.loaded.manifest
+        if any(known != number for known in self._known):
+            log.warning("no validation loss at the start of round %d: some stage's weights are not known", number)
+            return
         loss = await asyncio.to_thread(self._validation_loss)
         tokens = manifest.data.validation_batches * manifest.tokens_per_microbatch
         self._node.telemetry.emit(Validated(round=number, loss=round(loss, 5), tokens=tokens))

@@ -25,9 +25,7 @@ def parser() -> argparse.ArgumentParser:
     localnet.add_argument("--out", type=Path, default=None, help="folder for everything (default: runs/<time>)")
     localnet.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
     localnet.add_argument("--block-time", type=float, default=0.25, help="seconds per block (default: 0.25)")
-    localnet.add_argument(
-        "--round-blocks", type=int, default=120, help="blocks per round, at least 40 (default: 120)"
-    )
+    localnet.add_argument("--round-blocks", type=int, default=120, help="blocks per round, at least 40 (default: 120)")
     localnet.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
     return root
 

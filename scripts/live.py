@@ -51,7 +51,9 @@ def facts(tally: Tally) -> Table:
     table.add_row(
         "audits", f"{tally.audits_passed} passed, {tally.audits_failed} failed", "bytes moved", f"{moved / 1e6:,.1f} MB"
     )
-    table.add_row("microbatches", f"{tally.live_completed} done, {tally.lost} lost", "weights set", str(tally.weights_set))
+    table.add_row(
+        "microbatches", f"{tally.live_completed} done, {tally.lost} lost", "weights set", str(tally.weights_set)
+    )
     return table
 
 
@@ -115,5 +117,7 @@ class View:
             parts = [*parts, weights(tally)]
         news = Text("\n".join(self._news[-NEWS_LINES:]), style="dim")
         return Panel(
-            Group(*parts, Columns([news])), title=f"{self._title} · round {max(tally.round, 0)} · {elapsed:.0f} s", expand=False
+            Group(*parts, Columns([news])),
+            title=f"{self._title} · round {max(tally.round, 0)} · {elapsed:.0f} s",
+            expand=False,
         )

@@ -18,6 +18,9 @@ from subnet.manifest import (
 )
 
 
+LINGER_BLOCKS = 32
+
+
 def local_manifest(
     *,
     model: str,
@@ -46,10 +49,7 @@ def local_manifest(
             samples_per_round=2048,
             held_out=0.05,
             validation_batches=8,
-            shards=[
-                ShardSection(name=entry.name, sha256=entry.sha256, dtype=entry.dtype)
-                for entry in corpus.entries
-            ],
+            shards=[ShardSection(name=entry.name, sha256=entry.sha256, dtype=entry.dtype) for entry in corpus.entries],
         ),
         optimizer=OptimizerSection(
             kind="adamw",
@@ -66,12 +66,11 @@ def local_manifest(
         ),
         round=RoundSection(
             count=rounds,
-            stop=round_blocks - 24,
-            close=round_blocks - 18,
-            cut=round_blocks - 12,
-            have=round_blocks - 6,
+            close=round_blocks - 24,
+            cut=round_blocks - 16,
+            have=round_blocks - 8,
             length=round_blocks,
-            linger=round_blocks,
+            linger=LINGER_BLOCKS,
         ),
         audit=AuditSection(seed_delay=2, windows=1, units=4, tolerance=0.02),
         score=ScoreSection(rounds=3),

@@ -1,12 +1,14 @@
 """The chain as Orion sees it. The one file that talks to the Bittensor SDK.
 
-`Chain` is the protocol that the rest of the code is written against; `BittensorChain` implements it for every network,
-the local development chain included, over one websocket. What matters is read at finalized blocks, pinned by hash. One
-subscription to finalized heads feeds `finalized` and `wait_for_block`, so an idle node costs one small message per block.
+`Chain` is the protocol that the rest of the code is written against; `BittensorChain` implements it for every
+network, the local development chain included, over one websocket. What matters is read at finalized blocks,
+pinned by hash. One subscription to finalized heads feeds `finalized` and `wait_for_block`, so an idle node
+costs one small message per block.
 
-Writes are signed by the hotkey, one at a time (they share one nonce sequence), with a short mortal era: an extrinsic that
-is late can no longer land, so nothing published for one phase of a round turns up in the next. Every await has a
-deadline. Reads are retried on a lost connection a bounded number of times; writes never are, as they may have landed.
+Writes are signed by the hotkey, one at a time (they share one nonce sequence), with a short mortal era: an
+extrinsic that is late can no longer land, so nothing published for one phase of a round turns up in the next.
+Every await has a deadline. Reads are retried on a lost connection a bounded number of times; writes never
+are, as they may have landed.
 """
 
 from __future__ import annotations
@@ -17,11 +19,30 @@ import ipaddress
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
 import bittensor as bt
 from bittensor.settings import default_archive_endpoints, default_fallback_endpoints, resolve_endpoint
+
+from subnet.chain_errors import ChainError, ChainRefused, ChainUnreachable, NotRegistered, WalletError
+from subnet.metagraph import ChainState, Endpoint, Head, Neuron
+from subnet.wallets import create_wallet, load_wallet
+
+__all__ = [
+    "BittensorChain",
+    "Chain",
+    "ChainError",
+    "ChainRefused",
+    "ChainState",
+    "ChainUnreachable",
+    "Endpoint",
+    "Head",
+    "Neuron",
+    "NotRegistered",
+    "WalletError",
+    "create_wallet",
+    "load_wallet",
+]
 
 log = logging.getLogger("orion.subnet.chain")
 
@@ -33,7 +54,7 @@ _DEFAULT_ERA = 16
 _SHORTEST_ERA = 4
 _LONGEST_ERA = 64
 _ATTEMPTS = 5
-_BACKOFF = 0.25
+_BACKOFF_BLOCKS = 0.25
 _KEPT_STATES = 4
 _KEPT_HEADS = 64
 _BATCH = 32
@@ -43,83 +64,13 @@ _SILENCE_BLOCKS = 5
 T = TypeVar("T")
 
 
-class ChainError(Exception):
-    """The chain, or the way to it, failed. One line: what, why, and the remedy."""
-
-
-class NotRegistered(ChainError):
-    """The hotkey holds no uid on the subnet."""
-
-
-class ChainUnreachable(ChainError):
-    """No answer within the deadline, or the connection is lost for good."""
-
-
-class ChainRefused(ChainError):
-    """The chain (or a check made before asking it) said no."""
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A finalized block. hash: 0x-hex. timestamp_ms: the block's own, milliseconds since 1970."""
-
-    number: int
-    hash: str
-    timestamp_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a neuron listens."""
-
-    ip: str
-    port: int
-
-
-@dataclass(frozen=True, slots=True)
-class Neuron:
-    """One uid of the subnet.
-
-    stake: in alpha. incentive, dividends: shares in [0, 1]. record: the bytes of the hotkey's commitment if that is a
-    single Raw field, else None; record_block: the block it was published in.
-    """
-
-    uid: int
-    hotkey: str
-    coldkey: str
-    stake: float
-    validator_permit: bool
-    endpoint: Endpoint | None
-    registered_at: int
-    last_update: int
-    incentive: float
-    dividends: float
-    record: bytes | None
-    record_block: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class ChainState:
-    """The subnet at one finalized block. neurons: by uid."""
-
-    head: Head
-    netuid: int
-    owner_hotkey: str
-    tempo: int
-    neurons: tuple[Neuron, ...]
-
-    def by_hotkey(self, hotkey: str) -> Neuron | None:
-        """The neuron registered under an ss58 address."""
-        return next((neuron for neuron in self.neurons if neuron.hotkey == hotkey), None)
-
-
 class Chain(Protocol):
     """What a node needs from a chain. Every method raises ChainError."""
 
     async def finalized(self) -> Head:
         """The newest finalized block."""
 
-    async def wait_for_block(self, number: int, *, timeout: float) -> Head:
+    async def wait_for_block(self, number: int, *, timeout: float) -> Head:  # noqa: ASYNC109
         """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""
 
     async def block_hash(self, number: int) -> str:
@@ -132,7 +83,10 @@ class Chain(Protocol):
         """Publish where this hotkey listens."""
 
     async def publish(self, record: bytes, *, until_block: int | None = None) -> int:
-        """Replace this hotkey's record (at most 128 bytes). Returns the block that includes it, `until_block` at the latest."""
+        """Replace this hotkey's record (at most 128 bytes).
+
+        Returns the block that includes it, `until_block` at the latest.
+        """
 
     async def set_weights(self, weights: Mapping[int, float]) -> int:
         """Set this hotkey's weights, uid to any non-negative number. Returns the block that includes them."""
@@ -163,6 +117,7 @@ class BittensorChain:
         self._client = client
         self._wallet = wallet
         self._timeout = timeout
+        self._block_time = 12.0
         self._finalized = -1
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._lost: ChainUnreachable | None = None
@@ -173,9 +128,14 @@ class BittensorChain:
 
     @classmethod
     async def connect(
-        cls, network: str, netuid: int, wallet: bt.Wallet | None, *, timeout: float
+        cls,
+        network: str,
+        netuid: int,
+        wallet: bt.Wallet | None,
+        *,
+        timeout: float,  # noqa: ASYNC109
     ) -> BittensorChain:
-        """Connect to a network name (`finney`, `test`) or a ws:// URL. `timeout`: seconds allowed for each request.
+        """Connect to a network name (`finney`, `test`) or a ws:// URL. `timeout`: seconds for each request.
 
         Without a wallet the chain is read-only. ChainRefused for an unknown network or subnet.
         """
@@ -197,8 +157,8 @@ class BittensorChain:
                 lambda: substrate.query("SubtensorModule", "NetworksAdded", [netuid]),
                 attempts=1,
             )
-            if not exists:
-                raise ChainRefused(f"network {network} has no subnet {netuid}; check --netuid and --network")
+            _require_subnet(exists, netuid, network)
+            chain._block_time = await chain._read("reading the block time", substrate.block_time, attempts=1)
             chain._watcher = asyncio.create_task(chain._watch(), name="chain-finalized-heads")
             await chain.wait_for_block(0, timeout=timeout)
         except BaseException:
@@ -215,21 +175,19 @@ class BittensorChain:
         self._give_up(ChainUnreachable("the connection to the chain was closed; connect again"))
         await self._substrate.close()
 
-    # finalized blocks ---------------------------------------------------------------------------------------------
+    # finalized blocks -----------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Follow finalized heads; subscribe anew when the stream breaks or falls silent, at most `_ATTEMPTS` times."""
+        """Follow finalized heads; subscribe anew, a bounded number of times, when they break off."""
         failures = 0
-        silence = max(
-            _SILENCE, _SILENCE_BLOCKS * await self._read("reading the block time", self._substrate.block_time)
-        )
+        silence = max(_SILENCE, _SILENCE_BLOCKS * self._block_time)
         while True:
             reason: Exception
             heads = self._substrate.blocks(finalized=True)
             try:
                 while True:
-                    # Silence may be finality that stalls, or a connection that the SDK no longer reads: subscribing
-                    # anew answers at once with the current head, or fails.
+                    # Silence may be finality that stalls, or a connection that the SDK no longer reads:
+                    # subscribing anew answers at once with the current head, or fails.
                     update = await asyncio.wait_for(anext(heads), silence)
                     failures = 0
                     self._advance(int(update["header"]["number"]))
@@ -250,7 +208,7 @@ class BittensorChain:
                 _line(reason),
                 failures,
             )
-            await asyncio.sleep(_BACKOFF * 2**failures)
+            await asyncio.sleep(self._block_time * _BACKOFF_BLOCKS * 2**failures)
 
     def _advance(self, number: int) -> None:
         self._finalized = max(self._finalized, number)
@@ -273,7 +231,7 @@ class BittensorChain:
             raise self._lost
         return await self._head(self._finalized)
 
-    async def wait_for_block(self, number: int, *, timeout: float) -> Head:
+    async def wait_for_block(self, number: int, *, timeout: float) -> Head:  # noqa: ASYNC109
         """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""
         if number > self._finalized:
             if self._lost is not None:
@@ -285,8 +243,8 @@ class BittensorChain:
                 await asyncio.wait_for(future, timeout)
             except TimeoutError as error:
                 raise ChainUnreachable(
-                    f"block {number} was not finalized within {timeout:g} s, the last one is {self._finalized}; "
-                    "is the chain running?"
+                    f"block {number} was not finalized within {timeout:g} s, the last is {self._finalized}; "
+                    "check that the chain runs"
                 ) from error
             finally:
                 if entry in self._waiting:
@@ -302,9 +260,7 @@ class BittensorChain:
         if found is not None:
             return found
         if number > self._finalized:
-            raise ChainRefused(
-                f"block {number} is not final, the last one is {self._finalized}; wait for it first"
-            )
+            raise ChainRefused(f"block {number} is not final, the last one is {self._finalized}; wait for it first")
         block_hash = await self._read(f"reading block {number}", lambda: self._substrate.block_hash(number))
         timestamp = await self._read(
             f"reading the time of block {number}",
@@ -316,10 +272,13 @@ class BittensorChain:
             self._heads.popitem(last=False)
         return head
 
-    # reading ------------------------------------------------------------------------------------------------------
+    # reading --------------------------------------------------------------------------------------
 
     async def state_at(self, number: int) -> ChainState:
-        """The whole subnet as it was after finalized block `number`: two requests once the block's hash is known."""
+        """The whole subnet as it was after finalized block `number`:
+
+        two requests once the block's hash is known.
+        """
         found = self._states.get(number)
         if found is not None:
             return found
@@ -360,9 +319,7 @@ class BittensorChain:
         head = await self.finalized()
         rows = await self._read(
             "reading weights",
-            lambda: self._substrate.query_map(
-                "SubtensorModule", "Weights", [self.netuid], block_hash=head.hash
-            ),
+            lambda: self._substrate.query_map("SubtensorModule", "Weights", [self.netuid], block_hash=head.hash),
         )
         weights = {}
         for uid, row in rows:
@@ -381,12 +338,10 @@ class BittensorChain:
             ),
         )
         if block is None:
-            raise ChainRefused(
-                f"subnet {self.netuid} never runs an epoch (its tempo is 0); choose another --netuid"
-            )
+            raise ChainRefused(f"subnet {self.netuid} never runs an epoch (its tempo is 0); choose another --netuid")
         return int(block)
 
-    # writing ------------------------------------------------------------------------------------------------------
+    # writing --------------------------------------------------------------------------------------
 
     async def serve_axon(self, endpoint: Endpoint) -> None:
         """Publish where this hotkey listens."""
@@ -401,15 +356,19 @@ class BittensorChain:
         await self._execute(what, intent)
 
     async def publish(self, record: bytes, *, until_block: int | None = None) -> int:
-        """Replace this hotkey's record (at most 128 bytes). Returns the block that includes it, `until_block` at the latest."""
+        """Replace this hotkey's record (at most 128 bytes).
+
+        Returns the block that includes it, `until_block` at the latest.
+        """
         if len(record) > RECORD_LIMIT:
             raise ChainRefused(
-                f"publishing a record of {len(record)} bytes: the chain takes at most {RECORD_LIMIT}; shorten it"
+                f"publishing a record of {len(record)} bytes: the chain takes {RECORD_LIMIT}; shorten it"
             )
         info = {"fields": [[{f"Raw{len(record)}": record}]]}
         call = bt.calls.Commitments.set_commitment(netuid=self.netuid, info=info)
         what = f"publishing a record of {len(record)} bytes"
-        composed = await self._read(what, lambda: self._substrate.compose(call))
+        compose: Callable[[object], Awaitable[object]] = self._substrate.compose
+        composed = await self._read(what, lambda: compose(call))
         async with self._hotkey_lock:
             return await self._submit(what, composed, until_block)
 
@@ -419,19 +378,17 @@ class BittensorChain:
         return await self._execute(f"setting weights of {len(weights)} uids", intent)
 
     async def register_neurons(self, stakes: Mapping[str, float]) -> dict[str, int]:
-        """Register hotkeys (ss58) and stake TAO to each where its number is above 0, paid by the wallet's coldkey.
+        """Register hotkeys (ss58) and stake that much TAO to each, paid by the wallet's coldkey.
 
-        Registrations go out in atomic batches: a refused batch registers none of its hotkeys. Returns the uids. Meant
-        for development networks: on a real one register with `btcli subnets register`, which is shielded against
-        front-running.
+        Registrations go out in atomic batches: a refused batch registers none of its hotkeys. Returns the
+        uids. Meant for development networks: on a real one register with `btcli subnets register`, which is
+        shielded against front-running.
         """
         wallet, hotkeys = self._signer("registering neurons"), list(stakes)
         for start in range(0, len(hotkeys), _BATCH):
             part = hotkeys[start : start + _BATCH]
             what = f"registering {len(part)} hotkeys on subnet {self.netuid}"
-            intents: list[bt.Intent] = [
-                bt.BurnedRegister(netuid=self.netuid, hotkey_ss58=hotkey) for hotkey in part
-            ]
+            intents: list[bt.Intent] = [bt.BurnedRegister(netuid=self.netuid, hotkey_ss58=hotkey) for hotkey in part]
             intents += [
                 bt.AddStake(hotkey_ss58=hotkey, netuid=self.netuid, amount_tao=stakes[hotkey])
                 for hotkey in part
@@ -445,14 +402,12 @@ class BittensorChain:
             _included_in(what, result)
         uids = await self._read(
             "reading uids",
-            lambda: self._substrate.query_batch(
-                "SubtensorModule", "Uids", [[self.netuid, key] for key in hotkeys]
-            ),
+            lambda: self._substrate.query_batch("SubtensorModule", "Uids", [[self.netuid, key] for key in hotkeys]),
         )
         return {hotkey: int(uid) for hotkey, uid in zip(hotkeys, uids, strict=True)}
 
     async def _execute(self, what: str, intent: bt.Intent) -> int:
-        """Plan an intent with the SDK (its preflight checks run here), then sign and submit the planned call."""
+        """Plan an intent with the SDK, which runs its preflight checks, then submit the planned call."""
         wallet = self._signer(what)
         async with self._hotkey_lock:
             plan = await self._read(what, lambda: self._client.plan(intent, wallet))
@@ -462,29 +417,25 @@ class BittensorChain:
 
     def _signer(self, what: str) -> bt.Wallet:
         if self._wallet is None:
-            raise ChainRefused(
-                f"{what}: connected without a wallet, which is read-only; pass --wallet and --hotkey"
-            )
+            raise ChainRefused(f"{what}: connected without a wallet, which is read-only; pass --wallet and --hotkey")
         return self._wallet
 
     async def _submit(self, what: str, call: object, until_block: int | None) -> int:
         """Sign `call` with the hotkey and follow it until its block is final. Hold the hotkey's lock."""
         keypair = self._signer(what).hotkey
-        period = _DEFAULT_ERA
-        if until_block is not None:
-            # Valid in blocks [birth, birth + period), where birth is the finalized block at signing.
-            period = _era_ending_by(until_block - self._finalized + 1, what, until_block, self._finalized)
-        unsigned = await self._read(
-            what, lambda: self._substrate.prepare(call, address=keypair.ss58_address, period=period)
-        )
-        birth = int(cast("Mapping[str, int]", unsigned.era)["current"])
-        if until_block is not None and birth + period - 1 > until_block:
-            raise ChainRefused(
-                f"{what}: it could land as late as block {birth + period - 1}, after {until_block}; publish earlier"
-            )
+        birth, period = self._finalized, _DEFAULT_ERA
+        while True:
+            # Valid in blocks [birth, birth + period), where birth is the finalized block at signing; that may have
+            # moved on meanwhile, then a shorter era still ends in time.
+            if until_block is not None:
+                period = _era_ending_by(until_block, birth, what)
+            unsigned = await self._prepare(what, call, keypair.ss58_address, period)
+            birth = int(cast("Mapping[str, int]", unsigned.era)["current"])
+            if until_block is None or birth + period - 1 <= until_block:
+                break
         signature = bytes(keypair.sign(unsigned.payload))
         blocks = period + 2 * _SHORTEST_ERA  # until the era is over, and finality behind it
-        deadline = self._timeout + blocks * await self._read(what, self._substrate.block_time)
+        deadline = self._timeout + blocks * self._block_time
         try:
             async with asyncio.timeout(deadline):
                 result = await self._substrate.submit_signature(unsigned, signature)
@@ -492,8 +443,11 @@ class BittensorChain:
             raise _translated(what, error, deadline) from error
         return _included_in(what, result)
 
+    async def _prepare(self, what: str, call: object, address: str, period: int) -> bt.UnsignedExtrinsic:
+        return await self._read(what, lambda: self._substrate.prepare(call, address=address, period=period))
+
     async def _read(self, what: str, request: Callable[[], Awaitable[T]], *, attempts: int = _ATTEMPTS) -> T:
-        """Await `request()` within the deadline, again on a lost connection, with the SDK's errors turned into ours."""
+        """Await `request()` within the deadline, again if the connection is lost, with our errors."""
         for attempt in range(1, attempts + 1):
             try:
                 async with asyncio.timeout(self._timeout):
@@ -503,8 +457,13 @@ class BittensorChain:
                 if not isinstance(translated, ChainUnreachable) or attempt == attempts:
                     raise translated from error
                 log.warning("%s, attempt %d of %d", translated, attempt, attempts)
-            await asyncio.sleep(_BACKOFF * 2**attempt)
+            await asyncio.sleep(self._block_time * _BACKOFF_BLOCKS * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _require_subnet(exists: object, netuid: int, network: str) -> None:
+    if not exists:
+        raise ChainRefused(f"network {network} has no subnet {netuid}; check --netuid and --network")
 
 
 def _neuron(uid: int, graph: Mapping[str, Sequence[object]], commitment: object) -> Neuron:
@@ -534,14 +493,12 @@ def _endpoint(axon: Mapping[str, int]) -> Endpoint | None:
     ip, port = int(axon["ip"]), int(axon["port"])
     if not ip or not port:
         return None
-    address = (
-        ipaddress.IPv6Address(ip) if int(axon["ip_type"]) == 6 else ipaddress.IPv4Address(ip & 0xFFFFFFFF)
-    )
+    address = ipaddress.IPv6Address(ip) if int(axon["ip_type"]) == 6 else ipaddress.IPv4Address(ip & 0xFFFFFFFF)
     return Endpoint(str(address), port)
 
 
 def _record(commitment: object) -> tuple[bytes | None, int | None]:
-    """(bytes, block) of a commitment that is one Raw field; the codec gives its bytes as 0x-hex, or [] for none."""
+    """(bytes, block) of a commitment that is one Raw field, decoded as 0x-hex or, if it is empty, []."""
     if not isinstance(commitment, dict):
         return None, None
     fields = commitment["info"]["fields"]
@@ -550,17 +507,16 @@ def _record(commitment: object) -> tuple[bytes | None, int | None]:
     ((kind, value),) = fields[0].items()
     if not str(kind).startswith("Raw"):
         return None, None
-    return bytes.fromhex(value.removeprefix("0x")) if isinstance(value, str) else bytes(value), int(
-        commitment["block"]
-    )
+    return bytes.fromhex(value.removeprefix("0x")) if isinstance(value, str) else bytes(value), int(commitment["block"])
 
 
-def _era_ending_by(blocks: int, what: str, until: int, finalized: int) -> int:
-    """The longest mortal era (a power of two) of at most `blocks` blocks."""
+def _era_ending_by(until: int, birth: int, what: str) -> int:
+    """The longest mortal era (a power of two) that starts with block `birth` and ends with `until` or before."""
+    blocks = until - birth + 1
     if blocks < _SHORTEST_ERA:
         raise ChainRefused(
-            f"{what}: block {until} is too near the finalized block {finalized} (an era has at least {_SHORTEST_ERA} "
-            "blocks); publish earlier"
+            f"{what}: block {until} is too near the finalized block {birth} (the shortest era is "
+            f"{_SHORTEST_ERA} blocks); publish earlier"
         )
     return int(min(_LONGEST_ERA, 1 << (blocks.bit_length() - 1)))
 
@@ -579,15 +535,11 @@ def _line(error: BaseException) -> str:
 def _translated(what: str, error: Exception, deadline: float) -> ChainError:
     """The SDK's error as one of ours, with its remedy."""
     if isinstance(error, TimeoutError):
-        return ChainUnreachable(
-            f"{what}: no answer within {deadline:g} s; check the network, or another --network"
-        )
+        return ChainUnreachable(f"{what}: no answer within {deadline:g} s; check the network, or another --network")
     if isinstance(error, bt.RpcConnectionError | bt.ConnectionNotReady | OSError):
         return ChainUnreachable(f"{what}: {_line(error)}; check that the node runs, or another --network")
     if isinstance(error, bt.ChainError):
-        if (
-            error.name == "AccountNotAllowedCommit"
-        ):  # the Commitments pallet's word for an unregistered hotkey
+        if error.name == "AccountNotAllowedCommit":  # the Commitments pallet's word for an unregistered hotkey
             error = bt.ChainError(error.message, error.name, bt.ErrorCode.NOT_REGISTERED)
         kind = NotRegistered if error.code is bt.ErrorCode.NOT_REGISTERED else ChainRefused
         name = f" [{error.name}]" if error.name else ""

@@ -14,6 +14,7 @@ import hashlib
 import struct
 import tomllib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -157,10 +158,9 @@ class RoundSection(_Section):
 
     count: Annotated[int, Field(ge=0)]
     """Rounds in the run; 0 means without end."""
-    stop: Positive
-    """Heads start no microbatch after this block."""
     close: Positive
-    """Stages compute nothing more of this round after this block: what is in flight then is reported lost."""
+    """Stages compute nothing more of this round after this block. Heads stop starting microbatches early enough, by
+    their own measure, that what is in flight is back by then; what is not is reported lost."""
     cut: Positive
     """Payload and evidence roots must be on chain."""
     have: Positive
@@ -172,9 +172,9 @@ class RoundSection(_Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        marks = (self.stop, self.close, self.cut, self.have, self.length)
-        if any(a >= b for a, b in zip(marks, marks[1:], strict=False)):
-            raise ValueError(f"round deadlines must rise: stop < close < cut < have < length, got {marks}")
+        marks = (self.close, self.cut, self.have, self.length)
+        if any(a >= b for a, b in pairwise(marks)):
+            raise ValueError(f"round deadlines must rise: close < cut < have < length, got {marks}")
         return self
 
 
@@ -212,7 +212,7 @@ class Manifest(_Section):
         self.model.config()
         if self.data.sequence > self.model.context:
             raise ValueError(
-                f"data.sequence {self.data.sequence} is longer than model.context {self.model.context}: lower data.sequence"
+                f"data.sequence {self.data.sequence} is longer than model.context {self.model.context}: lower it"
             )
         if self.swarm.stages > self.model.layers:
             raise ValueError(

@@ -120,7 +120,6 @@ class Tensors(Synapse):
     """The answer to a fetch of tensors."""
 
 
-
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -1,4 +1,7 @@
-"""Wallets on disk, in the layout that btcli and the SDK share: `PATH/NAME/coldkey`, `PATH/NAME/hotkeys/HOTKEY`."""
+"""Wallets on disk, in the layout that btcli and the SDK share:
+
+`PATH/NAME/coldkey`, `PATH/NAME/hotkeys/HOTKEY`.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,23 @@ from pathlib import Path
 from bittensor.keyfiles import Keyfile, KeyfileError, Keypair
 from bittensor.wallet import Wallet
 
+from subnet.chain_errors import WalletError
+
 DEFAULT_PATH = Path("~/.bittensor/wallets")
 
 
-class WalletError(Exception):
-    """A wallet that is missing, unreadable or in the way. One line with the path and the remedy."""
-
-
 def load_wallet(name: str, hotkey: str, path: Path = DEFAULT_PATH) -> Wallet:
-    """A wallet whose hotkey can sign now. The coldkey may be absent or locked: only registration and staking need it."""
+    """A wallet whose hotkey can sign now.
+
+    The coldkey may be absent or locked: only registration and staking need it.
+    """
     root = path.expanduser()
     wallet = Wallet(name, hotkey, str(root))
     file = wallet.hotkey_file.path
     try:
         wallet.unlock_hotkey()
     except FileNotFoundError as error:
-        found = sorted(
-            item.name for item in (root / name / "hotkeys").glob("*") if not item.name.endswith("pub.txt")
-        )
+        found = sorted(item.name for item in (root / name / "hotkeys").glob("*") if not item.name.endswith("pub.txt"))
         have = f"hotkeys there: {', '.join(found)}" if found else f"no hotkeys under {root / name}"
         raise WalletError(
             f"no hotkey file {file} ({have}); check --wallet, --hotkey and --wallet-path, or create it with "
@@ -45,17 +47,15 @@ def create_wallet(
     coldkey_uri: str | None = None,
     hotkey_uri: str | None = None,
 ) -> Wallet:
-    """Write an unencrypted development wallet: from development URIs such as `//Alice`, or fresh keys where none is given.
+    """Write an unencrypted development wallet, from URIs such as `//Alice` or with fresh keys.
 
-    An existing coldkey of that name is kept (so one coldkey can own many hotkeys) if it is the one that is asked for;
-    WalletError for a different one, and for a hotkey that exists.
+    An existing coldkey of that name is kept (so one coldkey can own many hotkeys) if it is the one that is
+    asked for; WalletError for a different one, and for a hotkey that exists.
     """
     wallet = Wallet(name, hotkey, str(path.expanduser()))
     if wallet.coldkeypub_file.exists_on_device():
         if coldkey_uri is not None and wallet.coldkeypub.ss58_address != _keypair(coldkey_uri).ss58_address:
-            raise WalletError(
-                f"{wallet.coldkeypub_file.path} holds another coldkey than {coldkey_uri}; choose another name or path"
-            )
+            raise WalletError(f"{wallet.coldkeypub_file.path} is not {coldkey_uri}; choose another name or path")
     else:
         _write(_keypair(coldkey_uri), wallet.coldkey_file, wallet.coldkeypub_file)
     if wallet.hotkey_file.exists_on_device():
@@ -66,9 +66,7 @@ def create_wallet(
 
 def _keypair(uri: str | None) -> Keypair:
     return (
-        Keypair.create_from_uri(uri)
-        if uri is not None
-        else Keypair.create_from_mnemonic(Keypair.generate_mnemonic(12))
+        Keypair.create_from_uri(uri) if uri is not None else Keypair.create_from_mnemonic(Keypair.generate_mnemonic(12))
     )
 
 
@@ -82,6 +80,4 @@ def _write(keypair: Keypair, secret: Keyfile, public: Keyfile) -> None:
         secret.set_keypair(keypair, encrypt=False)
         public.set_keypair(view, encrypt=False)
     except OSError as error:
-        raise WalletError(
-            f"cannot write {secret.path}: {error.strerror or error}; choose another path"
-        ) from error
+        raise WalletError(f"cannot write {secret.path}: {error.strerror or error}; choose another path") from error

@@ -1,4 +1,7 @@
-"""`python -m subnet.localchain`: run the development chain as a process of its own until it is told to stop."""
+"""`python -m subnet.localchain`:
+
+run the development chain as a process of its own until it is told to stop.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m subnet.localchain", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     parser.add_argument("--port", type=int, default=9944, help="TCP port; 0 picks a free one (default 9944)")
-    parser.add_argument(
-        "--block-time", type=float, default=defaults.block_time, help="seconds between blocks"
-    )
+    parser.add_argument("--block-time", type=float, default=defaults.block_time, help="seconds between blocks")
     parser.add_argument("--netuid", type=int, default=defaults.netuid, help="the subnet that exists")
     parser.add_argument("--tempo", type=int, default=defaults.tempo, help="blocks between epochs")
-    parser.add_argument(
-        "--ready-file", type=Path, help="file to write the ws:// URL to once the chain serves"
-    )
+    parser.add_argument("--ready-file", type=Path, help="file to write the ws:// URL to once the chain serves")
     return parser.parse_args(argv)
 
 
@@ -71,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         sys.stderr.write(
-            f"localchain: cannot listen on {options.host}:{options.port}: {error.strerror or error}; choose --port\n"
+            f"localchain: cannot listen on {options.host}:{options.port}: {error.strerror or error}; "
+            "choose another --port\n"
         )
         return 2
     return 0

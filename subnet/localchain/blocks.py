@@ -1,9 +1,9 @@
-"""The chain itself: a pool of transactions, and blocks made from it. No sockets and no clock; time is handed in.
+"""The chain itself: a pool of transactions, and blocks made from it. No sockets, no clock.
 
-A block runs in the runtime's order: initialisation (where a due epoch runs), the timestamp inherent, then extrinsics in
-the order of the pool. There is one author and therefore no fork. Headers are real Substrate headers, hashed with
-blake2-256; their state root is a hash chain over the changes of each block rather than the root of a trie, since nobody
-asks this chain for proofs.
+A block runs in the runtime's order: initialisation (where a due epoch runs), the timestamp inherent, then
+extrinsics in the order of the pool. There is one author and therefore no fork. Headers are real Substrate
+headers, hashed with blake2-256; their state root is a hash chain over the changes of each block rather than
+the root of a trie, since nobody asks this chain for proofs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _IMMEDIATELY_DROPPED = 1016
 _P = "SubtensorModule."
 _DISPATCH_INFO = {"weight": {"ref_time": 0, "proof_size": 0}, "class": "Normal", "pays_fee": "Yes"}
 
-# Calls signed by a hotkey whose fee its owner's coldkey pays (the runtime's fee filter, as the SDK mirrors it).
+# Calls signed by a hotkey whose fee its owner's coldkey pays: the runtime's fee filter, as in the SDK.
 _COLDKEY_PAYS = frozenset(
     {
         ("SubtensorModule", "set_weights"),
@@ -83,11 +83,9 @@ class Chain:
         genesis.build(self.codec, config, state)
         # The metadata is part of the genesis state, so that chains with different ones have different hashes.
         root = _next_root(blake2_256(self.codec.metadata_option), state.changes)
-        self._append(
-            Block.seal(number=0, parent=bytes(32), state_root=root, extrinsics=(), timestamp_ms=0), state
-        )
+        self._append(Block.seal(number=0, parent=bytes(32), state_root=root, extrinsics=(), timestamp_ms=0), state)
 
-    # reading ------------------------------------------------------------------------------------------------------
+    # reading --------------------------------------------------------------------------------------
 
     @property
     def head(self) -> Block:
@@ -111,7 +109,7 @@ class Chain:
     def snapshot(self, number: int) -> Snapshot:
         return Snapshot(self.codec, self.history, number)
 
-    # the pool -----------------------------------------------------------------------------------------------------
+    # the pool -------------------------------------------------------------------------------------
 
     def next_nonce(self, who: str) -> int:
         """The first nonce of `who` that is neither used nor waiting in the pool."""
@@ -124,7 +122,10 @@ class Chain:
         return [tx.raw for tx, _ in self._pool.values()]
 
     def submit(self, raw: bytes) -> Extrinsic:
-        """Take a signed extrinsic into the pool. RpcError as a Substrate node words it when it may not enter."""
+        """Take a signed extrinsic into the pool.
+
+        RpcError as a Substrate node words it when it may not enter.
+        """
         tx = extrinsic.parse(self.codec, raw)
         if tx.hash in self._pool:
             raise RpcError(_ALREADY_IMPORTED, "Transaction is already imported", "0x" + tx.hash.hex())
@@ -151,7 +152,7 @@ class Chain:
         return self.hash_of(number) if number == 0 or number >= self.history.oldest else None
 
     def _payer(self, state: Working, tx: Extrinsic) -> str | None:
-        """Who pays the fee; None for a hotkey's call when no coldkey owns the hotkey (the call itself will fail)."""
+        """Who pays the fee; None for a hotkey that no coldkey owns (its call will fail by itself)."""
         if (tx.call.pallet, tx.call.function) in _COLDKEY_PAYS:
             return state.account(_P + "Owner", tx.signer)
         return tx.signer
@@ -161,10 +162,13 @@ class Chain:
         if payer is not None and balances.free_of(state, payer) < balances.fee_of(len(tx.raw)) + tx.tip:
             raise InvalidTransaction(errors.PAYMENT)
 
-    # making blocks ------------------------------------------------------------------------------------------------
+    # making blocks --------------------------------------------------------------------------------
 
     def produce(self, now_ms: int) -> tuple[Block, list[Extrinsic], list[Extrinsic]]:
-        """Make the next block, dated `now_ms` (or just after its parent). Returns it, what it includes, what was dropped."""
+        """Make the next block, dated `now_ms` (or just after its parent).
+
+        Returns it, what it includes, what was dropped.
+        """
         parent = self.head
         number = parent.number + 1
         timestamp = max(now_ms, parent.timestamp_ms + 1)

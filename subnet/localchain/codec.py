@@ -1,8 +1,8 @@
 """SCALE for the local chain: the SDK's own compiled codec, driven by real subtensor metadata.
 
 `bittensor_core.Runtime` turns metadata into an encoder and decoder of storage keys, values, calls, events and
-runtime-API results, so nothing about the chain's types is written down a second time here. This file adds what a node
-needs and a client does not: storage items by name, error indices by name, inputs of runtime APIs.
+runtime-API results, so nothing about the chain's types is written down a second time here. This file adds
+what a node needs and a client does not: storage items by name, error indices by name, inputs of runtime APIs.
 
 Decoded values are plain Python: ints, bools, ss58 strings for accounts, 0x-hex for byte arrays, lists, dicts.
 """
@@ -55,7 +55,7 @@ class Codec:
         }
         self._events = self.item("System.Events").value_type
 
-    # storage -----------------------------------------------------------------------------------------------------
+    # storage --------------------------------------------------------------------------------------
 
     def item(self, name: str) -> Item:
         """The storage item `Pallet.Name`; KeyError for one that the metadata does not have."""
@@ -63,9 +63,7 @@ class Codec:
         if found is None:
             pallet, _, short = name.partition(".")
             entry = self._rt.storage_entry(pallet, short)
-            found = Item(
-                pallet, short, entry.value_type, bytes(entry.default_bytes), entry.modifier == "Optional"
-            )
+            found = Item(pallet, short, entry.value_type, bytes(entry.default_bytes), entry.modifier == "Optional")
             self._items[name] = found
         return found
 
@@ -89,10 +87,10 @@ class Codec:
         item = self.item(name)
         return list(self._rt.decode_storage_key_params(item.pallet, item.name, key, fixed))
 
-    # calls, extrinsics, events ------------------------------------------------------------------------------------
+    # calls, extrinsics, events --------------------------------------------------------------------
 
     def decode_call(self, data: bytes) -> Mapping[str, object]:
-        """The call as a dict (`call_module`, `call_function`, `call_args`); ValueError for bytes that are none."""
+        """The call as a dict (`call_module`, `call_function`, `call_args`); ValueError for other bytes."""
         return cast("Mapping[str, object]", self._rt.decode_call(data))
 
     def timestamp_inherent(self, now_ms: int) -> bytes:
@@ -110,7 +108,7 @@ class Codec:
         genesis_hash: bytes,
         era_hash: bytes,
     ) -> bytes:
-        """The bytes that the signer of an extrinsic must have signed on this chain at this runtime version."""
+        """What the signer of an extrinsic must have signed, on this chain at this runtime version."""
         return bytes(
             self._rt.signature_payload(
                 call,
@@ -127,10 +125,10 @@ class Codec:
         return bytes(self._rt.encode(self._events, list(records)))
 
     def error_index(self, pallet: str, name: str) -> tuple[int, int]:
-        """(pallet index, error index) of a dispatch error; KeyError for a name that the metadata does not have."""
+        """(pallet index, error index) of a dispatch error; KeyError for a name the metadata lacks."""
         return self._errors[pallet, name]
 
-    # runtime APIs -------------------------------------------------------------------------------------------------
+    # runtime APIs ---------------------------------------------------------------------------------
 
     def has_api(self, api: str, method: str) -> bool:
         return method in self._apis.get(api, {})

@@ -1,7 +1,8 @@
 """Calls: from a decoded extrinsic to the pallet function that changes the state, and the events it leaves.
 
-A pallet is a module that exports `CALLS`, a table from call name to function `(ctx, origin, args)`. The function checks,
-then writes; it reports failure by raising `DispatchError`, and the enclosing transaction takes its writes back.
+A pallet is a module that exports `CALLS`, a table from call name to function `(ctx, origin, args)`. The
+function checks, then writes; it reports failure by raising `DispatchError`, and the enclosing transaction
+takes its writes back.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Context:
         """Run `call` signed by `origin`. DispatchError when it fails, then nothing of it remains."""
         function = self.table.get(call.pallet, {}).get(call.function)
         if function is None:
-            # A call of the real runtime that this chain leaves out: refuse it by the runtime's own word for that.
+            # A call of the real runtime that this chain leaves out: refuse it by the runtime's word for that.
             raise DispatchError("CallFiltered", pallet="System")
         with self.transaction():
             function(self, origin, call.args)

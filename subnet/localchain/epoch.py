@@ -1,7 +1,8 @@
 """The end of a tempo: run Yuma over the subnet's state, write the columns back, pay out what was emitted.
 
-Emission is one alpha per block: 18 % to the owner, the rest half to miners by incentive and half to validators by
-dividends (by stake where nobody set weights). Incentive of the owner's own hotkey is burned, as on the real chain.
+Emission is one alpha per block: 18 % to the owner, the rest half to miners by incentive and half to
+validators by dividends (by stake where nobody set weights). Incentive of the owner's own hotkey is burned, as
+on the real chain.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ def run(ctx: Context, netuid: int) -> None:
     last_epoch = state.number(_P + "LastEpochBlock", netuid)
     subnet, hotkeys = _gather(ctx, netuid, last_epoch)
     outcome = yuma.epoch(subnet)
-    permits = yuma.top_validators(
-        subnet.stake, state.number(_P + "MaxAllowedValidators", netuid), subnet.owner
-    )
+    permits = yuma.top_validators(subnet.stake, state.number(_P + "MaxAllowedValidators", netuid), subnet.owner)
     emission = _pay(ctx, netuid, hotkeys, subnet, outcome, blocks=ctx.number - last_epoch)
     columns: dict[str, list[int] | list[bool]] = {
         "Consensus": _u16(outcome.consensus),
@@ -44,9 +43,7 @@ def run(ctx: Context, netuid: int) -> None:
         state.put(_P + name, (netuid,), column)
     bonds = np.where(permits[:, None], outcome.bonds, 0.0)
     for uid, row in enumerate(bonds):
-        pairs = [
-            (int(target), value) for target, value in zip(np.nonzero(row)[0], _u16(row[row > 0]), strict=True)
-        ]
+        pairs = [(int(target), value) for target, value in zip(np.nonzero(row)[0], _u16(row[row > 0]), strict=True)]
         if pairs or state.exists(_P + "Bonds", netuid, uid):
             state.put(_P + "Bonds", (netuid, uid), pairs)
     state.put(_P + "LastEpochBlock", (netuid,), ctx.number)

@@ -1,8 +1,8 @@
 """What can go wrong on chain, as the chain itself tells it.
 
-`InvalidTransaction` is a refusal before inclusion and becomes a JSON-RPC error; `DispatchError` is a failure after
-inclusion and becomes a `System.ExtrinsicFailed` event whose module and index come from the metadata. The SDK turns both
-into its typed errors with remedies.
+`InvalidTransaction` is a refusal before inclusion and becomes a JSON-RPC error; `DispatchError` is a failure
+after inclusion and becomes a `System.ExtrinsicFailed` event whose module and index come from the metadata.
+The SDK turns both into its typed errors with remedies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class RpcError(Exception):
         self.data = data
 
 
-class InvalidTransaction(RpcError):
+class InvalidTransaction(RpcError):  # noqa: N818 - the name that Substrate has for it
     """An extrinsic that may not enter the pool (or stay in it)."""
 
     def __init__(self, data: str) -> None:
@@ -32,7 +32,7 @@ PAYMENT = "Inability to pay some fees (e.g. account balance too low)"
 
 
 class DispatchError(Exception):
-    """A call that failed: `SubtensorModule.HotKeyNotRegisteredInSubNet` and the like, by the metadata's names.
+    """A call that failed: `SubtensorModule.HotKeyNotRegisteredInSubNet` …, by the metadata's names.
 
     `pallet` is None for the runtime's own errors, given as the enum value that the codec encodes.
     """
@@ -42,10 +42,6 @@ class DispatchError(Exception):
         self.pallet = pallet
         self.name = name
         self.value = name if value is None else value
-
-
-def bad_origin() -> DispatchError:
-    return DispatchError("BadOrigin", pallet=None)
 
 
 def token_error(name: str) -> DispatchError:

@@ -1,9 +1,9 @@
 """Signed extrinsics: their wire form taken apart, and everything that the runtime checks before it runs one.
 
-Version 4: compact length, 0x84, MultiAddress, MultiSignature, era, compact nonce, compact tip, metadata-hash mode, call.
-What is signed is the call, these extensions, and what is implied and never travels: spec and transaction version,
-genesis hash and the hash of the era's first block. So a signature made for another chain, another runtime or another
-block is a bad signature, exactly as on a Substrate node.
+Version 4: compact length, 0x84, MultiAddress, MultiSignature, era, compact nonce, compact tip, metadata-hash
+mode, call. What is signed is the call, these extensions, and what is implied and never travels: spec and
+transaction version, genesis hash and the hash of the era's first block. So a signature made for another
+chain, another runtime or another block is a bad signature, exactly as on a Substrate node.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def _parse(codec: Codec, raw: bytes) -> Extrinsic:
     call_data = raw[at + 1 :]
     signer = bittensor_core.ss58_encode(public_key, SS58_FORMAT)
     call = Call.of(codec.decode_call(call_data))
-    return Extrinsic(
-        raw, blake2_256(raw), signer, public_key, scheme, signature, era, nonce, tip, call_data, call
-    )
+    return Extrinsic(raw, blake2_256(raw), signer, public_key, scheme, signature, era, nonce, tip, call_data, call)
 
 
 def _parse_era(raw: bytes, at: int) -> tuple[Era, int]:
@@ -106,7 +104,7 @@ def _parse_era(raw: bytes, at: int) -> tuple[Era, int]:
 def check_signature(
     codec: Codec, extrinsic: Extrinsic, *, current: int, block_hash: Callable[[int], bytes | None]
 ) -> None:
-    """InvalidTransaction unless the signer signed this extrinsic for this chain and its era includes block `current`.
+    """InvalidTransaction unless it was signed for this chain, with an era that includes block `current`.
 
     `block_hash` gives the hash of a past block, None for one that is unknown or forgotten.
     """

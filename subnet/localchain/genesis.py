@@ -1,8 +1,8 @@
 """The state that the chain starts from: one subnet with an owner, and development keys with TAO.
 
-Keys come from the development URIs that every Substrate tool knows (`//Alice` …): their secrets are public, so nothing on
-this chain is worth anything. Hyperparameters are chosen for development: no rate limits, plain weights, cheap
-registration whose price does not rise; the rest are the defaults of the metadata.
+Keys come from the development URIs that every Substrate tool knows (`//Alice` …): their secrets are public,
+so nothing on this chain is worth anything. Hyperparameters are chosen for development: no rate limits, plain
+weights, cheap registration whose price does not rise; the rest are the defaults of the metadata.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class ChainConfig:
     """What a run of the chain may choose.
 
     block_time: seconds between blocks. tempo: blocks between epochs. history: blocks whose state can be read.
-    finality_lag: how many blocks the finalized head is behind the best one. One, not zero: code that mistakes the best
-    block for a final one is then wrong here too and not only on the real chain, at the price of one block per write.
+    finality_lag: how many blocks the finalized head is behind the best one. One, not zero: code that mistakes
+    the best block for a final one is then wrong here too and not only on the real chain, at the price of one
+    block per write.
     """
 
     netuid: int = 9
@@ -87,7 +88,7 @@ def _subnet(config: ChainConfig) -> dict[str, object]:
         "FirstEmissionBlockNumber": 1,
         "SubnetOwner": address(OWNER_COLDKEY_URI),
         "SubnetOwnerHotkey": address(OWNER_HOTKEY_URI),
-        "TokenSymbol": "ι".encode(),
+        "TokenSymbol": "\u03b9".encode(),
         "Tempo": config.tempo,
         "MaxAllowedUids": 256,
         "MaxAllowedValidators": 64,

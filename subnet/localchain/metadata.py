@@ -1,7 +1,9 @@
 """The runtime metadata that the chain serves and encodes by: the recorded one, with two edits.
 
-* `Aura.SlotDuration`, the constant from which the SDK derives wall-clock times, is set to the block time of this run.
-* `SubtensorModule.SubnetEpochConsensus` is added. The SDK (11.3) reads it before it sets weights, and the recorded
+* `Aura.SlotDuration`, the constant from which the SDK derives wall-clock times, is set to the block time of
+  this run.
+* `SubtensorModule.SubnetEpochConsensus` is added. The SDK (11.3) reads it before it sets weights, and the
+  recorded
   runtime (spec 461) is from just before that item existed; as a number, 0 means Yuma, which is its default.
 
 Metadata is SCALE, so an edit is a splice: find the bytes that name the place, replace what follows.
@@ -27,9 +29,7 @@ def load(*, slot_ms: int) -> bytes:
     _, start = read_compact(packed, 1)
     metadata = _with_u64_constant(packed[start:], "SlotDuration", slot_ms)
     # A map from netuid to a number that defaults to 0, like the item whose shape it takes.
-    return _with_copied_item(
-        metadata, pallet="SubtensorModule", model="SubnetMechanism", name="SubnetEpochConsensus"
-    )
+    return _with_copied_item(metadata, pallet="SubtensorModule", model="SubnetMechanism", name="SubnetEpochConsensus")
 
 
 def as_option(metadata: bytes) -> bytes:
@@ -50,15 +50,13 @@ def compact(value: int) -> bytes:
 
 
 def read_compact(data: bytes, offset: int) -> tuple[int, int]:
-    """(value, offset after it) of the compact integer at `offset`; ValueError where the data ends too early."""
+    """(value, offset after it) of the compact integer at `offset`; ValueError where the data ends."""
     if offset >= len(data):
         raise ValueError(f"compact integer at byte {offset} of {len(data)}: the data ends there")
     mode = data[offset] & 3
     size = (1, 2, 4)[mode] if mode < 3 else (data[offset] >> 2) + 5
     if offset + size > len(data):
-        raise ValueError(
-            f"compact integer at byte {offset} needs {size} bytes, {len(data) - offset} are left"
-        )
+        raise ValueError(f"compact integer at byte {offset} needs {size} bytes, {len(data) - offset} are left")
     if mode < 3:
         return int.from_bytes(data[offset : offset + size], "little") >> 2, offset + size
     return int.from_bytes(data[offset + 1 : offset + size], "little"), offset + size
@@ -69,7 +67,7 @@ def _text(value: str) -> bytes:
 
 
 def _with_u64_constant(metadata: bytes, name: str, value: int) -> bytes:
-    """A constant is its name, its compact type id and its SCALE bytes; this one is where the name precedes a u64."""
+    """A constant is name, compact type id, SCALE bytes; of the name's places, it is the one before a u64."""
     at = metadata.find(_text(name))
     while at >= 0:
         _, value_at = read_compact(metadata, at + len(_text(name)))
@@ -80,7 +78,10 @@ def _with_u64_constant(metadata: bytes, name: str, value: int) -> bytes:
 
 
 def _with_copied_item(metadata: bytes, *, pallet: str, model: str, name: str) -> bytes:
-    """Add the map `name` to a pallet's storage: the type, hasher and default of `model`, without its documentation."""
+    """Add the map `name` to a pallet's storage:
+
+    the type, hasher and default of `model`, without its documentation.
+    """
     head = _text(pallet) + b"\x01" + _text(pallet)  # the pallet's name, Some(storage), the storage prefix
     count_at = metadata.index(head) + len(head)
     count, first = read_compact(metadata, count_at)

@@ -1,7 +1,7 @@
 """The table of a subnet's neurons: which hotkey holds which uid, and the per-uid columns that go with it.
 
-On chain every column is one storage item holding a vector with an entry per uid, so a new neuron appends to all of them
-and a replaced one resets its entry in all of them.
+On chain every column is one storage item holding a vector with an entry per uid, so a new neuron appends to
+all of them and a replaced one resets its entry in all of them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _set_column(ctx: Context, netuid: int, column: str, uid: int, value: int) ->
 
 
 def _neuron_to_prune(ctx: Context, netuid: int) -> int:
-    """Lowest emission, then oldest registration, then lowest uid, among those outside immunity; never the owner's."""
+    """Outside immunity, the lowest emission, oldest registration, lowest uid; never the owner's."""
     immunity = ctx.state.number("SubtensorModule.ImmunityPeriod", netuid)
     owner = ctx.state.account("SubtensorModule.SubnetOwnerHotkey", netuid)
     emission = ctx.state.numbers("SubtensorModule.Emission", netuid)
@@ -84,7 +84,10 @@ def _neuron_to_prune(ctx: Context, netuid: int) -> int:
 
 
 def _clear(ctx: Context, netuid: int, uid: int) -> None:
-    """Forget the neuron that holds `uid`: its key, endpoint, weights and bonds, and the bonds others hold on it."""
+    """Forget the neuron that holds `uid`:
+
+    its key, endpoint, weights and bonds, and the bonds others hold on it.
+    """
     hotkey = ctx.state.account("SubtensorModule.Keys", netuid, uid)
     ctx.state.delete("SubtensorModule.Uids", netuid, hotkey)
     ctx.state.delete("SubtensorModule.IsNetworkMember", hotkey, netuid)

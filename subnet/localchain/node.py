@@ -3,9 +3,9 @@
     async with LocalChain(ChainConfig()) as chain:
         ...  # connect the SDK to chain.url
 
-Everything runs on one event loop and no await stands between reading and changing the chain, so there is nothing to lock.
-Each connection has a queue of outgoing frames and a writer: a client that does not read what it subscribed to fills its
-queue and is disconnected, instead of holding up the chain.
+Everything runs on one event loop and no await stands between reading and changing the chain, so there is
+nothing to lock. Each connection has a queue of outgoing frames and a writer: a client that does not read what
+it subscribed to fills its queue and is disconnected, instead of holding up the chain.
 """
 
 from __future__ import annotations
@@ -42,9 +42,21 @@ class _Connection:
         self.outgoing: asyncio.Queue[str] = asyncio.Queue(MAX_QUEUE)
         self.overrun = asyncio.Event()
         self.subscriptions: dict[str, tuple[str, str]] = {}
+        self._deferred: list[str] | None = None
         self._node = node
 
+    def answer(self, rpc: Rpc, request: str | bytes) -> None:
+        """Answer one frame; what its methods notify goes out after the answer, as clients expect."""
+        self._deferred = []
+        response = rpc.answer(request, self)
+        deferred, self._deferred = self._deferred, None
+        for frame in [response, *deferred] if response is not None else deferred:
+            self.send(frame)
+
     def send(self, frame: str) -> None:
+        if self._deferred is not None:
+            self._deferred.append(frame)
+            return
         try:
             self.outgoing.put_nowait(frame)
         except asyncio.QueueFull:
@@ -67,9 +79,7 @@ class _Connection:
         found = self.subscriptions.get(subscription)
         if found is not None:
             params = {"subscription": subscription, "result": result}
-            self.send(
-                json.dumps({"jsonrpc": "2.0", "method": found[1], "params": params}, separators=(",", ":"))
-            )
+            self.send(json.dumps({"jsonrpc": "2.0", "method": found[1], "params": params}, separators=(",", ":")))
 
     def publish(self, kind: str, result: str) -> None:
         """Send `result`, JSON already, to every subscription of one kind."""
@@ -84,7 +94,8 @@ class _Connection:
 class LocalChain:
     """A development chain that serves JSON-RPC on a websocket while it is entered.
 
-    host and port: where to listen; port 0 picks a free one. clock: seconds since 1970, what blocks are dated by.
+    host and port: where to listen; port 0 picks a free one. clock: seconds since 1970, what blocks are dated
+    by.
     """
 
     def __init__(
@@ -121,9 +132,7 @@ class LocalChain:
 
     async def __aenter__(self) -> Self:
         host, port = self._address
-        self._server = await serve(
-            self._serve, host, port, compression=None, max_size=MAX_FRAME, ping_interval=None
-        )
+        self._server = await serve(self._serve, host, port, compression=None, max_size=MAX_FRAME, ping_interval=None)
         self.advance()
         self._producer = asyncio.create_task(self._produce(), name="localchain-blocks")
         return self
@@ -150,7 +159,7 @@ class LocalChain:
         self._last_id += 1
         return f"orion{self._last_id}"
 
-    # blocks -------------------------------------------------------------------------------------------------------
+    # blocks ---------------------------------------------------------------------------------------
 
     async def _produce(self) -> None:
         loop = asyncio.get_running_loop()
@@ -187,7 +196,7 @@ class LocalChain:
         for connection, subscription in watchers:
             connection.notify(subscription, status)
 
-    # connections --------------------------------------------------------------------------------------------------
+    # connections ----------------------------------------------------------------------------------
 
     async def _serve(self, socket: ServerConnection) -> None:
         connection = _Connection(self)
@@ -212,9 +221,7 @@ class LocalChain:
 
     async def _receive(self, socket: ServerConnection, connection: _Connection) -> None:
         async for frame in socket:
-            response = self._rpc.answer(frame, connection)
-            if response is not None:
-                connection.send(response)
+            connection.answer(self._rpc, frame)
 
     async def _transmit(self, socket: ServerConnection, connection: _Connection) -> None:
         while True:

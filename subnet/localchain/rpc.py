@@ -1,15 +1,19 @@
 """JSON-RPC as a Substrate node speaks it: methods, batches and error objects. No sockets here.
 
-`Rpc.answer` takes one text frame and a `Peer` (what the connection can do: send a frame, remember subscriptions) and
-returns the response frame, or None where the frame was a notification. Method names and their old aliases are
-Substrate's; an unknown one is -32601, wrong parameters are -32602, malformed JSON is -32700.
+`Rpc.answer` takes one text frame and a `Peer` (what the connection can do: send a frame, remember
+subscriptions) and returns the response frame, or None where the frame was a notification. Method names and
+their old aliases are Substrate's; an unknown one is -32601, wrong parameters are -32602, malformed JSON is
+-32700.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
+
+import bittensor_core
 
 from subnet.localchain import metadata
 from subnet.localchain.blocks import Block, Chain
@@ -17,6 +21,8 @@ from subnet.localchain.errors import RpcError
 from subnet.localchain.extrinsic import Extrinsic
 from subnet.localchain.runtime_api import RuntimeApis
 from subnet.localchain.state import Snapshot, StateDiscarded
+
+log = logging.getLogger("orion.subnet.localchain.rpc")
 
 Json = object
 Params = Sequence[Json]
@@ -55,7 +61,7 @@ def header_json(block: Block) -> dict[str, Json]:
 
 
 class Rpc:
-    """The methods, over one chain. `submitted` is called with each transaction that entered the pool."""
+    """The methods, over one chain."""
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
@@ -85,7 +91,7 @@ class Rpc:
             "state_getStorage": self._get_storage,
             "state_queryStorageAt": self._query_storage_at,
             "state_getKeysPaged": self._get_keys_paged,
-            "system_accountNextIndex": lambda _peer, params: chain.next_nonce(_text(params, 0)),
+            "system_accountNextIndex": lambda _peer, params: chain.next_nonce(_address(params, 0)),
             "author_submitExtrinsic": self._submit,
             "author_submitAndWatchExtrinsic": self._submit_and_watch,
             "author_pendingExtrinsics": lambda _peer, _params: [_hex(raw) for raw in chain.pending()],
@@ -111,7 +117,7 @@ class Rpc:
         }
         self._methods = methods | {alias: methods[name] for alias, name in aliases.items()}
 
-    # frames -------------------------------------------------------------------------------------------------------
+    # frames ---------------------------------------------------------------------------------------
 
     def answer(self, frame: str | bytes, peer: Peer) -> str | None:
         """The response to one text frame: an object, a batch of them, or None for notifications only."""
@@ -133,17 +139,20 @@ class Rpc:
             return _error(None, RpcError(-32600, "Invalid Request"))
         call_id, params = request.get("id"), request.get("params") or []
         function = self._methods.get(request["method"])
+        if function is None:
+            return _error(call_id, RpcError(-32601, "Method not found", request["method"]))
+        if not isinstance(params, list):
+            return _error(call_id, RpcError(-32602, "Invalid params", "expected a list of positional parameters"))
         try:
-            if function is None:
-                raise RpcError(-32601, "Method not found", request["method"])
-            if not isinstance(params, list):
-                raise RpcError(-32602, "Invalid params", "expected a list of positional parameters")
             result = function(peer, params)
         except RpcError as error:
             return _error(call_id, error)
+        except (ValueError, TypeError, LookupError, OverflowError) as error:
+            log.exception("%s failed", request["method"])
+            return _error(call_id, RpcError(-32603, "Internal error", f"{type(error).__name__}: {error}"))
         return {"jsonrpc": "2.0", "id": call_id, "result": result} if "id" in request else None
 
-    # blocks -------------------------------------------------------------------------------------------------------
+    # blocks ---------------------------------------------------------------------------------------
 
     def _number(self, params: Params, index: int) -> int:
         """The block named by the hash at `params[index]`; the best block where none is given."""
@@ -163,9 +172,7 @@ class Rpc:
             return self._chain.snapshot(number)
         except StateDiscarded as error:
             block_hash = _hex(self._chain.hash_of(number) or b"")
-            raise RpcError(
-                4003, f"Client error: UnknownBlock: State already discarded for {block_hash}"
-            ) from error
+            raise RpcError(4003, f"Client error: UnknownBlock: State already discarded for {block_hash}") from error
 
     def _get_block_hash(self, _peer: Peer, params: Params) -> Json:
         if not params or params[0] is None:
@@ -198,7 +205,7 @@ class Rpc:
         extrinsics = [_hex(raw) for raw in block.extrinsics]
         return {"block": {"header": header_json(block), "extrinsics": extrinsics}, "justifications": None}
 
-    # state --------------------------------------------------------------------------------------------------------
+    # state ----------------------------------------------------------------------------------------
 
     def _runtime_version(self, _peer: Peer, params: Params) -> Json:
         self._number(params, 0)
@@ -243,7 +250,7 @@ class Rpc:
                 break
         return found
 
-    # transactions and subscriptions -------------------------------------------------------------------------------
+    # transactions and subscriptions ---------------------------------------------------------------
 
     def _submit(self, _peer: Peer, params: Params) -> Json:
         return _hex(self._chain.submit(_bytes(params, 0)).hash)
@@ -287,9 +294,16 @@ def _bytes(params: Params, index: int) -> bytes:
     try:
         return bytes.fromhex(text.removeprefix("0x"))
     except ValueError as error:
-        raise RpcError(
-            -32602, "Invalid params", f"parameter {index} is not hexadecimal: {text[:32]!r}"
-        ) from error
+        raise RpcError(-32602, "Invalid params", f"parameter {index} is not hexadecimal: {text[:32]!r}") from error
+
+
+def _address(params: Params, index: int) -> str:
+    text = _text(params, index)
+    try:
+        bittensor_core.ss58_decode(text)
+    except ValueError as error:
+        raise RpcError(-32602, "Invalid params", f"{text[:64]!r} is not an ss58 address") from error
+    return text
 
 
 def _hex(data: bytes) -> str:

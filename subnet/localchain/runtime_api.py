@@ -1,7 +1,7 @@
 """Runtime APIs (`state_call`): the ones that the SDK calls on the way from a wallet to weights.
 
-Inputs and outputs are encoded from the metadata's own definitions. The metagraph of a block is encoded once and kept,
-because many nodes ask for the same one.
+Inputs and outputs are encoded from the metadata's own definitions. The metagraph of a block is encoded once
+and kept, because many nodes ask for the same one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from subnet.localchain.state import Snapshot
 _P = "SubtensorModule."
 _KEPT = 16
 _EXECUTION_FAILED = 4003
-_NO_AXON = dict.fromkeys(
-    ("block", "version", "ip", "port", "ip_type", "protocol", "placeholder1", "placeholder2"), 0
-)
+_NO_AXON = dict.fromkeys(("block", "version", "ip", "port", "ip_type", "protocol", "placeholder1", "placeholder2"), 0)
 
 # Metagraph fields that are one storage item of the subnet, as stored.
 _FIELDS: Mapping[str, str] = {
@@ -82,6 +80,7 @@ class RuntimeApis:
         self._metagraphs: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._methods: Mapping[str, Callable[[Snapshot, Sequence[object]], object]] = {
             "AccountNonceApi_account_nonce": _account_nonce,
+            "SubnetInfoRuntimeApi_get_metagraph": metagraph,
             "SubnetInfoRuntimeApi_get_next_epoch_start_block": _next_epoch_start_block,
             "SwapRuntimeApi_current_alpha_price": _alpha_price,
             "SwapRuntimeApi_sim_swap_tao_for_alpha": _simulate_swap,
@@ -89,38 +88,36 @@ class RuntimeApis:
         }
 
     def call(self, snapshot: Snapshot, name: str, data: bytes) -> bytes:
-        """The SCALE result of runtime API `Api_method`; RpcError naming the one that this chain does not have."""
+        """The SCALE result of runtime API `Api_method`; RpcError naming one that is not there."""
         if name == "Metadata_metadata_at_version":
             return self._codec.metadata_option if data == (15).to_bytes(4, "little") else b"\0"
         if name == "TransactionPaymentApi_query_info":
             return self._query_info(data)
         api, _, method = name.partition("_")
         known = self._codec.has_api(api, method)
-        if known and name == "SubnetInfoRuntimeApi_get_metagraph":
-            return self._metagraph(snapshot, data)
         function = self._methods.get(name)
         if not known or function is None:
-            reason = (
-                "this local chain does not implement it" if known else f"Exported method {name} is not found"
-            )
+            reason = "this local chain does not implement it" if known else f"Exported method {name} is not found"
             raise RpcError(_EXECUTION_FAILED, f"Client error: Execution failed: runtime API {name}: {reason}")
         try:
             inputs = self._codec.decode_inputs(api, method, data)
         except ValueError as error:
             raise RpcError(_EXECUTION_FAILED, f"Client error: Execution failed: {name}: {error}") from error
+        if function is metagraph:
+            return self._encoded_metagraph(snapshot, inputs)
         return self._codec.encode_output(api, method, function(snapshot, inputs))
 
     def _query_info(self, data: bytes) -> bytes:
-        """The fee follows from the extrinsic's length, which the caller passes last, so nothing needs decoding."""
+        """The fee follows from the extrinsic's length, which the caller passes last."""
         fee = balances.fee_of(int.from_bytes(data[-4:], "little"))
         info = {"weight": {"ref_time": 0, "proof_size": 0}, "class": "Normal", "partial_fee": fee}
         return self._codec.encode_output("TransactionPaymentApi", "query_info", info)
 
-    def _metagraph(self, snapshot: Snapshot, data: bytes) -> bytes:
-        key = (snapshot.block, int.from_bytes(data, "little"))
+    def _encoded_metagraph(self, snapshot: Snapshot, inputs: Sequence[object]) -> bytes:
+        key = (snapshot.block, cast("int", inputs[0]))
         encoded = self._metagraphs.get(key)
         if encoded is None:
-            value = metagraph(snapshot, key[1])
+            value = metagraph(snapshot, inputs)
             encoded = self._codec.encode_output("SubnetInfoRuntimeApi", "get_metagraph", value)
             self._metagraphs[key] = encoded
             if len(self._metagraphs) > _KEPT:
@@ -128,8 +125,9 @@ class RuntimeApis:
         return encoded
 
 
-def metagraph(snapshot: Snapshot, netuid: int) -> dict[str, object] | None:
-    """The subnet's whole state as the runtime's `Metagraph` struct, None for a subnet that does not exist."""
+def metagraph(snapshot: Snapshot, inputs: Sequence[object]) -> dict[str, object] | None:
+    """The state of subnet `inputs[0]` as the runtime's `Metagraph` struct, None for one that does not exist."""
+    netuid = cast("int", inputs[0])
     if not neurons.subnet_exists(snapshot, netuid):
         return None
     hotkeys = neurons.hotkeys(snapshot, netuid)

@@ -1,10 +1,11 @@
 """Versioned chain state: a map from storage key to SCALE bytes, readable as it was at any recent block.
 
-`History` keeps, per key, the values it has had and the block that wrote each; a read at block n takes the last one
-written at or before n. Versions older than the configured number of blocks are dropped as their key is written again,
-so memory is bounded by (live keys + history × keys written per block). `Snapshot` is the read-only view of one block.
-`Working` is the view that a block is built on: writes go into a stack of layers, one per open transaction, so a failing
-call leaves no trace. Both decode through the codec; names are the metadata's `Pallet.Item`.
+`History` keeps, per key, the values it has had and the block that wrote each; a read at block n takes the
+last one written at or before n. Versions older than the configured number of blocks are dropped as their key
+is written again, so memory is bounded by (live keys + history x keys written per block). `Snapshot` is the
+read-only view of one block. `Working` is the view that a block is built on: writes go into a stack of layers,
+one per open transaction, so a failing call leaves no trace. Both decode through the codec; names are the
+metadata's `Pallet.Item`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from subnet.localchain.codec import Codec
 _Version = tuple[int, bytes | None]
 
 
-class StateDiscarded(Exception):
+class StateDiscarded(Exception):  # noqa: N818 - the words that Substrate has for it
     """A read at a block whose state is older than the history that is kept."""
 
 

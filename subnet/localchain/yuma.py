@@ -1,7 +1,7 @@
 """Yuma consensus: from what validators say to what miners and validators earn. One pure function, float64.
 
-Follows subtensor's `run_epoch` with Yuma3 bonds. With stake S over permitted active validators (summing to 1) and
-row-normalised weights W:
+Follows subtensor's `run_epoch` with Yuma3 bonds. With stake S over permitted active validators (summing to 1)
+and row-normalised weights W:
 
     C_j = max { w : sum_i S_i [W_ij >= w] >= kappa }        consensus, a stake-weighted median
     W'  = min(W, C)                                         what exceeds the consensus is clipped away
@@ -10,8 +10,8 @@ row-normalised weights W:
     B   <- (1 - a) B + a ((1 - p) W + p W')                 bonds per edge, EMA with rate a, penalty p
     D_i ~ S_i sum_j (B_ij / sum_k B_kj) I_j                 dividends, normalised
 
-Weights on oneself count only for the subnet's owner; weights on a neuron that registered at or after the row's last
-update do not count, nor do bonds on one that registered since the last epoch.
+Weights on oneself count only for the subnet's owner; weights on a neuron that registered at or after the
+row's last update do not count, nor do bonds on one that registered since the last epoch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ Matrix = NDArray[np.float64]
 class Subnet:
     """What an epoch starts from, for n neurons by uid.
 
-    weights, bonds: (n, n), row i is validator i's. stake: (n,) in any unit. permits, active: (n,) bools. last_update,
-    registered_at: (n,) blocks. kappa, bonds_rate (a) and bonds_penalty (p) in [0, 1]. owner is a uid or None.
+    weights, bonds: (n, n), row i is validator i's. stake: (n,) in any unit. permits, active: (n,) bools.
+    last_update, registered_at: (n,) blocks. kappa, bonds_rate (a) and bonds_penalty (p) in [0, 1]. owner is a
+    uid or None.
     """
 
     weights: Matrix
@@ -49,7 +50,10 @@ class Subnet:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an epoch decides, (n,) each except the (n, n) bonds. Incentive and dividends sum to 1 or are all 0."""
+    """What an epoch decides, (n,) each except the (n, n) bonds.
+
+    Incentive and dividends sum to 1 or are all 0.
+    """
 
     consensus: Vector
     trust: Vector
@@ -83,20 +87,24 @@ def epoch(subnet: Subnet) -> Outcome:
 def weighted_median(weights: Matrix, stake: Vector, kappa: float) -> Vector:
     """Per column, the largest weight that validators with at least `kappa` of the stake give or exceed.
 
-    weights: (n, m) of non-negative numbers. stake: (n,), summing to 1 or 0. Returns (m,); 0 where no weight has that
-    much stake behind it.
+    weights: (n, m) of non-negative numbers. stake: (n,), summing to 1 or 0. Returns (m,); 0 where no weight
+    has that much stake behind it.
     """
     if not stake.any():
         return np.zeros(weights.shape[1])
     order = np.argsort(-weights, axis=0, kind="stable")
     behind = np.cumsum(stake[order], axis=0)
-    # The epsilon keeps exact halves on the side they are on: 0.5 of the stake must not fail by a rounding error.
+    # The epsilon keeps exact shares on their side: half of the stake must not fail by a rounding error.
     first = np.argmax(behind >= kappa - 1e-12, axis=0)
-    return np.take_along_axis(np.take_along_axis(weights, order, axis=0), first[None, :], axis=0)[0]
+    median: Vector = np.take_along_axis(np.take_along_axis(weights, order, axis=0), first[None, :], axis=0)[0]
+    return median
 
 
 def top_validators(stake: Vector, count: int, owner: int | None) -> NDArray[np.bool_]:
-    """Validator permits: the `count` neurons with most stake (none without any; lower uid first on a tie), and the owner."""
+    """Validator permits:
+
+    the `count` neurons with most stake (none without any; lower uid first on a tie), and the owner.
+    """
     permits = np.zeros(len(stake), dtype=np.bool_)
     permits[np.argsort(-stake, kind="stable")[:count]] = True
     permits &= stake > 0
@@ -113,16 +121,19 @@ def _effective_weights(subnet: Subnet) -> Matrix:
         weights[subnet.owner, subnet.owner] = diagonal[subnet.owner]
     weights[subnet.last_update[:, None] <= subnet.registered_at[None, :]] = 0.0
     total = weights.sum(axis=1, keepdims=True)
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    normalised: Matrix = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return normalised
 
 
 def _next_bonds(subnet: Subnet, weights: Matrix, clipped: Matrix) -> Matrix:
     old = np.where(subnet.permits[:, None], subnet.bonds, 0.0)
     old[:, subnet.registered_at >= subnet.last_epoch] = 0.0
     target = (1 - subnet.bonds_penalty) * weights + subnet.bonds_penalty * clipped
-    return (1 - subnet.bonds_rate) * old + subnet.bonds_rate * target
+    bonds: Matrix = (1 - subnet.bonds_rate) * old + subnet.bonds_rate * target
+    return bonds
 
 
 def _normalise(values: Vector) -> Vector:
-    total = values.sum()
-    return values / total if total > 0 else np.zeros_like(values)
+    total = float(values.sum())
+    scaled: Vector = values / total if total > 0 else np.zeros_like(values)
+    return scaled

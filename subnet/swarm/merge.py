@@ -52,12 +52,7 @@ def accepted(sources: Sequence[Source], records: Mapping[str, Record | None], nu
     votes = {source.index: 0 for source in sources}
     for source in sources:
         record = records.get(source.hotkey)
-        if (
-            record is None
-            or record.round != number
-            or record.phase < Phase.HAVE
-            or record.root != source.root
-        ):
+        if record is None or record.round != number or record.phase < Phase.HAVE or record.root != source.root:
             continue
         voters += 1
         for index in votes:

@@ -105,15 +105,15 @@ def encode(synapse: Synapse, tensors: Mapping[str, torch.Tensor]) -> list[memory
                 f"tensor {name!r} ({tensor.dtype} on {tensor.device}) cannot be sent; "
                 f"copy it to host memory as one of {', '.join(_DTYPES)}"
             )
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        end = offset + flat.numel()
+        part = tensor_bytes(tensor)
+        end = offset + part.nbytes
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
         if end > offset:
-            parts.append(flat.numpy().data)
+            parts.append(part)
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -123,6 +123,11 @@ def encode(synapse: Synapse, tensors: Mapping[str, torch.Tensor]) -> list[memory
             "send long fields as a tensor"
         )
     return [memoryview(len(text).to_bytes(8, "little") + text), *parts]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes as they cross the wire; a view of its memory where that is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def size_of(parts: Sequence[memoryview]) -> int:

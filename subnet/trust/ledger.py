@@ -99,9 +99,7 @@ class Window:
         return _WINDOW.pack(self.version, self.units, self.weights)
 
 
-def receipt_message(
-    run: bytes, number: int, *, producer: str, key: UnitKey, stage: int, output: bytes
-) -> bytes:
+def receipt_message(run: bytes, number: int, *, producer: str, key: UnitKey, stage: int, output: bytes) -> bytes:
     """What a consumer signs when it accepts the output of `producer`'s unit."""
     unit = struct.pack("<IHQB", number, stage, key.sample, key.direction)
     return b"orion/receipt/1" + run + unit + output + producer.encode()

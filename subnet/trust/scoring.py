@@ -135,9 +135,7 @@ def settle(
     return Settlement(paid, tuple(_pathways(book, done)))
 
 
-def _pays(
-    book: _Book, hotkey: str, unit: _Unit, leaf: Leaf, done: set[int], claims: Counter[_Unit]
-) -> bool:
+def _pays(book: _Book, hotkey: str, unit: _Unit, leaf: Leaf, done: set[int], claims: Counter[_Unit]) -> bool:
     if book.roster.stage_of(hotkey) != leaf.stage or claims[unit] > 1:
         return False
     if leaf.sample not in done or not book.linked(hotkey, leaf):
@@ -184,7 +182,7 @@ def score(
 
 
 def weights(history: Sequence[Mapping[str, Score]], *, rounds: int) -> dict[str, float]:
-    """Normalised weights by hotkey: the mean score over the last `rounds` closed rounds, newcomers over those present."""
+    """Normalised weights by hotkey: mean score over the last `rounds` closed rounds, newcomers over those present."""
     recent = history[-rounds:]
     sums: dict[str, list[float]] = defaultdict(list)
     for scores in recent:

@@ -42,7 +42,10 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         ({"kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
         ({"hidden": 12}, "rotary embedding needs an even number"),
         ({"rope_base": 1.0}, "rope_base is 1.0"),
-        ({"boundary": BoundaryConfig(form=BoundaryForm.A, width=129)}, "boundary.width 129 is above hidden 128"),
+        (
+            {"boundary": BoundaryConfig(form=BoundaryForm.A, width=129)},
+            "boundary.width 129 is above hidden 128",
+        ),
     ],
 )
 def test_a_shape_that_cannot_work_is_refused(change: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The split is contiguous, complete, and no other split has a lower maximum or, at that maximum, less variance."""
+"""The split is contiguous and complete; none has a lower maximum or, at that maximum, less variance."""
 
 from itertools import combinations, pairwise
 

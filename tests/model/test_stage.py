@@ -31,15 +31,29 @@ def test_every_split_starts_from_the_same_model(stages: int) -> None:
     assert {"embedding.weight", "layers.3.attention.q.weight", "norm.weight", "head.weight"} <= whole.keys()
 
 
-def test_initial_weights_follow_their_distribution_and_seed() -> None:
+def test_initial_weights_follow_their_deviation_and_seed() -> None:
     weights = _weights(preset("nano"), 2)
     assert torch.equal(weights["layers.0.ffn_norm.weight"], torch.ones(128))
+    for name, deviation in {
+        "embedding.weight": 1.0,
+        "head.weight": 0.25 * 128**-0.5,
+        "layers.3.attention.q.weight": 128**-0.5,
+        "layers.3.ffn.down.weight": 384**-0.5 / 4,
+        "boundaries.4.sender.encoder.weight": 128**-0.5,
+        "boundaries.4.receiver.decoder.weight": 16**-0.5,
+    }.items():
+        assert float(weights[name].std()) == pytest.approx(deviation, rel=0.04), name
+        assert abs(float(weights[name].mean())) < 0.1 * deviation, name
     other = _weights(preset("nano"), 2, seed=8)
     assert not torch.equal(weights["head.weight"], other["head.weight"])
     assert not torch.equal(weights["layers.0.ffn.up.weight"], weights["layers.1.ffn.up.weight"])
-    form_b = _weights(_SMALL, 2)["boundaries.2.sender.encoder.0.weight"]
-    assert 0.006 < float(form_b.std()) < 0.01
-    assert float(form_b.abs().max()) <= 0.02
+    assert float(_weights(_SMALL, 2)["boundaries.2.sender.encoder.0.weight"].std()) == pytest.approx(0.01, rel=0.1)
+
+
+def test_initial_weights_are_these_very_bits() -> None:
+    # Recorded: any change of drawing, naming or seeding makes nodes disagree on the first weights of a run.
+    stage = build_stage(_SMALL, split(_SMALL, 2)[0], 1)
+    assert weights_digest(stage).hex() == "98f0cdf9c77fd2a14d319101f88c9a632345fe8a475de82a56d57e58e4f0e752"
 
 
 def test_building_leaves_the_global_generator_alone() -> None:

@@ -63,9 +63,9 @@ def test_logits_equal_llama(
         )
     ).eval()
     weights = {_ours(name): value for name, value in reference.state_dict().items()}
-    for name in weights:
+    for name, weight in weights.items():
         if name.endswith("norm.weight"):
-            weights[name].uniform_(0.5, 1.5)
+            weight.uniform_(0.5, 1.5)
     x = torch.randint(vocab, (3, tokens))
     with torch.no_grad():
         y = x

@@ -12,10 +12,10 @@ from typing import Self
 import numpy as np
 import torch
 
+from model.accounting import total_parameters
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.data import Corpus, ShardEntry
 from model.engine import Recompute, StageEngine
-from model.accounting import total_parameters
 from model.split import split
 from model.stage import build_stage, flatten
 from neurons.archive import Archive, RoundArchive
@@ -75,7 +75,13 @@ def tokens_file(folder: Path, *, count: int = 40_000) -> ShardEntry:
 
 
 def manifest(
-    config: ModelConfig, entry: ShardEntry, *, stages: int, replicas: int = 1, wire: str = "float32", accumulation: int = 4
+    config: ModelConfig,
+    entry: ShardEntry,
+    *,
+    stages: int,
+    replicas: int = 1,
+    wire: str = "float32",
+    accumulation: int = 4,
 ) -> Manifest:
     return Manifest(
         version=1,
@@ -103,7 +109,7 @@ def manifest(
             outer_lr=1.0,
             outer_momentum=0.0,
         ),
-        round=RoundSection(count=1, stop=10, close=11, cut=12, have=13, length=14, linger=1),
+        round=RoundSection(count=1, close=11, cut=12, have=13, length=14, linger=1),
         audit=AuditSection(seed_delay=1, windows=1, units=8, tolerance=1e-4),
         score=ScoreSection(rounds=3),
     )

@@ -9,11 +9,11 @@ import torch
 from model.config import BoundaryConfig, BoundaryForm
 from model.split import split
 from model.stage import assign_flat, build_stage
-from neurons.pipeline import raw
 from subnet.identity import verify
 from subnet.messages import Accepted, Backward, Forward
 from subnet.swarm.routing import sample_id
-from subnet.transport.errors import Busy, Dropped, NotFinite, Unreachable, UnknownHotkey, UnknownRun, WrongTensor
+from subnet.transport.errors import Busy, Dropped, NotFinite, UnknownHotkey, UnknownRun, Unreachable, WrongTensor
+from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import replay, select_units, select_windows
 from subnet.trust.ledger import Direction, Evidence, UnitKey, digest, receipt_message
 from subnet.trust.scoring import settle
@@ -53,7 +53,7 @@ async def test_everything_done_is_paid_and_replays(tmp_path: Path) -> None:
             index = swarm.roster.stage_of(hotkey)
             stage = build_stage(swarm.loaded.manifest.model.config(), plan[index], 0)
             for window in select_windows(parsed, seed=b"s", hotkey=hotkey, count=99):
-                assert digest(raw(swarm.rounds[hotkey].windows[window.version])) == window.weights
+                assert digest(tensor_bytes(swarm.rounds[hotkey].windows[window.version])) == window.weights
                 assign_flat(stage, swarm.rounds[hotkey].windows[window.version])
                 for leaf in select_units(parsed, window, seed=b"s", hotkey=hotkey, validator="v", count=99):
                     verdict = replay(
@@ -95,16 +95,19 @@ async def test_what_is_in_flight_at_close_is_lost_and_counted(tmp_path: Path) ->
         head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
         await tail.axon.stop()
         drive = asyncio.create_task(head.worker.drive())
-        while not swarm.rounds[head.identity.hotkey].units:
+        while not swarm.rounds[head.identity.hotkey].units:  # noqa: ASYNC110 - filled by the worker, which has no event
             await asyncio.sleep(0)
         current, evidence = await head.worker.close()
         await drive
         assert current.started > 0
         assert current.completed == 0
         assert head.events[-1].event.lost == current.started
-        assert settle(swarm.loaded.run_id, swarm.roster, {head.identity.hotkey: evidence}, verify, first_sample=0).paid[
-            head.identity.hotkey
-        ].forward == 0
+        assert (
+            settle(swarm.loaded.run_id, swarm.roster, {head.identity.hotkey: evidence}, verify, first_sample=0)
+            .paid[head.identity.hotkey]
+            .forward
+            == 0
+        )
 
 
 def push(swarm: Swarm, kind: type[Forward] | type[Backward], **changes: object) -> Forward | Backward:
@@ -190,7 +193,7 @@ async def test_a_repeated_push_gets_the_same_receipt_and_is_computed_once(tmp_pa
             producer=head.identity.hotkey,
             key=UnitKey(0, Direction.FORWARD),
             stage=0,
-            output=digest(raw(y)),
+            output=digest(tensor_bytes(y)),
         )
         assert verify(tail.identity.hotkey, signed, bytes.fromhex(receipts.pop()))
         _, evidence = await tail.worker.close()

@@ -1,7 +1,7 @@
-"""The Commitments pallet: one record of at most three fields per hotkey and subnet; each call replaces the last.
+"""The Commitments pallet: one record of up to three fields per hotkey and subnet, replaced by each call.
 
-Limits are the chain's: a registered hotkey, `MaxFields` fields, 128 bytes in a Raw field (that one is in the type), and
-`MaxSpace` bytes per hotkey and epoch, where a call counts as at least 100 bytes.
+Limits are the chain's: a registered hotkey, `MaxFields` fields, 128 bytes in a Raw field (that one is in the
+type), and `MaxSpace` bytes per hotkey and epoch, where a call counts as at least 100 bytes.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ _ROOT = 0
 
 
 def own_hotkey(ctx: Context, coldkey: str, hotkey: str) -> None:
-    """Create the hotkey's account under `coldkey` if it is new; NonAssociatedColdKey if another coldkey owns it."""
+    """Put a new hotkey under `coldkey`; NonAssociatedColdKey if another coldkey owns it."""
     owner = ctx.state.account("SubtensorModule.Owner", hotkey)
     if owner is None:
         ctx.state.put("SubtensorModule.Owner", (hotkey,), coldkey)

@@ -1,7 +1,7 @@
 """Endpoints: `serve_axon` publishes where a neuron listens.
 
-One rule of the real chain is left out on purpose: it refuses 127.0.0.1, and on a development chain that is where every
-neuron lives.
+One rule of the real chain is left out on purpose: it refuses 127.0.0.1, and on a development chain that is
+where every neuron lives.
 """
 
 from __future__ import annotations

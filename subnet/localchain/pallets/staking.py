@@ -1,7 +1,7 @@
-"""Stake: TAO in, alpha out, on a subnet with the stable mechanism, where one alpha is worth one TAO at all times.
+"""Stake: TAO in, alpha out, on a subnet with the stable mechanism, where one alpha is always one TAO.
 
-`TotalHotkeyAlpha` is what a hotkey has; a coldkey's share of it is `AlphaV2` over `TotalHotkeySharesV2`, so emission
-paid to a hotkey reaches every coldkey behind it without touching each.
+`TotalHotkeyAlpha` is what a hotkey has; a coldkey's share of it is `AlphaV2` over `TotalHotkeySharesV2`, so
+emission paid to a hotkey reaches every coldkey behind it without touching each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Several calls in one extrinsic: `batch_all` (all or nothing), `batch` (up to the first failure), `force_batch`."""
+"""Several calls in one extrinsic:
+
+`batch_all` (all or nothing), `batch` (up to the first failure), `force_batch`.
+"""
 
 from __future__ import annotations
 

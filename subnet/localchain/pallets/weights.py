@@ -65,9 +65,7 @@ def _check_vector(
 
 
 def _set_mechanism(ctx: Context, hotkey: str, args: Args) -> None:
-    if args.number("mecid") >= ctx.state.number(
-        "SubtensorModule.MechanismCountCurrent", args.number("netuid")
-    ):
+    if args.number("mecid") >= ctx.state.number("SubtensorModule.MechanismCountCurrent", args.number("netuid")):
         raise DispatchError("MechanismDoesNotExist")
     _set(ctx, hotkey, args)
 

@@ -29,7 +29,14 @@ def test_record_layout_is_fixed_and_small() -> None:
     )
     assert len(full.encode()) <= 128
     assert Record.decode(full.encode()) == full
-    for other in (None, b"", b"hello", full.encode()[:-1], b"XX1" + full.encode()[3:], full.encode()[:3] + b"\x09" + full.encode()[4:]):
+    for other in (
+        None,
+        b"",
+        b"hello",
+        full.encode()[:-1],
+        b"XX1" + full.encode()[3:],
+        full.encode()[:3] + b"\x09" + full.encode()[4:],
+    ):
         assert Record.decode(other) is None
 
 

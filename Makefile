@@ -1,0 +1,37 @@
+# Everything goes through .venv, made on first use from pyproject.toml and constraints.txt.
+#   make localnet          a whole swarm on this machine      make localnet ARGS="--rounds 5 --stages 2"
+#   make test              the test suite                     make lint    formatter, linter, type checker
+#   make bench             benchmarks, JSON results under runs/bench
+PYTHON ?= python3
+VENV   := .venv
+READY  := $(VENV)/.ready
+
+.PHONY: install localnet test lint bench clean
+
+install: $(READY)
+
+# torch comes first and alone, so that no other package's range can choose its build.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Orion needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+localnet: $(READY)
+	@$(VENV)/bin/orion localnet $(ARGS)
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(READY)
+	$(VENV)/bin/python -m scripts.bench.swarm $(ARGS)
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache

@@ -1,0 +1,286 @@
+"""The engine: chains of stages equal one process bit for bit, and graphs never outlive their weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.accounting import stage_parameters, total_parameters
+from model.config import BoundaryConfig, BoundaryForm, ModelConfig
+from model.engine import (
+    CapacityError,
+    DuplicateUnitError,
+    EngineError,
+    NonFiniteError,
+    Recompute,
+    StageEngine,
+    StateError,
+    UnknownUnitError,
+    replay_backward,
+    replay_forward,
+    replay_tail,
+)
+from model.optimizer import OptimizerConfig
+from model.split import split
+from model.stage import StageInputError, build_stage, weights_digest
+
+_CONFIG = ModelConfig(vocab=64, hidden=32, layers=4, heads=4, kv_heads=2, ffn=48, context=16)
+_FORM_A = replace(_CONFIG, boundary=BoundaryConfig(form=BoundaryForm.A, width=8))
+_ADAMW = OptimizerConfig(lr=3e-3, clip=0)
+
+
+def _engines(
+    config: ModelConfig,
+    stages: int,
+    *,
+    optimizer: OptimizerConfig = _ADAMW,
+    recompute: Recompute = Recompute.KEEP,
+    accumulation: int = 4,
+    capacity: int = 4,
+) -> list[StageEngine]:
+    built = [build_stage(config, plan, seed=3) for plan in split(config, stages)]
+    total = sum(p.numel() for stage in built for p in stage.parameters())
+    return [
+        StageEngine(
+            stage, optimizer, stage.plan,
+            n_total_params=total, accumulation=accumulation, recompute=recompute, capacity=capacity,
+        )
+        for stage in built
+    ]  # fmt: skip
+
+
+def _batch(number: int) -> tuple[Tensor, Tensor]:
+    rows = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(number))
+    return rows[:, :-1], rows[:, 1:]
+
+
+def _unit(engines: list[StageEngine], number: int) -> float:
+    """One microbatch through the chain and back."""
+    x, targets = _batch(number)
+    for engine in engines[:-1]:
+        x = engine.forward(number, x)
+    loss, g = engines[-1].tail(number, x, targets)
+    for engine in reversed(engines[:-1]):
+        assert g is not None
+        g = engine.backward(number, g)
+    assert g is None
+    return loss
+
+
+def _weights(engines: list[StageEngine]) -> dict[str, Tensor]:
+    return {name: p.detach() for engine in engines for name, p in engine.stage.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+@pytest.mark.parametrize("stages", [2, 4])
+def test_stages_in_a_chain_equal_one_process_bit_for_bit(stages: int, recompute: Recompute) -> None:
+    solo, chain = _engines(_CONFIG, 1), _engines(_CONFIG, stages, recompute=recompute)
+    for step in range(20):
+        for unit in range(4):
+            assert _unit(solo, 4 * step + unit) == _unit(chain, 4 * step + unit)
+        versions = [engine.step().version for engine in [*solo, *chain]]
+        assert versions == [step + 1] * (stages + 1)
+    alone, together = _weights(solo), _weights(chain)
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
+    start = _weights(_engines(_CONFIG, 1))
+    assert not any(torch.equal(alone[name], start[name]) for name in alone)
+
+
+@pytest.mark.parametrize("config", [_CONFIG, _FORM_A])
+def test_keeping_graphs_and_recomputing_give_the_same_bits(config: ModelConfig) -> None:
+    keep, full = (_engines(config, 3, recompute=recompute) for recompute in Recompute)
+    for step in range(3):
+        for unit in range(4):
+            assert _unit(keep, 4 * step + unit) == _unit(full, 4 * step + unit)
+        for a, b in zip(keep, full, strict=True):
+            assert a.step() == b.step()
+            assert weights_digest(a.stage) == weights_digest(b.stage)
+
+
+def test_a_graph_kept_across_a_step_is_recomputed_with_the_new_weights() -> None:
+    (engine, _), (fresh, _) = _engines(_FORM_A, 2, capacity=2), _engines(_FORM_A, 2)
+    (early, _), (late, _) = _batch(0), _batch(1)
+    y = engine.forward("early", early)
+    engine.backward("late", torch.ones_like(engine.forward("late", late)))
+    engine.step()
+    assert engine.pending() == ("early",)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    engine.backward("early", g)
+
+    fresh.load_state(engine.state())
+    fresh.forward("early", early)
+    fresh.backward("early", g)
+    got = {name: p.grad for name, p in engine.stage.named_parameters()}
+    for name, p in fresh.stage.named_parameters():
+        assert p.grad is not None
+        assert torch.equal(got[name], p.grad), name  # type: ignore[arg-type]
+
+
+def test_weights_replaced_from_outside_drop_the_graphs() -> None:
+    keep, full = (_engines(_FORM_A, 2, recompute=recompute)[0] for recompute in Recompute)
+    x, _ = _batch(0)
+    for engine in (keep, full):
+        y = engine.forward(0, x)
+        with torch.no_grad():
+            for parameter in engine.stage.parameters():
+                parameter.mul_(1.5)
+        engine.weights_replaced()
+        engine.backward(0, torch.ones_like(y))
+    pairs = zip(keep.stage.parameters(), full.stage.parameters(), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in pairs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_replay_gives_the_miners_bits_and_leaves_no_trace(recompute: Recompute) -> None:
+    head, body, tail = _engines(_FORM_A, 3, recompute=recompute)
+    x, targets = _batch(0)
+    first = head.forward(0, x)
+    second = body.forward(0, first)
+    loss, g = tail.tail(0, second, targets)
+    assert g is not None
+    dx = body.backward(0, g)
+    assert dx is not None
+    auditor = build_stage(_FORM_A, body.plan, seed=3)
+    assert torch.equal(replay_forward(auditor, first), second)
+    replayed = replay_backward(auditor, first, g)
+    assert replayed is not None
+    assert torch.equal(replayed, dx)
+    assert all(p.grad is None for p in auditor.parameters())
+    assert replay_backward(build_stage(_FORM_A, head.plan, seed=3), x, dx) is None
+    last = build_stage(_FORM_A, tail.plan, seed=3)
+    value, gradient = replay_tail(last, second, targets, accumulation=4)
+    assert value == loss
+    assert gradient is not None
+    assert torch.equal(gradient, g)
+
+
+def test_the_cache_has_a_cap_and_keys_are_unique() -> None:
+    head = _engines(_FORM_A, 2, capacity=2)[0]
+    x, _ = _batch(0)
+    g = torch.ones_like(head.forward("a", x))
+    with pytest.raises(DuplicateUnitError, match="unit a is open already"):
+        head.forward("a", x)
+    head.forward("b", x)
+    with pytest.raises(CapacityError, match=r"2 units are open and capacity is 2: .* raise capacity"):
+        head.forward("c", x)
+    head.drop("a")
+    head.forward("c", x)
+    assert head.pending() == ("b", "c")
+    for call in (lambda: head.drop("a"), lambda: head.backward("a", g)):
+        with pytest.raises(UnknownUnitError, match="unit a is not open here"):
+            call()
+
+
+@pytest.mark.parametrize("g", [torch.ones(2, 16, 7), torch.ones(2, 16, 8, dtype=torch.float64), torch.ones(2, 8)])
+def test_a_gradient_that_does_not_fit_changes_nothing(g: Tensor) -> None:
+    head = _engines(_FORM_A, 2)[0]
+    head.forward(0, _batch(0)[0])
+    with pytest.raises(EngineError, match=r"gradient of unit 0 is .* \(2, 16, 8\) is needed"):
+        head.backward(0, g)
+    assert head.pending() == (0,)
+    assert head.units_accumulated == 0
+
+
+def test_an_input_that_does_not_fit_opens_no_unit() -> None:
+    head = _engines(_FORM_A, 2)[0]
+    with pytest.raises(StageInputError):
+        head.forward(0, torch.zeros(2, 16, 8))
+    assert head.pending() == ()
+
+
+def test_gradients_that_are_not_finite_are_refused() -> None:
+    head = _engines(_FORM_A, 2)[0]
+    before = weights_digest(head.stage)
+    y = head.forward(0, _batch(0)[0])
+    head.backward(0, torch.full_like(y, float("nan")))
+    report = head.step()
+    assert (report.finite, report.version, head.version) == (False, 0, 0)
+    assert weights_digest(head.stage) == before
+    assert head.units_accumulated == 0
+    assert all(p.grad is None for p in head.stage.parameters())
+
+
+def test_a_loss_that_is_not_finite_keeps_no_gradient() -> None:
+    tail = _engines(_FORM_A, 2)[1]
+    x, targets = torch.full((2, 16, 8), float("inf")), _batch(0)[1]
+    with pytest.raises(NonFiniteError, match="loss of unit 9 is nan"):
+        tail.tail(9, x, targets)
+    assert tail.units_accumulated == 0
+    assert all(p.grad is None for p in tail.stage.parameters())
+
+
+def test_a_step_clips_at_the_stage_share_and_reports() -> None:
+    free, bound = (_engines(_CONFIG, 2, optimizer=replace(_ADAMW, clip=clip, warmup_steps=2))[1] for clip in (0, 1e-3))
+    x, targets = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)), _batch(0)[1]
+    with pytest.raises(EngineError, match="no unit has been accumulated"):
+        free.step()
+    for engine in (free, bound):
+        engine.tail(0, x, targets)
+    first, second = free.step(), bound.step()
+    assert first.grad_norm == second.grad_norm > 1e-3
+    assert (first.clipped, second.clipped) == (False, True)
+    assert first.lr == pytest.approx(1.5e-3)
+    moments = [
+        torch.cat([value.flatten() for name, value in engine.state().items() if name.endswith("exp_avg")])
+        for engine in (free, bound)
+    ]
+    part = stage_parameters(_CONFIG, bound.plan) / total_parameters(_CONFIG, 2)
+    share = 1e-3 * part**0.5
+    assert part < 1
+    assert float(moments[1].norm()) == pytest.approx(0.1 * share, rel=1e-4)
+    torch.testing.assert_close(moments[0] / moments[0].norm(), moments[1] / moments[1].norm())
+
+
+def test_discarded_gradients_leave_no_trace() -> None:
+    engines = _engines(_FORM_A, 2)
+    _unit(engines, 0)
+    for engine in engines:
+        engine.discard_gradients()
+        assert engine.units_accumulated == 0
+    clean = _engines(_FORM_A, 2)
+    for chain in (engines, clean):
+        _unit(chain, 1)
+    pairs = zip(_weights(engines).values(), _weights(clean).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert [e.step() for e in engines] == [e.step() for e in clean]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "nadam"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_restored_engine_continues_bit_for_bit(kind: str, steps: int) -> None:
+    optimizer = OptimizerConfig(kind=kind, lr=3e-3)  # type: ignore[arg-type]
+    run, restored = (_engines(_FORM_A, 2, optimizer=optimizer) for _ in range(2))
+    _unit(restored, 99)
+    for step in range(steps):
+        _unit(run, step)
+        for engine in run:
+            engine.step()
+    for engine, other in zip(run, restored, strict=True):
+        other.load_state({name: value.clone() for name, value in engine.state().items()})
+        assert (other.version, other.units_accumulated, other.pending()) == (steps, 0, ())
+    for chain in (run, restored):
+        _unit(chain, 50)
+    assert [engine.step() for engine in run] == [engine.step() for engine in restored]
+    states = zip(run, restored, strict=True)
+    assert all(torch.equal(v, b.state()[k]) for a, b in states for k, v in a.state().items())
+
+
+def test_a_state_that_does_not_fit_is_refused_whole() -> None:
+    head, tail = _engines(_FORM_A, 2)
+    before = weights_digest(head.stage)
+    with pytest.raises(StateError, match=r"state lacks 'weights\.embedding\.weight'"):
+        head.load_state(tail.state())
+    with pytest.raises(StateError, match=r"state holds 'weights\.more'"):
+        head.load_state({**head.state(), "weights.more": torch.zeros(1)})
+    with pytest.raises(StateError, match=r"of shape \(3,\)"):
+        head.load_state({**head.state(), "weights.embedding.weight": torch.zeros(3)})
+    assert weights_digest(head.stage) == before
+
+
+def test_the_last_stage_takes_tail_not_forward() -> None:
+    with pytest.raises(EngineError, match="call tail"):
+        _engines(_FORM_A, 2)[1].forward(0, torch.zeros(2, 16, 8))
+    with pytest.raises(EngineError, match="accumulation is 0"):
+        _engines(_FORM_A, 2, accumulation=0)

@@ -1,0 +1,122 @@
+"""A node refuses to start on what cannot work: one line, the value, the remedy; and starts on what can."""
+
+import dataclasses
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from model.data import DataError
+from neurons.config import NeuronConfig
+from neurons.node import Node, NodeError, main
+from subnet.chain import BittensorChain, ChainError, ChainRefused, ChainUnreachable
+from subnet.localchain.genesis import OWNER_COLDKEY_URI, OWNER_HOTKEY_URI, ChainConfig
+from subnet.localchain.node import LocalChain
+from subnet.manifest import Announcement, LoadedManifest, ManifestError
+from subnet.metagraph import Endpoint
+from subnet.transport.errors import PortTaken
+from subnet.wallets import create_wallet
+from tests.neurons.swarm import manifest, tiny, tokens_file
+
+NETUID = 9
+
+
+@pytest.fixture
+async def chain_url() -> AsyncIterator[str]:
+    async with LocalChain(ChainConfig(netuid=NETUID, block_time=0.05)) as chain:
+        yield chain.url
+
+
+async def publish_run(url: str, folder: Path) -> tuple[NeuronConfig, LoadedManifest]:
+    """The owner's part: a registered miner, a manifest on chain, data on disk."""
+    entry = tokens_file(folder / "data")
+    owner = create_wallet("local", "owner", folder, coldkey_uri=OWNER_COLDKEY_URI, hotkey_uri=OWNER_HOTKEY_URI)
+    miner = create_wallet("local", "miner", folder)
+    create_wallet("local", "stranger", folder)
+    content = manifest(tiny(), entry, stages=1)
+    content = content.model_copy(
+        update={"run": content.run.model_copy(update={"authority": owner.hotkey.ss58_address})}
+    )
+    loaded = content.write(folder / "manifest.toml")
+    chain = await BittensorChain.connect(url, NETUID, owner, timeout=10)
+    try:
+        await chain.register_neurons({miner.hotkey.ss58_address: 0.0})
+        await chain.publish(Announcement(0, loaded.digest).encode())
+    finally:
+        await chain.close()
+    config = NeuronConfig(
+        network=url,
+        netuid=NETUID,
+        wallet="local",
+        hotkey="miner",
+        wallet_path=folder,
+        manifest=folder / "manifest.toml",
+        data=folder / "data",
+        out=folder / "out",
+        name="miner",
+        host="127.0.0.1",
+        announce="127.0.0.1",
+        port=0,
+        threads=1,
+    )
+    return config, loaded
+
+
+async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tmp_path: Path) -> None:
+    config, loaded = await publish_run(chain_url, tmp_path)
+
+    async with await Node.open(config, role="miner") as node:
+        await node.listen()
+        state = await node.state((await node.chain.finalized()).number)
+        neuron = state.by_hotkey(node.identity.hotkey)
+        assert neuron is not None
+        assert neuron.endpoint == Endpoint("127.0.0.1", node.axon.port)
+        assert '"node_started"' in (config.out / "events" / "miner.jsonl").read_text()
+
+    altered = tmp_path / "altered.toml"
+    altered.write_bytes((tmp_path / "manifest.toml").read_bytes() + b"\n")
+    unlike = loaded.manifest.model_copy(update={"version": 1}).to_bytes().replace(b"gather_blocks", b"gather_blokks")
+    (tmp_path / "misspelt.toml").write_bytes(unlike)
+    (tmp_path / "empty").mkdir()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        wrong: list[tuple[dict[str, object], type[Exception], str]] = [
+            ({"manifest": altered}, ManifestError, "is not the one on chain"),
+            ({"manifest": tmp_path / "misspelt.toml"}, ManifestError, "swarm.gather_bl"),
+            ({"manifest": tmp_path / "none.toml"}, ManifestError, "--manifest"),
+            ({"hotkey": "nobody"}, ChainError, "--hotkey"),
+            ({"hotkey": "stranger"}, NodeError, "not registered"),
+            ({"data": tmp_path / "empty"}, DataError, "does not exist"),
+            ({"netuid": 77}, ChainRefused, "--netuid"),
+            ({"network": "ws://127.0.0.1:9"}, ChainUnreachable, "--network"),
+            ({"port": taken.getsockname()[1]}, PortTaken, str(taken.getsockname()[1])),
+        ]
+        for changes, error, words in wrong:
+            with pytest.raises(error, match=words) as caught:
+                async with await Node.open(dataclasses.replace(config, **changes), role="miner") as node:
+                    await node.listen()
+            assert "\n" not in str(caught.value), changes
+
+    (tmp_path / "data" / "tokens.bin").write_bytes(b"\0" * 80_000)
+    with pytest.raises(DataError, match=r"tokens\.bin"):
+        await Node.open(config, role="miner")
+
+
+def test_usage_errors_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
+    async def body(_node: Node) -> None:
+        raise AssertionError("never reached")
+
+    with pytest.raises(SystemExit) as caught:
+        main(["--wallet", "w"], role="miner", description="x", body=body)
+    assert caught.value.code == 2
+    assert "--hotkey" in capsys.readouterr().err
+
+
+def test_a_failing_start_exits_with_one(tmp_path: Path) -> None:
+    async def body(_node: Node) -> None:
+        raise AssertionError("never reached")
+
+    flags = ["--wallet", "w", "--hotkey", "h", "--manifest", str(tmp_path / "m.toml"), "--data", str(tmp_path)]
+    assert main([*flags, "--out", str(tmp_path / "out")], role="miner", description="x", body=body) == 1

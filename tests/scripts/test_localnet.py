@@ -1,0 +1,132 @@
+"""The one command, small: a whole swarm in processes of its own, from nothing to incentive on chain."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from neurons.telemetry import read_events
+
+SMALL = ["--stages", "2", "--replicas", "2", "--validators", "1", "--rounds", "2", "--round-blocks", "60"]
+DOCUMENTED = {
+    "model",
+    "parameters",
+    "stages",
+    "replicas",
+    "rounds",
+    "tokens",
+    "tokens_per_second",
+    "seconds_to_first_step",
+    "wall_seconds",
+    "loss",
+    "microbatches",
+    "bytes",
+    "chain",
+    "audits",
+    "miners",
+}
+
+
+def start(out: Path, *flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "scripts.cli", "localnet", "--out", str(out), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def left_over(out: Path) -> list[str]:
+    """Processes that still mention the run's folder, or were forked for it."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "environ"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if process.info["pid"] != os.getpid() and str(out) in command:
+            found.append(command)
+    return found
+
+
+@pytest.mark.timeout(170)
+def test_a_small_swarm_trains_and_is_paid(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(out, *SMALL)
+    output, _ = process.communicate()
+    logs = "\n".join(path.read_text()[-2000:] for path in sorted((out / "logs").glob("*.log")))
+    assert process.returncode == 0, output + logs
+    result = json.loads((out / "summary.json").read_text())
+    assert result.keys() >= DOCUMENTED
+    assert result["microbatches"]["lost"] == 0
+    assert result["microbatches"]["completed"] == result["microbatches"]["started"] > 0
+    assert result["loss"]["validation_last"] < result["loss"]["validation_first"] - 0.1
+    assert result["audits"]["failed"] == 0
+    assert result["audits"]["passed"] > 0
+    assert result["replicas_identical"]
+    assert len(result["miners"]) == 4
+    assert all(miner["weight"] > 0 and miner["units"] > 0 for miner in result["miners"])
+    row = next(iter(result["chain"]["weights"].values()))
+    assert set(row) == {str(miner["uid"]) for miner in result["miners"]} == set(result["chain"]["incentive"])
+    checkpoints = sorted(str(path.relative_to(out)) for path in (out / "checkpoints").rglob("*.safetensors"))
+    assert checkpoints == [
+        f"checkpoints/stage-{stage:02d}/round-{number:05d}.safetensors" for stage in (0, 1) for number in (1, 2)
+    ]
+    for path in (out / "events").glob("*.jsonl"):
+        assert [stamped.time for stamped in read_events(path.read_text().splitlines())]
+    assert "seed" not in logs.lower().replace("audit seed", "")  # no secret phrase in a log
+    assert not left_over(out)
+
+
+@pytest.mark.timeout(90)
+def test_ctrl_c_leaves_a_summary_and_no_process(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(out, *SMALL)
+    deadline = time.monotonic() + 60
+    while not any((out / "events").glob("miner-*.jsonl")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    group = os.getpgid(process.pid)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert started
+    os.killpg(group, signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130, output
+    assert "stopped early" in output
+    assert json.loads((out / "summary.json").read_text())["stages"] == 2
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive, [item.cmdline() for item in alive]
+    assert not left_over(out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--stages", "0"], 1, "--stages 0"),
+        (["--stages", "9"], 1, "8 layers"),
+        (["--model", "nono"], 1, "did you mean 'nano'"),
+        (["--rounds", "x"], 2, "invalid int value"),
+        (["--round-blocks", "3"], 1, "--round-blocks 3"),
+    ],
+)
+def test_bad_options_are_named(tmp_path: Path, flags: list[str], status: int, words: str) -> None:
+    process = start(tmp_path / "run", *flags)
+    output, _ = process.communicate(timeout=50)
+    assert process.returncode == status
+    assert words in output
+    assert "Traceback" not in output
+
+
+def test_a_full_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    process = start(tmp_path)
+    output, _ = process.communicate(timeout=50)
+    assert process.returncode == 1
+    assert "is not empty" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]

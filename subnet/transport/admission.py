@@ -165,16 +165,12 @@ class Admission:
 
 def _length(headers: Mapping[str, str], max_bytes: int) -> int:
     if "Transfer-Encoding" in headers or "Content-Encoding" in headers:
-        raise MalformedRequest(
-            "chunked or compressed body", "send the blob as it is, with its Content-Length"
-        )
+        raise MalformedRequest("chunked or compressed body", "send the blob as it is, with its Content-Length")
     text = headers.get("Content-Length")
     if text is None:
         raise LengthRequired("no Content-Length", "send one: bodies are judged by size before they are read")
     if not (text.isascii() and text.isdigit() and len(text) <= 15):
         raise MalformedRequest(f"Content-Length {text[:20]!r} is no size", "send it in decimal bytes")
     if int(text) > max_bytes:
-        raise TooLarge(
-            f"body of {text} bytes, limit {max_bytes} on this route", "send what the run's plan says"
-        )
+        raise TooLarge(f"body of {text} bytes, limit {max_bytes} on this route", "send what the run's plan says")
     return int(text)

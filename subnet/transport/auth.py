@@ -110,9 +110,7 @@ def verify(
     """
     version = headers.get(http_auth.HEADER_VERSION)
     if version != http_auth.VERSION:
-        raise MalformedRequest(
-            f"{http_auth.HEADER_VERSION} is {version!r}", f"sign with {http_auth.PROTOCOL}"
-        )
+        raise MalformedRequest(f"{http_auth.HEADER_VERSION} is {version!r}", f"sign with {http_auth.PROTOCOL}")
     sender = claimed_hotkey(headers)
     nonce = _header(headers, http_auth.HEADER_NONCE)
     signature_text = _header(headers, http_auth.HEADER_SIGNATURE)
@@ -131,9 +129,7 @@ def verify(
         )
     target = _header(headers, http_auth.HEADER_RECEIVER)
     if target != receiver:
-        raise WrongReceiver(
-            f"signed for {target[:48]}, this is {receiver}", "look the peer's endpoint up again"
-        )
+        raise WrongReceiver(f"signed for {target[:48]}, this is {receiver}", "look the peer's endpoint up again")
     age_s = (now_ns - nonce_ns) / 1e9
     if not -allowed_skew_s <= age_s <= max_age_s:
         raise StaleRequest(
@@ -155,9 +151,7 @@ def verify(
             "hotkey or signature has a wrong length or encoding", "send ss58 and 64 bytes of hex"
         ) from None
     if not valid:
-        raise BadSignature(
-            f"signature is not {sender}'s for POST {path}", "sign with the hotkey that the header names"
-        )
+        raise BadSignature(f"signature is not {sender}'s for POST {path}", "sign with the hotkey that the header names")
     return Claim(sender, nonce_ns, digest)
 
 

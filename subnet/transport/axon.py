@@ -98,9 +98,7 @@ class Axon:
     @property
     def endpoint(self) -> str:
         """Where a dendrite on this host reaches it, as ``http://host:port``."""
-        return (
-            f"http://[{self._host}]:{self.port}" if ":" in self._host else f"http://{self._host}:{self.port}"
-        )
+        return f"http://[{self._host}]:{self.port}" if ":" in self._host else f"http://{self._host}:{self.port}"
 
     def serve(
         self,
@@ -117,14 +115,10 @@ class Axon:
             max_bytes: largest body. Follows from fixed specs; must be given where specs depend on the fields.
         """
         if not kind.route or kind.route in self._routes:
-            raise ValueError(
-                f"{kind.__name__}.route is {kind.route!r}; give every served kind a route of its own"
-            )
+            raise ValueError(f"{kind.__name__}.route is {kind.route!r}; give every served kind a route of its own")
         if max_bytes is None:
             if callable(specs):
-                raise ValueError(
-                    f"max_bytes is missing for {kind.__name__}, whose specs depend on its fields"
-                )
+                raise ValueError(f"max_bytes is missing for {kind.__name__}, whose specs depend on its fields")
             max_bytes = synapse.max_blob_bytes(specs)
 
         async def answer(caller: str, body: memoryview) -> list[memoryview]:
@@ -209,9 +203,7 @@ class Axon:
         if filled < ticket.length:
             raise MalformedRequest(f"{filled} of {ticket.length} bytes received", "send the whole body")
         if digest.digest() != ticket.digest:
-            raise BadSignature(
-                "the body is not the one that was signed", "send the bytes that Content-Digest is of"
-            )
+            raise BadSignature("the body is not the one that was signed", "send the bytes that Content-Digest is of")
         return body
 
     async def _answer(self, route: _Route, caller: str, body: memoryview) -> list[memoryview]:
@@ -251,9 +243,7 @@ class Axon:
         if isinstance(refusal, Busy | Unavailable):
             # A known caller, soon to be back: a new connection would cost it more than this body does.
             await self._discard(request, limit=None, seconds=self._patience_s(request.content_length or 0))
-        response = web.Response(
-            status=refusal.status, body=refusal.to_wire(), content_type="application/json"
-        )
+        response = web.Response(status=refusal.status, body=refusal.to_wire(), content_type="application/json")
         if not request.content.is_eof():
             response.force_close()
             await response.prepare(request)

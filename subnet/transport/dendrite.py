@@ -50,9 +50,7 @@ class Traffic:
 class Dendrite:
     """Calls axons in the name of one hotkey. Use one per hotkey: it keeps that hotkey's nonces unique."""
 
-    def __init__(
-        self, signer: Signer, *, now_ns: Callable[[], int], streams: int = 4, idle_s: float = 90.0
-    ) -> None:
+    def __init__(self, signer: Signer, *, now_ns: Callable[[], int], streams: int = 4, idle_s: float = 90.0) -> None:
         """
         Args:
             signer: the hotkey.
@@ -131,14 +129,10 @@ class Dendrite:
             ValueError: the message cannot be sent at all, see `synapse.encode`.
         """
         if self._session is None or not message.route:
-            raise ValueError(
-                "call start() first" if message.route else f"{type(message).__name__} has no route"
-            )
+            raise ValueError("call start() first" if message.route else f"{type(message).__name__} has no route")
         if max_reply_bytes is None:
             if callable(reply_specs):
-                raise ValueError(
-                    f"max_reply_bytes is missing for {reply.__name__}, whose specs depend on its fields"
-                )
+                raise ValueError(f"max_reply_bytes is missing for {reply.__name__}, whose specs depend on its fields")
             max_reply_bytes = synapse.max_blob_bytes(reply_specs)
         traffic = self.counters.setdefault(message.route, Traffic())
         traffic.calls += 1
@@ -191,9 +185,7 @@ class Dendrite:
         if url is None:
             url = self._urls[endpoint, route] = URL(f"{endpoint}/{route}")
         self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
-        headers = auth.sign(
-            self._signer, path=f"/{route}", digest=digest, receiver=receiver, nonce_ns=self._last_nonce
-        )
+        headers = auth.sign(self._signer, path=f"/{route}", digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
         size = synapse.size_of(parts)
         data = b"".join(parts) if size <= synapse.SLICE else _Parts(parts)
         async with self._session.post(url, data=data, headers=headers, allow_redirects=False) as response:

@@ -181,9 +181,7 @@ def from_wire(status: int, body: bytes) -> Refused | BadReply:
         fields = json.loads(body)
         kind, message, retry_after = REFUSALS[fields["error"]], fields["message"], fields.get("retry_after")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return BadReply(
-            f"answered {status} with a body that is no Orion error; is another program listening there?"
-        )
+        return BadReply(f"answered {status} with a body that is no Orion error; is another program listening there?")
     if not isinstance(message, str) or kind.status != status:
         return BadReply(f"answered {status} for error {kind.code!r}, whose status is {kind.status}")
     known = isinstance(retry_after, int | float) and 0 <= retry_after < 3600

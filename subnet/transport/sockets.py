@@ -44,8 +44,7 @@ def listening(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise PortTaken(
-            f"cannot listen on {host} port {port} ({error.strerror}); "
-            "choose a free one with --port (0 picks one)"
+            f"cannot listen on {host} port {port} ({error.strerror}); choose a free one with --port (0 picks one)"
         ) from None
     sock.setblocking(False)
     return sock

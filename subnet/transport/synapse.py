@@ -172,9 +172,7 @@ def decode(
             )
         end += spec.nbytes
     if start + end != blob.nbytes:
-        raise MalformedRequest(
-            f"{blob.nbytes} bytes received, {start + end} announced", "send the whole blob"
-        )
+        raise MalformedRequest(f"{blob.nbytes} bytes received, {start + end} announced", "send the whole blob")
     if blob.readonly:
         blob = memoryview(bytearray(blob))  # torch knows no read-only tensors
     return synapse, {name: _view(blob, start + place, specs[name]) for name, place in places.items()}
@@ -227,9 +225,7 @@ def _read_fields(kind: type[S], header: dict[str, object]) -> S:
     metadata = header.pop("__metadata__", None)
     fields = metadata.get("synapse") if isinstance(metadata, dict) and len(metadata) == 1 else None
     if not isinstance(fields, str):
-        raise MalformedRequest(
-            "metadata is not {'synapse': JSON}", f"put the JSON of a {kind.__name__} there"
-        )
+        raise MalformedRequest("metadata is not {'synapse': JSON}", f"put the JSON of a {kind.__name__} there")
     try:
         return kind.model_validate_json(fields)
     except ValidationError as error:
@@ -246,9 +242,7 @@ def _read_fields(kind: type[S], header: dict[str, object]) -> S:
 def _read_entry(name: str, entry: object, spec: TensorSpec) -> int:
     """The tensor's offset, once everything else in its entry is what the spec says."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise MalformedRequest(
-            f"entry of tensor {name!r} is not one", "give it dtype, shape and data_offsets only"
-        )
+        raise MalformedRequest(f"entry of tensor {name!r} is not one", "give it dtype, shape and data_offsets only")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise MalformedRequest(f"entry of tensor {name!r} has a bad shape or offsets", "give lists of sizes")

@@ -87,19 +87,31 @@ class _Book:
         return head_of(leaf.sample, base=self.first_sample, heads=len(heads)) == heads.index(hotkey)
 
     def linked(self, hotkey: str, leaf: Leaf) -> bool:
-        """Whether what came in is what the sender says it sent; a sender without evidence contradicts nothing."""
-        tail = len(self.roster.stages) - 1
-        upstream = leaf.direction is Direction.FORWARD or leaf.stage == tail
+        """Whether what came in is what its sender says it sent, and sent to this replica.
+
+        A sender without evidence contradicts nothing. At the head there is no sender: the sample must be its own, and
+        a backward needs the receipt for its forward.
+        """
+        if leaf.stage == 0:
+            forward = self.leaf(hotkey, 0, leaf, Direction.FORWARD)
+            alone = len(self.roster.stages) == 1
+            if not self.assigned(hotkey, leaf) or not (alone or (forward is not None and self.signed(hotkey, forward))):
+                return False
+        upstream = leaf.direction is Direction.FORWARD or leaf.stage == len(self.roster.stages) - 1
         stage = leaf.stage - 1 if upstream else leaf.stage + 1
         if stage < 0:
-            return self.assigned(hotkey, leaf)
+            return True
         sender = self.peer(stage, leaf.source)
         if sender is None:
             return False
         if sender not in self.units:
             return True
         sent = self.leaf(sender, stage, leaf, Direction.FORWARD if upstream else Direction.BACKWARD)
-        return sent is not None and sent.output == (leaf.input if upstream else leaf.gradient)
+        return (
+            sent is not None
+            and self.peer(leaf.stage, sent.sink) == hotkey
+            and sent.output == (leaf.input if upstream else leaf.gradient)
+        )
 
     def completed(self) -> set[int]:
         """Samples of the microbatches that came back to their head, in its own words or by its receipt."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.data import Corpus, DataError, ShardEntry
 
 
-def _shard(folder: Path, name: str, ids: list[int] | np.ndarray, dtype: str = "uint16") -> ShardEntry:  # type: ignore[type-arg]
+def _shard(folder: Path, name: str, ids: list[int] | np.ndarray, dtype: str = "uint16") -> ShardEntry:
     data = np.asarray(ids, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
     (folder / name).write_bytes(data)
     return ShardEntry(name=name, sha256=hashlib.sha256(data).hexdigest(), dtype=dtype)  # type: ignore[arg-type]

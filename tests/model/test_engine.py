@@ -168,9 +168,10 @@ def test_the_cache_has_a_cap_and_keys_are_unique() -> None:
     head.drop("a")
     head.forward("c", x)
     assert head.pending() == ("b", "c")
-    for call in (lambda: head.drop("a"), lambda: head.backward("a", g)):
-        with pytest.raises(UnknownUnitError, match="unit a is not open here"):
-            call()
+    with pytest.raises(UnknownUnitError, match="unit a is not open here"):
+        head.drop("a")
+    with pytest.raises(UnknownUnitError, match="unit a is not open here"):
+        head.backward("a", g)
 
 
 @pytest.mark.parametrize("g", [torch.ones(2, 16, 7), torch.ones(2, 16, 8, dtype=torch.float64), torch.ones(2, 8)])

@@ -61,7 +61,7 @@ def test_logits_equal_llama(
             tie_word_embeddings=False,
             initializer_range=0.05,
         )
-    ).eval()
+    )
     weights = {_ours(name): value for name, value in reference.state_dict().items()}
     for name, weight in weights.items():
         if name.endswith("norm.weight"):

@@ -82,9 +82,7 @@ def test_headers_signed_by_bittensor_are_accepted() -> None:
     door = admission(clock)
     headers = request(clock.ns)
     headers.update(
-        http_auth.sign(
-            ALICE, method="POST", path="/push", body=BODY, receiver_ss58=BOB.ss58_address, nonce_ns=clock.ns
-        )
+        http_auth.sign(ALICE, method="POST", path="/push", body=BODY, receiver_ss58=BOB.ss58_address, nonce_ns=clock.ns)
     )
     with door.admit(headers, route="push", path="/push", max_bytes=64) as ticket:
         assert (ticket.caller, ticket.length) == (ALICE.ss58_address, len(BODY))
@@ -116,9 +114,7 @@ def test_headers_signed_by_bittensor_are_accepted() -> None:
         ({"X-Bittensor-Receiver": EVE.ss58_address}, WrongReceiver, 421, "signed for"),
     ],
 )
-def test_headers_that_are_refused(
-    change: dict[str, str | None], kind: type[Refused], status: int, told: str
-) -> None:
+def test_headers_that_are_refused(change: dict[str, str | None], kind: type[Refused], status: int, told: str) -> None:
     clock = Clock()
     headers = request(clock.ns)
     for name, value in change.items():

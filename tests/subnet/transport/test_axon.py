@@ -105,9 +105,7 @@ def rule(hotkey: str, route: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(
-    *, slots: int = 4, buffer_bytes: int = 1 << 28, grace_s: float = 5.0
-) -> AsyncIterator[Node]:
+async def running(*, slots: int = 4, buffer_bytes: int = 1 << 28, grace_s: float = 5.0) -> AsyncIterator[Node]:
     door = Admission(BOB_KEY, allow=rule, now_ns=time.time_ns, slots=slots, buffer_bytes=buffer_bytes)
     node = Node(Axon(door, grace_s=grace_s))
     node.gate.set()
@@ -207,9 +205,7 @@ async def test_round_trip_in_both_sizes(node: Node, alice: Dendrite) -> None:
     assert torch.equal(got["x"], tensors()["x"] * 2)
     assert node.seen == [(ALICE.ss58_address, 5)]
     x = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
-    _, got = await alice.call(
-        node.axon.endpoint, BOB_KEY, Bulk(), {"x": x}, reply=Done, reply_specs=BIG, deadline=20
-    )
+    _, got = await alice.call(node.axon.endpoint, BOB_KEY, Bulk(), {"x": x}, reply=Done, reply_specs=BIG, deadline=20)
     assert torch.equal(got["x"], x + 1)
 
 
@@ -225,9 +221,7 @@ async def test_counters_are_the_bytes_of_the_bodies(node: Node, alice: Dendrite)
     assert traffic.received > 2 * synapse.wire_bytes(SPECS)
 
 
-async def test_sequential_calls_use_one_connection_and_parallel_ones_four(
-    node: Node, alice: Dendrite
-) -> None:
+async def test_sequential_calls_use_one_connection_and_parallel_ones_four(node: Node, alice: Dendrite) -> None:
     ports: set[int] = set()
     accept = node.axon._on_request
 
@@ -290,9 +284,7 @@ async def test_refusals_reach_the_caller_as_what_they_were(
 
 async def test_wrong_receiver_and_unknown_hotkey(node: Node, alice: Dendrite) -> None:
     with pytest.raises(WrongReceiver, match="look the peer's endpoint up again"):
-        await alice.call(
-            node.axon.endpoint, EVE.ss58_address, Push(sample=1), tensors(), reply=Done, deadline=10
-        )
+        await alice.call(node.axon.endpoint, EVE.ss58_address, Push(sample=1), tensors(), reply=Done, deadline=10)
     async with Dendrite(EVE, now_ns=time.time_ns) as eve:
         with pytest.raises(UnknownHotkey, match="no neighbour of this stage; register on subnet 9"):
             await push(eve, node)
@@ -480,9 +472,7 @@ async def test_nobody_there_is_unreachable(alice: Dendrite) -> None:
 
 async def test_a_deadline_ends_the_call_but_not_the_node(node: Node, alice: Dendrite) -> None:
     node.gate.clear()
-    with pytest.raises(
-        Unreachable, match=r"no answer to push within 0.1 s; try a sibling or a longer deadline"
-    ):
+    with pytest.raises(Unreachable, match=r"no answer to push within 0.1 s; try a sibling or a longer deadline"):
         await alice.call(
             node.axon.endpoint,
             BOB_KEY,

@@ -64,9 +64,7 @@ def test_scalars_empty_and_transposed_tensors_survive() -> None:
     assert all(torch.equal(got[name], value) for name, value in values.items())
 
 
-@pytest.mark.parametrize(
-    ("tokens", "width", "dtype"), [(1024, 16, torch.bfloat16), (8192, 144, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("tokens", "width", "dtype"), [(1024, 16, torch.bfloat16), (8192, 144, torch.bfloat16)])
 def test_wire_bytes_are_the_tensor_plus_a_bounded_header(tokens: int, width: int, dtype: torch.dtype) -> None:
     values = {"x": torch.zeros(tokens, width, dtype=dtype)}
     parts = synapse.encode(Push(sample=2**60, version="v" * 64), values)
@@ -169,9 +167,7 @@ HUGE = 2**62
             "offset 8",
         ),
         (
-            blob(
-                {"__metadata__": META, "x": entry("F32", [2], 0, 8), "y": entry("F32", [2], 4, 12)}, b"1" * 12
-            ),
+            blob({"__metadata__": META, "x": entry("F32", [2], 0, 8), "y": entry("F32", [2], 4, 12)}, b"1" * 12),
             XY,
             MalformedRequest,
             "'y' at offset 4, expected at 8",
@@ -259,9 +255,7 @@ def test_values_that_are_not_finite_are_refused(bad: float, dtype: torch.dtype) 
 
 def test_the_largest_finite_values_pass() -> None:
     extreme = torch.finfo(torch.bfloat16).max
-    synapse.require_finite(
-        {"x": torch.full((9,), extreme).bfloat16(), "i": torch.arange(3), "e": torch.empty(0)}
-    )
+    synapse.require_finite({"x": torch.full((9,), extreme).bfloat16(), "i": torch.arange(3), "e": torch.empty(0)})
 
 
 def test_what_cannot_be_sent_is_the_callers_error() -> None:

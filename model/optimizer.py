@@ -140,7 +140,7 @@ def outer_step(
 NANO_OPTIMIZER = OptimizerConfig(kind="nadam", lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=20, clip=1.0)
 """Measured for nano: 4 stages of form A, width 16, steps of 2 microbatches of 8 x 128 tokens, standard library corpus.
 
-Validation loss after 80 steps, with 4 units in flight per head (gradients are then 1 to 3 steps late), one seed:
+Validation loss after 80 steps, with 4 units in flight per head (gradients are then up to 2 steps late), one seed:
 AdamW at 3e-3 5.04 (betas[0] 0.8: 4.90), at 6e-3 5.51; NAdam at 3e-3 4.81, at 4e-3 4.82, and 4.20 after 160 steps
-(AdamW's best 4.43). With a full pipeline of 7 units AdamW at 6e-3 diverges (6.14) while NAdam at 3e-3 reaches 4.89.
+(AdamW's best 4.43). With a full pipeline of 7 units AdamW at 6e-3 diverges (6.14) while NAdam reaches 4.96.
 """

@@ -27,6 +27,9 @@ TEMPO = 20
 CHAIN_START = 30.0
 STOP_PATIENCE = 3.0
 LOOK = 0.25
+PHASE_SECONDS = 1.5
+SHORTEST_PHASE = 6
+"""Blocks: a record takes two or three to be final, and the shortest mortal era has four."""
 VALIDATOR_STAKE = 10_000.0
 
 
@@ -44,7 +47,7 @@ class LocalnetOptions:
     out: Path | None
     seed: int
     block_time: float
-    round_blocks: int
+    round_seconds: float
     plain: bool
 
 
@@ -68,7 +71,7 @@ def localnet(options: LocalnetOptions) -> int:
 
 
 def _check(options: LocalnetOptions, out: Path) -> None:
-    for name, least in (("stages", 1), ("replicas", 1), ("validators", 1), ("rounds", 1), ("round_blocks", 40)):
+    for name, least in (("stages", 1), ("replicas", 1), ("validators", 1), ("rounds", 1), ("round_seconds", 10)):
         value = getattr(options, name)
         if value < least:
             flag = name.replace("_", "-")
@@ -188,7 +191,8 @@ class _Run:
                 stages=options.stages,
                 replicas=options.replicas,
                 rounds=options.rounds,
-                round_blocks=options.round_blocks,
+                round_blocks=round(options.round_seconds / options.block_time),
+                phase_blocks=max(SHORTEST_PHASE, round(PHASE_SECONDS / options.block_time)),
                 seed=options.seed,
                 authority=owner.hotkey.ss58_address,
                 netuid=NETUID,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from model.config import preset
 from model.corpus import CorpusFiles
+from model.optimizer import NANO_OPTIMIZER, OptimizerConfig
 from subnet.manifest import (
     AuditSection,
     DataSection,
@@ -18,7 +19,8 @@ from subnet.manifest import (
 )
 
 
-LINGER_BLOCKS = 32
+INNER = {"nano": NANO_OPTIMIZER}
+DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
 
 
 def local_manifest(
@@ -32,10 +34,15 @@ def local_manifest(
     authority: str,
     netuid: int,
     activation_block: int,
+    phase_blocks: int,
     corpus: CorpusFiles,
 ) -> Manifest:
-    """A manifest for a swarm on one machine. `round_blocks` is the length of a round in blocks."""
+    """A manifest for a swarm on one machine.
+
+    `round_blocks` is the length of a round; its last three phases (CUT, HAVE, the new weights) have `phase_blocks` each.
+    """
     config = preset(model)
+    inner = INNER.get(model, DEFAULT_INNER)
     return Manifest(
         version=1,
         run=RunSection(
@@ -52,25 +59,25 @@ def local_manifest(
             shards=[ShardSection(name=entry.name, sha256=entry.sha256, dtype=entry.dtype) for entry in corpus.entries],
         ),
         optimizer=OptimizerSection(
-            kind="adamw",
-            lr=4e-3,
-            beta1=0.9,
-            beta2=0.95,
-            eps=1e-8,
-            weight_decay=0.1,
-            warmup_steps=10,
-            clip=1.0,
+            kind=inner.kind,
+            lr=inner.lr,
+            beta1=inner.betas[0],
+            beta2=inner.betas[1],
+            eps=inner.eps,
+            weight_decay=inner.weight_decay,
+            warmup_steps=inner.warmup_steps,
+            clip=inner.clip,
             accumulation=2,
             outer_lr=1.0,
             outer_momentum=0.0,
         ),
         round=RoundSection(
             count=rounds,
-            close=round_blocks - 24,
-            cut=round_blocks - 16,
-            have=round_blocks - 8,
+            close=round_blocks - 3 * phase_blocks,
+            cut=round_blocks - 2 * phase_blocks,
+            have=round_blocks - phase_blocks,
             length=round_blocks,
-            linger=LINGER_BLOCKS,
+            linger=4 * phase_blocks,
         ),
         audit=AuditSection(seed_delay=2, windows=1, units=4, tolerance=0.02),
         score=ScoreSection(rounds=3),

@@ -24,8 +24,10 @@ def parser() -> argparse.ArgumentParser:
     localnet.add_argument("--model", default="nano", help="model preset (default: nano)")
     localnet.add_argument("--out", type=Path, default=None, help="folder for everything (default: runs/<time>)")
     localnet.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
-    localnet.add_argument("--block-time", type=float, default=0.25, help="seconds per block (default: 0.25)")
-    localnet.add_argument("--round-blocks", type=int, default=120, help="blocks per round, at least 40 (default: 120)")
+    localnet.add_argument("--block-time", type=float, default=0.1, help="seconds per block (default: 0.1)")
+    localnet.add_argument(
+        "--round-seconds", type=float, default=40.0, help="length of a round, at least 10 s (default: 40)"
+    )
     localnet.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
     return root
 
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         out=flags.out,
         seed=flags.seed,
         block_time=flags.block_time,
-        round_blocks=flags.round_blocks,
+        round_seconds=flags.round_seconds,
         plain=flags.plain,
     )
     return localnet(options)

@@ -18,7 +18,6 @@ from subnet.manifest import (
     SwarmSection,
 )
 
-
 INNER = {"nano": NANO_OPTIMIZER}
 DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
 
@@ -39,7 +38,7 @@ def local_manifest(
 ) -> Manifest:
     """A manifest for a swarm on one machine.
 
-    `round_blocks` is the length of a round; its last three phases (CUT, HAVE, the new weights) have `phase_blocks` each.
+    A round has `round_blocks` blocks; its last three phases (CUT, HAVE, new weights) have `phase_blocks` each.
     """
     config = preset(model)
     inner = INNER.get(model, DEFAULT_INNER)

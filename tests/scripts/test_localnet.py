@@ -13,7 +13,7 @@ import pytest
 
 from neurons.telemetry import read_events
 
-SMALL = ["--stages", "2", "--replicas", "2", "--validators", "1", "--rounds", "2", "--round-blocks", "60"]
+SMALL = ["--stages", "2", "--replicas", "2", "--validators", "1", "--rounds", "2", "--round-seconds", "14"]
 DOCUMENTED = {
     "model",
     "parameters",
@@ -112,7 +112,7 @@ def test_ctrl_c_leaves_a_summary_and_no_process(tmp_path: Path) -> None:
         (["--stages", "9"], 1, "8 layers"),
         (["--model", "nono"], 1, "did you mean 'nano'"),
         (["--rounds", "x"], 2, "invalid int value"),
-        (["--round-blocks", "3"], 1, "--round-blocks 3"),
+        (["--round-seconds", "3"], 1, "--round-seconds 3"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, flags: list[str], status: int, words: str) -> None:

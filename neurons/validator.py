@@ -272,7 +272,7 @@ class Auditor:
 
     async def follow(self, roster: Roster, start: int) -> None:
         """Take the public weights after the round that began at `start`, from whoever serves what the chain says."""
-        node, marks = self._node, self._node.loaded.manifest.round
+        marks = self._node.loaded.manifest.round
         at_cut, at_have = [await self._records(start + mark) for mark in (marks.cut, marks.have)]
         self._rebased = set()
         for index, replicas in enumerate(roster.stages):

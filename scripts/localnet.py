@@ -276,8 +276,9 @@ class _Run:
         content = self._summary()
         console = self.console
         console.print()
-        console.print(grid(self.tally, self.options.stages))
-        console.print(weights(self.tally))
+        if self.options.plain or not console.is_terminal:
+            console.print(grid(self.tally, self.options.stages))
+            console.print(weights(self.tally))
         failed = {node.name for node in self.nodes if node.process.exitcode != 0} | set(self.tally.failures)
         setters = {node.name for node in self.nodes if node.role == "validator"}
         good = not failed and setters <= set(self.tally.weights) and self._rows_on_chain() >= len(setters)

@@ -104,8 +104,9 @@ class Tally:
                 miner.hotkey, miner.state = hotkey, "waiting"
             case RoundStarted() as event:
                 self._round_started(name, event)
-            case LocalStep():
+            case LocalStep(units=units):
                 self.miner(name).steps += 1
+                self.miner(name).units += units
                 self.first_step = min(self.first_step or stamped.time, stamped.time)
             case MicrobatchDone(loss=loss):
                 self.live_completed += 1
@@ -149,7 +150,6 @@ class Tally:
 
     def _closed(self, name: str, event: TrainingClosed) -> None:
         miner = self.miner(name)
-        miner.units += event.units
         miner.state = "merging"
         self.started += event.started
         self.completed += event.completed

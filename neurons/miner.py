@@ -28,6 +28,7 @@ from subnet.messages import (
     EvidenceRequest,
     EvidenceTables,
     Forward,
+    InputRequest,
     Payload,
     PayloadRequest,
     PublicPart,
@@ -128,6 +129,9 @@ class PushDesk:
     async def backward(self, caller: str, push: Backward, tensors: Mapping[str, torch.Tensor]) -> Reply:
         return await self._ready().on_backward(caller, push, tensors)
 
+    async def input(self, caller: str, request: InputRequest, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        return await self._ready().on_input(caller, request, tensors)
+
     def _ready(self) -> StageWorker:
         if self.worker is None:
             raise Busy("this node is still building its stage", "push again after the pause", retry_after=0.2)
@@ -143,6 +147,7 @@ async def mine(node: Node) -> None:
     pushes = PushDesk()
     node.axon.serve(Forward, pushes.forward, specs={"y": node.shapes.boundary})
     node.axon.serve(Backward, pushes.backward, specs={"g": node.shapes.boundary})
+    node.axon.serve(InputRequest, pushes.input, specs=NO_SPECS)
     await node.listen()
     ready = Record(run=node.loaded.run_id, round=0, phase=Phase.READY)
     await node.chain.publish(ready.encode())

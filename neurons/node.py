@@ -44,7 +44,7 @@ CONNECT_TIMEOUT = 30.0
 CHAIN_STALL = 600.0
 """Seconds without the awaited block after which a node gives up on its chain."""
 
-PUSH_ROUTES = frozenset({"forward", "backward"})
+PUSH_ROUTES = frozenset({"forward", "backward", "input"})
 
 
 class NodeError(Exception):
@@ -78,6 +78,7 @@ class Neighbourhood:
 
 @dataclass
 class Node:
+    role: str
     config: NeuronConfig
     loaded: LoadedManifest
     identity: Identity
@@ -123,7 +124,8 @@ class Node:
             stack.push_async_callback(axon.stop)
             dendrite = Dendrite(identity, now_ns=time.time_ns)
             await stack.enter_async_context(dendrite)
-            node = cls(
+            return cls(
+                role=role,
                 config=config,
                 loaded=loaded,
                 identity=identity,
@@ -137,8 +139,6 @@ class Node:
                 telemetry=telemetry,
                 _stack=stack.pop_all(),
             )
-        telemetry.emit(NodeStarted(hotkey=identity.hotkey, role=role, endpoint=config.announce))
-        return node
 
     async def __aenter__(self) -> Self:
         return self
@@ -151,7 +151,9 @@ class Node:
     async def listen(self) -> None:
         """Start the axon and publish its address."""
         await self.axon.start()
-        await self.chain.serve_axon(Endpoint(self.config.announce, self.axon.port))
+        endpoint = Endpoint(self.config.announce, self.axon.port)
+        await self.chain.serve_axon(endpoint)
+        self.telemetry.emit(NodeStarted(hotkey=self.identity.hotkey, role=self.role, endpoint=endpoint.url))
 
     async def wait(self, block: int) -> None:
         """Until `block` is finalized."""

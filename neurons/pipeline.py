@@ -1,9 +1,12 @@
 """The stage worker: microbatches in from one side, out on the other, and the ledger of what was computed.
 
 Every unit is a short coroutine: accept the push and sign its receipt, compute on the compute thread, enter the leaf,
-hand the result to the next hop. Backward runs first; there is no flush. The head keeps W microbatches in flight,
-computed from measured times. A forward that its planned hop refuses or cannot be reached for goes to a sibling; a
-gradient goes back to whoever sent the input. Pushes are idempotent: a repeated one gets the same receipt.
+hand the result to `Delivery`. Backward runs first; there is no flush. The head keeps W microbatches in flight, computed
+from measured times. Pushes are idempotent: a repeated one gets the same receipt.
+
+When a replica dies its microbatches live on. Whoever sent it an activation offers that to a sibling once the gradient
+is overdue; whoever has a gradient for it hands that to a sibling, which takes the unit over: it fetches the input from
+the stage before (a head makes it from the sample's tokens) and computes the backward only.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -23,23 +25,16 @@ from model.engine import StageEngine, StepReport
 from model.stage import flatten
 from neurons.archive import RoundArchive
 from neurons.compute import ComputeThread, Lane
-from neurons.telemetry import LocalStep, MicrobatchDone, Telemetry, TrainingClosed
-from subnet.identity import Identity, verify
+from neurons.delivery import RETRY_PAUSE, Delivery, RecentMean
+from neurons.telemetry import LocalStep, MicrobatchDone, MicrobatchStarted, Telemetry, TrainingClosed
+from neurons.training import OpenInput, TrainingRound
+from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
-from subnet.messages import WIRE_DTYPES, Accepted, Backward, Forward, Push
+from subnet.messages import WIRE_DTYPES, Accepted, Backward, Forward, InputRequest, Push, Shapes, Tensors
 from subnet.swarm.roster import Roster
-from subnet.swarm.routing import depth, hops, sample_id
+from subnet.swarm.routing import depth, head_of, sample_id
 from subnet.transport.dendrite import Dendrite
-from subnet.transport.errors import (
-    BadReply,
-    Busy,
-    Dropped,
-    Refused,
-    Unavailable,
-    UnknownHotkey,
-    UnknownRun,
-    Unreachable,
-)
+from subnet.transport.errors import Busy, Dropped, UnknownHotkey, UnknownRun
 from subnet.transport.synapse import require_finite, tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import (
@@ -48,7 +43,6 @@ from subnet.trust.ledger import (
     Direction,
     Evidence,
     Leaf,
-    Ledger,
     UnitKey,
     digest,
     receipt_message,
@@ -60,58 +54,13 @@ R = TypeVar("R")
 StepResult = tuple[StepReport, int, torch.Tensor]
 """What a step leaves: its report, how many units it took, the weights after it (flat fp32)."""
 
-PUSH_DEADLINE = 10.0
-RETRY_PAUSE = 0.05
 RECENT_FLIGHTS = 8
 DRAIN_MARGIN = 1.5
 """A microbatch is started only if this many times the slowest recent flight fits before the round closes."""
 DEPTH_LIMIT_PER_STAGE = 4
 """At most this many microbatches in flight per head and stage: bounds input caches and staleness."""
-
-
-class _Mean:
-    """Exponential mean of a measured duration in seconds."""
-
-    def __init__(self) -> None:
-        self.value = 0.0
-
-    def add(self, sample: float) -> None:
-        self.value = sample if self.value == 0.0 else 0.9 * self.value + 0.1 * sample
-
-
-@dataclass
-class _Input:
-    """A forward unit whose gradient is awaited: where its input came from and what it was."""
-
-    source: str
-    source_index: int
-    tensor: torch.Tensor
-    digest: bytes
-
-
-@dataclass
-class TrainingRound:
-    """One round's training at one replica, from the first push to the closed ledger."""
-
-    number: int
-    roster: Roster
-    seed: bytes
-    archive: RoundArchive
-    ledger: Ledger = field(default_factory=Ledger)
-    accepting: bool = True
-    receipts: dict[UnitKey, str] = field(default_factory=dict)
-    open: dict[int, _Input] = field(default_factory=dict)
-    flights: dict[int, float] = field(default_factory=dict)
-    """At the head: samples in flight and when they left."""
-    started: int = 0
-    completed: int = 0
-    rerouted: int = 0
-    units: int = 0
-    losses: list[float] = field(default_factory=list)
-    work: set[asyncio.Task[None]] = field(default_factory=set)
-    sends: set[asyncio.Task[None]] = field(default_factory=set)
-    room: asyncio.Event = field(default_factory=asyncio.Event)
-    stopping: bool = False
+OVERDUE_CHECK = 0.5
+"""Seconds between looks for overdue gradients."""
 
 
 class StageWorker:
@@ -135,15 +84,20 @@ class StageWorker:
         self._run = loaded.run_id
         self._manifest = loaded.manifest
         self._corpus = corpus
-        self._dendrite = dendrite
-        self._endpoint_of = endpoint_of
         self._telemetry = telemetry
         self._wire = WIRE_DTYPES[loaded.manifest.model.wire_dtype]
+        self._delivery = Delivery(
+            identity=identity,
+            run=loaded.run_id,
+            plan=engine.plan,
+            dendrite=dendrite,
+            endpoint_of=endpoint_of,
+            boundary=Shapes.of(loaded.manifest).boundary,
+        )
         self._synchronous = synchronous
         self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous)
         self._round: TrainingRound | None = None
-        self._unit_seconds = _Mean()
-        self._push_seconds = _Mean()
+        self._unit_seconds = RecentMean()
         self._flight_seconds: deque[float] = deque(maxlen=RECENT_FLIGHTS)
 
     # -- the frame of a round -------------------------------------------------------------------------------------
@@ -153,6 +107,8 @@ class StageWorker:
         self._compute.clear()
         self._round = TrainingRound(number, roster, seed, archive)
         self._open_window(self._round, self.engine.version, flatten(self.engine.stage))
+        if not self.plan.is_last and not self._synchronous:
+            self._spawn(self._round.sends, self._chase(self._round))
         return self._round
 
     async def drive(self, *, closing_at: float = math.inf, limit: int | None = None) -> None:
@@ -209,6 +165,8 @@ class StageWorker:
                 started=current.started,
                 completed=current.completed,
                 rerouted=current.rerouted,
+                adopted=current.adopted,
+                chased=current.chased,
                 lost=current.started - current.completed,
                 units=current.units,
                 busy_seconds=round(self._compute.busy_seconds, 3),
@@ -228,7 +186,7 @@ class StageWorker:
         current = self._admit(push, caller, neighbour=self.plan.index - 1)
         key = UnitKey(push.sample, Direction.FORWARD)
         if key in current.receipts:
-            return Accepted(receipt=current.receipts[key]), {}
+            return self._have(current, key, caller, push), {}
         if len(current.open) >= self.engine.capacity:
             raise Busy(
                 f"stage {self.plan.index} holds {len(current.open)} inputs of {self.engine.capacity}",
@@ -240,7 +198,7 @@ class StageWorker:
         x_digest = digest(tensor_bytes(x))
         receipt = self._sign_receipt(current, key, caller, x_digest)
         source = current.roster.stages[self.plan.index - 1].index(caller)
-        held = _Input(caller, source, x, x_digest)
+        held = OpenInput(caller, source, x, x_digest)
         current.open[push.sample] = held
         unit = self._tail_unit(current, push, held) if self.plan.is_last else self._forward_unit(current, push, held)
         self._spawn(current.work, unit)
@@ -253,21 +211,79 @@ class StageWorker:
         current = self._admit(push, caller, neighbour=self.plan.index + 1)
         key = UnitKey(push.sample, Direction.BACKWARD)
         if key in current.receipts:
-            return Accepted(receipt=current.receipts[key]), {}
+            return Accepted(receipt=current.receipts[key][1]), {}
         if push.sample not in current.open:
-            raise Dropped(
-                f"sample {push.sample} has no forward open at stage {self.plan.index}",
-                "send gradients only to the replica whose activation was received",
-            )
+            self._take_over(current, push)
         require_finite(tensors)
         g = tensors["g"]
         g_digest = digest(tensor_bytes(g))
         receipt = self._sign_receipt(current, key, caller, g_digest)
         source = current.roster.stages[self.plan.index + 1].index(caller)
+        self._delivery.returned(current, push.sample)
         self._spawn(current.work, self._backward_unit(current, push, g, g_digest, source))
         return Accepted(receipt=receipt), {}
 
-    def _admit(self, push: Push, caller: str, *, neighbour: int) -> TrainingRound:
+    async def on_input(
+        self, caller: str, request: InputRequest, _tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[Tensors, dict[str, torch.Tensor]]:
+        """Give a replica of the next stage the activation of a sample, so that it can take a sibling's unit over."""
+        current = self._admit(request, caller, neighbour=self.plan.index + 1)
+        unit = current.archive.units.get(UnitKey(request.sample, Direction.FORWARD))
+        if unit is None or unit.output is None:
+            raise Dropped(f"sample {request.sample} was not forwarded here", "ask another replica of this stage")
+        return Tensors(), {"y": unit.output}
+
+    def _have(self, current: TrainingRound, key: UnitKey, caller: str, push: Forward) -> Accepted:
+        """Answer a forward that is here already. From another replica it means that the first one is gone."""
+        first, receipt = current.receipts[key]
+        if caller == first:
+            return Accepted(receipt=receipt)
+        done = current.archive.units.get(UnitKey(push.sample, Direction.BACKWARD))
+        if push.sample in current.open:
+            held = current.open[push.sample]
+            held.source = caller
+            held.source_index = current.roster.stages[self.plan.index - 1].index(caller)
+        elif done is not None and done.output is not None and current.delivered.get(push.sample, caller) != caller:
+            leaf = current.ledger.leaf(UnitKey(push.sample, Direction.BACKWARD))
+            backward = Backward(**dict(push), loss=leaf.loss)
+            self._spawn(current.sends, self._delivery.backward(current, backward, leaf, done.output, caller))
+        return Accepted(receipt=None)
+
+    def _take_over(self, current: TrainingRound, push: Backward) -> None:
+        """A gradient for a sample that a sibling forwarded: get its input, then the backward can be computed here.
+
+        Returns once the input is open; until then raises `Busy`, so that the sender keeps the gradient and tries again.
+        """
+        stray = Dropped(
+            f"sample {push.sample} has no forward open at stage {self.plan.index}",
+            "send gradients to the replica whose activation was received, or to a sibling once that one is gone",
+        )
+        if self.plan.is_first:
+            if push.head == self._identity.hotkey or push.head != self._owner(current, push.sample):
+                raise stray
+            tokens = self._corpus.sample(push.sample)[:, :-1].contiguous()
+            current.open[push.sample] = OpenInput(push.head, NO_PEER, tokens, digest(tensor_bytes(tokens)))
+            return
+        if push.sample in current.orphans:
+            raise stray
+        if push.sample not in current.adopting:
+            current.adopting.add(push.sample)
+            self._spawn(current.sends, self._adopt(current, push))
+        raise Busy(
+            f"the input of sample {push.sample} is being fetched", "push again after the pause", retry_after=RETRY_PAUSE
+        )
+
+    async def _adopt(self, current: TrainingRound, push: Backward) -> None:
+        found = await self._delivery.fetch_input(current, push)
+        if found is not None and push.sample not in current.open:
+            source, y = found
+            index = current.roster.stages[self.plan.index - 1].index(source)
+            current.open[push.sample] = OpenInput(source, index, y, digest(tensor_bytes(y)))
+        elif found is None:
+            current.orphans.add(push.sample)
+        current.adopting.discard(push.sample)
+
+    def _admit(self, push: Push | InputRequest, caller: str, *, neighbour: int) -> TrainingRound:
         current = self._round
         if push.run != self._run.hex():
             raise UnknownRun(f"run {push.run} is not {self._run.hex()}", "start with the manifest that is on chain")
@@ -275,7 +291,8 @@ class StageWorker:
             raise Busy(f"round {push.round} has not begun here", "push again after the pause", retry_after=RETRY_PAUSE)
         if push.round < current.number or not current.accepting:
             raise Dropped(f"round {push.round} is closed here", "drop what belongs to it")
-        if current.roster.stage_of(caller) != neighbour or push.head not in current.roster.stages[0]:
+        head = push.head if isinstance(push, Push) else current.roster.stages[0][0]
+        if current.roster.stage_of(caller) != neighbour or head not in current.roster.stages[0]:
             raise UnknownHotkey(
                 f"{caller} does not hold stage {neighbour} in round {push.round}",
                 "check the roster: `orion roster` prints it",
@@ -286,12 +303,12 @@ class StageWorker:
         stage = self.plan.index + (-1 if key.direction is Direction.FORWARD else 1)
         message = receipt_message(self._run, current.number, producer=producer, key=key, stage=stage, output=output)
         receipt = self._identity.sign(message).hex()
-        current.receipts[key] = receipt
+        current.receipts[key] = (producer, receipt)
         return receipt
 
     # -- units ----------------------------------------------------------------------------------------------------
 
-    async def _forward_unit(self, current: TrainingRound, push: Push, held: _Input) -> None:
+    async def _forward_unit(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
         x = held.tensor if self.plan.is_first else held.tensor.to(torch.float32)
         version, y = await self._timed(
             Lane.FORWARD, push.index, lambda: (self.engine.version, self.engine.forward(push.sample, x).to(self._wire))
@@ -311,9 +328,10 @@ class StageWorker:
         forward = Forward(
             run=push.run, round=push.round, sample=push.sample, head=push.head, index=push.index, version=version
         )
-        self._spawn(current.sends, self._send_forward(current, forward, leaf, y))
+        current.pushes[push.sample] = forward
+        self._spawn(current.sends, self._delivery.forward(current, forward, leaf, y))
 
-    async def _tail_unit(self, current: TrainingRound, push: Push, held: _Input) -> None:
+    async def _tail_unit(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
         tokens = self._corpus.sample(push.sample)
         inputs = tokens[:, :-1] if self.plan.is_first else held.tensor.to(torch.float32)
         targets = tokens[:, 1:]
@@ -332,14 +350,19 @@ class StageWorker:
         self, current: TrainingRound, push: Backward, g: torch.Tensor, g_digest: bytes, source: int
     ) -> None:
         gradient = g.to(torch.float32)
-
-        def job() -> tuple[int, torch.Tensor | None, StepResult | None]:
-            version = self.engine.version
-            dx = self.engine.backward(push.sample, gradient)
-            return version, None if dx is None else dx.to(self._wire), self._maybe_step()
-
-        version, dx, stepped = await self._timed(Lane.BACKWARD, push.index, job)
         held = current.open[push.sample]
+        x = held.tensor if self.plan.is_first else held.tensor.to(torch.float32)
+
+        def job() -> tuple[bool, int, torch.Tensor | None, StepResult | None]:
+            version = self.engine.version
+            adopted = push.sample not in self.engine.pending()
+            if adopted:
+                self.engine.forward(push.sample, x)
+            dx = self.engine.backward(push.sample, gradient)
+            return adopted, version, None if dx is None else dx.to(self._wire), self._maybe_step()
+
+        adopted, version, dx, stepped = await self._timed(Lane.BACKWARD, push.index, job)
+        current.adopted += adopted
         self._finish_backward(
             current, push, held, version, loss=push.loss, gradient=(g, g_digest), source=source, dx=dx
         )
@@ -350,7 +373,7 @@ class StageWorker:
         self,
         current: TrainingRound,
         push: Push,
-        held: _Input,
+        held: OpenInput,
         version: int,
         *,
         loss: float,
@@ -386,7 +409,7 @@ class StageWorker:
             version=version,
             loss=loss,
         )
-        self._spawn(current.sends, self._send_backward(current, backward, leaf, dx, held))
+        self._spawn(current.sends, self._delivery.backward(current, backward, leaf, dx, held.source))
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -416,70 +439,20 @@ class StageWorker:
         current.archive.windows[version] = weights
         current.ledger.open_window(version, digest(tensor_bytes(weights)))
 
-    # -- pushes out -----------------------------------------------------------------------------------------------
-
-    async def _send_forward(self, current: TrainingRound, push: Forward, leaf: Leaf, y: torch.Tensor) -> None:
-        """Push to the planned hop, else to its siblings, until one accepts or the round closes."""
-        replicas = current.roster.stages[self.plan.index + 1]
-        order = hops(replicas, seed=current.seed, head=push.head, stage=self.plan.index + 1, index=push.index)
-        turn = 0
+    async def _chase(self, current: TrainingRound) -> None:
+        """Offer outputs whose gradient is overdue to another replica of the next stage."""
         while current.accepting:
-            hop = order[turn % len(order)]
-            try:
-                receipt = await self._push(current, hop, push, {"y": y}, leaf)
-            except (Busy, Unavailable, Unreachable, BadReply) as refusal:
-                pause = getattr(refusal, "retry_after", None) or RETRY_PAUSE
-                log.debug("forward of sample %d to %s: %s", push.sample, hop, refusal)
-                turn += 1
-                await asyncio.sleep(pause)
-                continue
-            except Refused as refusal:
-                log.warning("forward of sample %d was refused by %s: %s", push.sample, hop, refusal)
-                return
-            current.ledger.receipt(leaf.key, sink=replicas.index(hop), signature=receipt)
-            current.rerouted += hop != order[0]
-            return
-
-    async def _send_backward(
-        self, current: TrainingRound, push: Backward, leaf: Leaf, dx: torch.Tensor, held: _Input
-    ) -> None:
-        """Push the input's gradient to the replica the input came from, until it accepts or the round closes."""
-        while current.accepting:
-            try:
-                receipt = await self._push(current, held.source, push, {"g": dx}, leaf)
-            except (Busy, Unavailable, Unreachable, BadReply) as refusal:
-                log.debug("gradient of sample %d to %s: %s", push.sample, held.source, refusal)
-                await asyncio.sleep(RETRY_PAUSE)
-                continue
-            except Refused as refusal:
-                log.warning("gradient of sample %d was refused by %s: %s", push.sample, held.source, refusal)
-                return
-            current.ledger.receipt(leaf.key, sink=held.source_index, signature=receipt)
-            return
-
-    async def _push(
-        self, current: TrainingRound, hop: str, push: Push, tensors: Mapping[str, torch.Tensor], leaf: Leaf
-    ) -> bytes:
-        """One push; the receipt it returns is checked before it is believed."""
-        endpoint = self._endpoint_of(hop)
-        if endpoint is None:
-            raise Unreachable(f"{hop} serves no axon at the last finalized block; a sibling is tried")
-        loop = asyncio.get_running_loop()
-        start = loop.time()
-        accepted, _ = await self._dendrite.call(endpoint, hop, push, tensors, reply=Accepted, deadline=PUSH_DEADLINE)
-        self._push_seconds.add(loop.time() - start)
-        receipt = bytes.fromhex(accepted.receipt)
-        message = receipt_message(
-            self._run,
-            current.number,
-            producer=self._identity.hotkey,
-            key=leaf.key,
-            stage=self.plan.index,
-            output=leaf.output,
-        )
-        if not verify(hop, message, receipt):
-            raise BadReply(f"{hop} signed a receipt over something else than it was sent; a sibling is tried")
-        return receipt
+            await asyncio.sleep(OVERDUE_CHECK)
+            for sample in self._delivery.overdue(current):
+                key = UnitKey(sample, Direction.FORWARD)
+                leaf, unit = current.ledger.leaf(key), current.archive.units[key]
+                push = current.pushes[sample]
+                awaited = current.awaited.pop(sample)
+                current.chased += 1
+                if unit.output is not None:
+                    log.info("gradient of sample %d is overdue at %s: a sibling gets the input", sample, awaited.sink)
+                    sent = self._delivery.forward(current, push, leaf, unit.output, avoid=awaited.sink)
+                    self._spawn(current.sends, sent)
 
     # -- the head -------------------------------------------------------------------------------------------------
 
@@ -491,7 +464,7 @@ class StageWorker:
             stages=self.plan.count,
             compute=self._unit_seconds.value,
             latency=0.0,
-            transfer=2 * self._push_seconds.value,
+            transfer=2 * self._delivery.push_seconds.value,
             limit=DEPTH_LIMIT_PER_STAGE * self.plan.count,
         )
 
@@ -499,6 +472,13 @@ class StageWorker:
         if self._synchronous and current.started % self._manifest.optimizer.accumulation == 0:
             return not current.flights
         return len(current.flights) < self.depth() and len(current.open) < self.engine.capacity
+
+    def _owner(self, current: TrainingRound, sample: int) -> str | None:
+        """The head a sample belongs to in this round, None if it is no sample of the round."""
+        heads = current.roster.stages[0]
+        quota = self._manifest.data.samples_per_round
+        base = current.number * quota
+        return heads[head_of(sample, base=base, heads=len(heads))] if base <= sample < base + quota else None
 
     def _start_sample(self, current: TrainingRound) -> None:
         heads = current.roster.stages[0]
@@ -511,6 +491,7 @@ class StageWorker:
         )
         current.started += 1
         current.flights[sample] = asyncio.get_running_loop().time()
+        self._telemetry.emit(MicrobatchStarted(round=current.number, sample=sample))
         tokens = self._corpus.sample(sample)[:, :-1].contiguous()
         push = Push(
             run=self._run.hex(),
@@ -520,15 +501,18 @@ class StageWorker:
             index=index,
             version=self.engine.version,
         )
-        held = _Input(self._identity.hotkey, NO_PEER, tokens, digest(tensor_bytes(tokens)))
+        held = OpenInput(self._identity.hotkey, NO_PEER, tokens, digest(tensor_bytes(tokens)))
         current.open[sample] = held
         unit = self._tail_unit(current, push, held) if self.plan.is_last else self._forward_unit(current, push, held)
         self._spawn(current.work, unit)
 
     def _complete(self, current: TrainingRound, sample: int, loss: float) -> None:
-        seconds = asyncio.get_running_loop().time() - current.flights.pop(sample)
-        self._flight_seconds.append(seconds)
-        current.completed += 1
+        now = asyncio.get_running_loop().time()
+        own = sample in current.flights
+        seconds = now - current.flights.pop(sample, now)
+        if own:
+            self._flight_seconds.append(seconds)
+            current.completed += 1
         current.losses.append(loss)
         current.room.set()
         self._telemetry.emit(

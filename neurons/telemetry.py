@@ -48,6 +48,14 @@ class LocalStep:
 
 
 @dataclass(frozen=True, slots=True)
+class MicrobatchStarted:
+    """A head sent a microbatch on its way."""
+
+    round: int
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
 class MicrobatchDone:
     """A microbatch came back to its head."""
 
@@ -67,6 +75,8 @@ class TrainingClosed:
     started: int
     completed: int
     rerouted: int
+    adopted: int
+    chased: int
     lost: int
     units: int
     busy_seconds: float
@@ -168,6 +178,7 @@ Event = (
     NodeStarted
     | RoundStarted
     | LocalStep
+    | MicrobatchStarted
     | MicrobatchDone
     | TrainingClosed
     | Merged

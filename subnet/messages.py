@@ -57,9 +57,17 @@ class Backward(Push):
 
 
 class Accepted(Synapse):
-    """The push counts as delivered; `receipt` is the consumer's signature (ledger.receipt_message)."""
+    """The push counts as delivered. `receipt` is the consumer's signature (ledger.receipt_message), or None if it has
+    this microbatch from somebody else and does not use what was sent."""
 
-    receipt: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+    receipt: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")] | None
+
+
+class InputRequest(RunSynapse):
+    """The activation sent forward for a sample, asked for by a replica that takes over a sibling's backward."""
+
+    route: ClassVar[str] = "input"
+    sample: Sample
 
 
 class PayloadRequest(RunSynapse):

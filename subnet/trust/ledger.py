@@ -183,8 +183,9 @@ class Ledger:
         """Enter the consumer's signature for a unit of this round."""
         self._leaves[key] = replace(self._leaves[key], sink=sink, receipt=signature)
 
-    def holds(self, key: UnitKey) -> bool:
-        return key in self._leaves
+    def leaf(self, key: UnitKey) -> Leaf:
+        """The leaf of a computed unit."""
+        return self._leaves[key]
 
     def close(self) -> Evidence:
         """Everything entered so far, in the order it was computed; windows without units are left out."""

@@ -10,7 +10,7 @@ nobody loses pay through another's silence.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +58,7 @@ class _Book:
         self, run: bytes, roster: Roster, evidence: Mapping[str, Evidence], verify: Verify, first_sample: int
     ) -> None:
         self.run, self.roster, self.verify, self.first_sample = run, roster, verify, first_sample
+        self.tail = len(roster.stages) - 1
         self.units: dict[str, dict[_Unit, Leaf]] = {
             hotkey: {(leaf.stage, leaf.sample, leaf.direction): leaf for leaf in table.leaves}
             for hotkey, table in evidence.items()
@@ -87,31 +88,52 @@ class _Book:
         return head_of(leaf.sample, base=self.first_sample, heads=len(heads)) == heads.index(hotkey)
 
     def linked(self, hotkey: str, leaf: Leaf) -> bool:
-        """Whether what came in is what its sender says it sent, and sent to this replica.
+        """Whether what came in is what its sender says it sent; a sender without evidence contradicts nothing.
 
-        A sender without evidence contradicts nothing. At the head there is no sender: the sample must be its own, and
-        a backward needs the receipt for its forward.
+        A gradient must have been sent to this replica; an activation may have been fetched to take over a dead
+        sibling's unit, so there the digest decides.
         """
-        if leaf.stage == 0:
-            forward = self.leaf(hotkey, 0, leaf, Direction.FORWARD)
-            alone = len(self.roster.stages) == 1
-            if not self.assigned(hotkey, leaf) or not (alone or (forward is not None and self.signed(hotkey, forward))):
-                return False
-        upstream = leaf.direction is Direction.FORWARD or leaf.stage == len(self.roster.stages) - 1
+        upstream = leaf.direction is Direction.FORWARD or leaf.stage == self.tail
         stage = leaf.stage - 1 if upstream else leaf.stage + 1
         if stage < 0:
-            return True
+            return self.assigned(hotkey, leaf)
         sender = self.peer(stage, leaf.source)
-        if sender is None:
+        if sender is None or (leaf.stage == 0 and not self.started(hotkey, leaf)):
             return False
         if sender not in self.units:
             return True
         sent = self.leaf(sender, stage, leaf, Direction.FORWARD if upstream else Direction.BACKWARD)
-        return (
-            sent is not None
-            and self.peer(leaf.stage, sent.sink) == hotkey
-            and sent.output == (leaf.input if upstream else leaf.gradient)
-        )
+        if sent is None or sent.output != (leaf.input if upstream else leaf.gradient):
+            return False
+        return upstream or self.peer(leaf.stage, sent.sink) == hotkey
+
+    def started(self, hotkey: str, leaf: Leaf) -> bool:
+        """Whether a head may count this backward: its own sample, forwarded with a receipt, or one it took over from a
+        head that served no evidence."""
+        if self.assigned(hotkey, leaf):
+            forward = self.leaf(hotkey, 0, leaf, Direction.FORWARD)
+            return forward is not None and self.signed(hotkey, forward)
+        heads = self.roster.stages[0]
+        owner = heads[head_of(leaf.sample, base=self.first_sample, heads=len(heads))]
+        return owner not in self.units and self.peer(1, leaf.source) in self.units
+
+    def consumed(self, hotkey: str, leaf: Leaf) -> bool:
+        """Whether the consumer's own leaf, if it shows one, names this replica as the source of exactly this output.
+
+        It signed for the output, so a leaf that it leaves out costs only itself.
+        """
+        forward = leaf.direction is Direction.FORWARD
+        stage = leaf.stage + 1 if forward else leaf.stage - 1
+        consumer = self.peer(stage, leaf.sink)
+        if consumer not in self.units:
+            return True
+        direction = Direction.BACKWARD if not forward or stage == self.tail else Direction.FORWARD
+        used = self.leaf(consumer, stage, leaf, direction)
+        if used is None:
+            return True
+        return (used.input if forward else used.gradient) == leaf.output and self.peer(
+            leaf.stage, used.source
+        ) == hotkey
 
     def completed(self) -> set[int]:
         """Samples of the microbatches that came back to their head, in its own words or by its receipt."""
@@ -137,22 +159,19 @@ def settle(
     """
     book = _Book(run, roster, evidence, verify, first_sample)
     done = book.completed()
-    claims = Counter(unit for units in book.units.values() for unit in units)
     paid: dict[str, Paid] = {}
     for hotkey, units in book.units.items():
         counts = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
-        for unit, leaf in units.items():
-            counts[leaf.direction] += _pays(book, hotkey, unit, leaf, done, claims)
+        for leaf in units.values():
+            counts[leaf.direction] += _pays(book, hotkey, leaf, done)
         paid[hotkey] = Paid(counts[Direction.FORWARD], counts[Direction.BACKWARD], len(units))
     return Settlement(paid, tuple(_pathways(book, done)))
 
 
-def _pays(book: _Book, hotkey: str, unit: _Unit, leaf: Leaf, done: set[int], claims: Counter[_Unit]) -> bool:
-    if book.roster.stage_of(hotkey) != leaf.stage or claims[unit] > 1:
+def _pays(book: _Book, hotkey: str, leaf: Leaf, done: set[int]) -> bool:
+    if book.roster.stage_of(hotkey) != leaf.stage or leaf.sample not in done or not book.linked(hotkey, leaf):
         return False
-    if leaf.sample not in done or not book.linked(hotkey, leaf):
-        return False
-    return leaf.output == NO_DIGEST or book.signed(hotkey, leaf)
+    return leaf.output == NO_DIGEST or (book.signed(hotkey, leaf) and book.consumed(hotkey, leaf))
 
 
 def _pathways(book: _Book, done: Iterable[int]) -> Iterable[Pathway]:

@@ -1,6 +1,7 @@
 """The asynchronous pipeline between real axons: work is done, receipted, replayable; refusals are typed."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,39 @@ async def test_a_dead_replica_is_routed_around(tmp_path: Path) -> None:
         assert current.rerouted > 0
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+async def test_a_replica_that_dies_in_mid_round_loses_no_microbatch(tmp_path: Path, stage: int) -> None:
+    """Killed with units accepted, computed and awaited; siblings take over, the microbatches of living heads return."""
+    async with swarm_of(tmp_path, stages=3, replicas=2) as swarm:
+        victim, survivor = swarm.stage(stage)
+        heads = [head for head in swarm.stage(0) if head is not victim]
+        drives = [asyncio.create_task(head.worker.drive(limit=16)) for head in swarm.stage(0)]
+        inside = victim.worker._current()
+        while inside.units < 2 or not inside.open:  # noqa: ASYNC110 - filled by the worker, which has no event
+            await asyncio.sleep(0)
+        await victim.dendrite.stop()
+        await victim.axon.stop()
+        victim.worker.shut_down()
+        await asyncio.wait_for(asyncio.gather(*(drives[swarm.stage(0).index(head)] for head in heads)), 40)
+        for drive in drives:
+            drive.cancel()
+        closed = {
+            member.identity.hotkey: await member.worker.close()
+            for member in swarm.members.values()
+            if member is not victim
+        }
+        for head in heads:
+            current, _ = closed[head.identity.hotkey]
+            assert current.completed == current.started == 16
+        rounds = [current for current, _ in closed.values()]
+        assert sum(current.adopted + current.chased for current in rounds) > 0
+        evidence = {hotkey: table for hotkey, (_, table) in closed.items()}
+        settlement = settle(swarm.loaded.run_id, swarm.roster, evidence, verify, first_sample=0)
+        assert settlement.paid[survivor.identity.hotkey].backward > 16 // 2
+        samples = [path.sample for path in settlement.pathways]
+        assert len(samples) == len(set(samples))
+
+
 async def test_what_is_in_flight_at_close_is_lost_and_counted(tmp_path: Path) -> None:
     async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
         head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
@@ -152,6 +186,17 @@ async def test_bad_pushes_are_refused(
         assert not target.worker._current().receipts
 
 
+async def until_decided(call: Callable[[], Awaitable[object]]) -> None:
+    """Repeat a push that is answered BUSY, as its sender would."""
+    while True:
+        try:
+            await call()
+        except Busy as busy:
+            await asyncio.sleep(busy.retry_after or 0.01)
+        else:
+            return
+
+
 async def test_wrong_shape_and_unasked_gradient_are_refused(tmp_path: Path) -> None:
     async with swarm_of(tmp_path, stages=3, replicas=1) as swarm:
         head, body, tail = (swarm.stage(index)[0] for index in range(3))
@@ -164,15 +209,18 @@ async def test_wrong_shape_and_unasked_gradient_are_refused(tmp_path: Path) -> N
                 reply=Accepted,
                 deadline=5,
             )
-        with pytest.raises(Dropped, match="no forward open"):
-            await tail.dendrite.call(
-                body.axon.endpoint,
-                body.identity.hotkey,
-                push(swarm, Backward),
-                {"g": torch.zeros(4, 32, 8, dtype=torch.bfloat16)},
-                reply=Accepted,
-                deadline=5,
-            )
+        for receiver, sender, words in ((body, tail, "no forward open"), (head, body, "no forward open")):
+            with pytest.raises(Dropped, match=words):
+                await until_decided(
+                    lambda sender=sender, receiver=receiver: sender.dendrite.call(
+                        receiver.axon.endpoint,
+                        receiver.identity.hotkey,
+                        push(swarm, Backward),
+                        {"g": torch.zeros(4, 32, 8, dtype=torch.bfloat16)},
+                        reply=Accepted,
+                        deadline=5,
+                    )
+                )
 
 
 async def test_a_repeated_push_gets_the_same_receipt_and_is_computed_once(tmp_path: Path) -> None:

@@ -130,12 +130,29 @@ def test_work_that_never_came_back_pays_nothing() -> None:
     assert sum(units(settlement, hotkey) for hotkey in ROSTER.stages[2]) == SAMPLES // 2
 
 
-def test_a_unit_claimed_twice_pays_nobody() -> None:
+def test_a_copied_unit_pays_only_who_did_it() -> None:
     book = honest()
     real, copy = ROSTER.stages[1]
     settlement = judged({**book, copy: [*book[copy], *book[real]]})
-    assert units(settlement, real) == 0
+    assert units(settlement, real) == len(book[real])
     assert units(settlement, copy) == len(book[copy])
+
+
+def test_a_unit_taken_over_from_a_silent_head_pays_the_one_that_was_sent_the_gradient() -> None:
+    book = honest()
+    dead, heir = ROSTER.stages[0]
+    mine = [leaf for leaf in book[dead] if leaf.direction is Direction.BACKWARD][:2]
+    for hotkey in ROSTER.stages[1]:
+        book[hotkey] = [
+            receipted(replace(leaf, sink=1), hotkey, heir)
+            if leaf.direction is Direction.BACKWARD and leaf.sample in {taken.sample for taken in mine}
+            else leaf
+            for leaf in book[hotkey]
+        ]
+    own = units(judged(book), heir)
+    settlement = judged({**book, heir: [*book[heir], *mine]}, without=(dead,))
+    assert units(settlement, heir) == own + len(mine)
+    assert units(judged({**book, heir: [*book[heir], *mine]}), heir) == own
 
 
 def test_a_silent_neighbour_takes_nobody_s_pay() -> None:

@@ -1,12 +1,13 @@
 # Everything goes through .venv, made on first use from pyproject.toml and constraints.txt.
 #   make localnet          a whole swarm on this machine      make localnet ARGS="--rounds 5 --stages 2"
 #   make test              the test suite                     make lint    formatter, linter, type checker
+#   make test-long         the tests that take minutes
 #   make bench             benchmarks, JSON results under runs/bench
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test lint bench clean
+.PHONY: install localnet test test-long lint bench clean
 
 install: $(READY)
 
@@ -24,6 +25,9 @@ localnet: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-long: $(READY)
+	$(VENV)/bin/python -m pytest -m long $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

@@ -12,7 +12,7 @@ import json
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,18 @@ def standard_library_corpus(
     if not folder.exists():
         _build(folder, texts, source, vocab=vocab, training_bytes=training_bytes)
     return _verified(folder)
+
+
+def find_tokenizer(cache: Path, shards: Collection[str]) -> Path | None:
+    """The verified tokenizer.json below `cache` of a corpus whose tokens have one of these SHA-256s, if any.
+
+    Raises `DataError` when that corpus was altered.
+    """
+    for index in sorted(cache.glob(f"stdlib-*/{_INDEX}")):
+        content = index.read_text()
+        if any(sha256 in content for sha256 in shards):
+            return _verified(index.parent).folder / _TOKENIZER
+    return None
 
 
 def _texts(root: Path, cap: int) -> Iterator[str]:

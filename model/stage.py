@@ -150,6 +150,13 @@ def flatten(stage: Stage) -> Tensor:
     return torch.cat([p.detach().float().reshape(-1) for _, p in sorted(stage.named_parameters())])
 
 
+def unflatten(stage: Stage, flat: Tensor) -> dict[str, Tensor]:
+    """The tensors of `flat` by parameter name, as views: the inverse of `flatten`, without touching the stage."""
+    named = sorted(stage.named_parameters())
+    pieces = torch.split(flat, [parameter.numel() for _, parameter in named])
+    return {name: piece.view(parameter.shape) for (name, parameter), piece in zip(named, pieces, strict=True)}
+
+
 def assign_flat(stage: Stage, flat: Tensor) -> None:
     """Sets all parameters from a vector (n,) in the order of `flatten`, rounding to each parameter's
     dtype."""

@@ -50,12 +50,3 @@ class Archive:
     def newest(self) -> int:
         """Number of the newest round, -1 before the first."""
         return max(self._rounds, default=-1)
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of windows and payloads, the part that grows with the model."""
-        return sum(
-            sum(weights.nbytes for weights in held.windows.values())
-            + sum(len(payload) for payload, _ in held.payloads.values())
-            for held in self._rounds.values()
-        )

@@ -29,11 +29,16 @@ from subnet.trust.ledger import Leaf, receipt_message
 log = logging.getLogger("orion.neurons.delivery")
 
 PUSH_DEADLINE = 10.0
+PUSH_FACTOR = 20.0
 RETRY_PAUSE = 0.05
-OVERDUE_FLOOR = 3.0
-OVERDUE_FACTOR = 4.0
+LONGEST_PAUSE = 1.0
+OVERDUE_FLOOR = 2.0
+OVERDUE_FACTOR = 2.0
 """A gradient is overdue after this many times the slowest recent return, and not before the floor (seconds)."""
 RECENT_RETURNS = 16
+
+DOWN_SECONDS = 5.0
+"""A replica that could not be reached is asked last for so long."""
 
 TRY_ANOTHER = (Busy, Unavailable, Unreachable, BadReply)
 """Answers after which another try, elsewhere or later, makes sense."""
@@ -69,16 +74,19 @@ class Delivery:
         self._endpoint_of = endpoint_of
         self._boundary = boundary
         self._returns: deque[float] = deque(maxlen=RECENT_RETURNS)
+        self._down: dict[str, float] = {}
         self.push_seconds = RecentMean()
 
     async def forward(
         self, current: TrainingRound, push: Forward, leaf: Leaf, y: torch.Tensor, *, avoid: str | None = None
     ) -> None:
-        """Push `y` to the planned hop or, `avoid`ing one, a sibling, until one accepts or the round closes."""
+        """Push `y` to the planned hop (`avoid`: the one to ask last), else to siblings, until one accepts or the round
+        closes."""
         stage = self._plan.index + 1
         replicas = current.roster.stages[stage]
         order = hops(replicas, seed=current.seed, head=push.head, stage=stage, index=push.index)
-        order = tuple(hop for hop in order if hop != avoid)
+        planned = order[0]
+        order = tuple(sorted(order, key=lambda hop: (self.is_down(hop), hop == avoid)))
         turn = 0
         while current.accepting and order:
             hop = order[turn % len(order)]
@@ -87,21 +95,36 @@ class Delivery:
                 receipt = await self._push(current, hop, push, {"y": y}, leaf)
             except TRY_ANOTHER as refusal:
                 log.debug("forward of sample %d to %s: %s", push.sample, hop, refusal)
-                await asyncio.sleep(getattr(refusal, "retry_after", None) or RETRY_PAUSE)
+                if turn % len(order) == 0:
+                    await asyncio.sleep(_pause(refusal))
                 continue
             except Refused as refusal:
                 log.warning("forward of sample %d was refused by %s: %s", push.sample, hop, refusal)
-                return
+                order = tuple(other for other in order if other != hop)
+                continue
+            current.awaited[push.sample] = Awaited(hop, asyncio.get_running_loop().time())
+            current.sinks.setdefault(push.sample, set()).add(hop)
             if receipt is not None:
                 current.ledger.receipt(leaf.key, sink=replicas.index(hop), signature=receipt)
-                current.awaited[push.sample] = Awaited(hop, asyncio.get_running_loop().time())
-                current.rerouted += hop != order[0] or avoid is not None
+                current.rerouted += hop != planned
             return
 
     async def backward(self, current: TrainingRound, push: Backward, leaf: Leaf, dx: torch.Tensor, source: str) -> None:
-        """Push the input's gradient to `source`; if it cannot be reached, to a sibling that takes the unit over."""
+        """Push the input's gradient to `source`; if it cannot be reached, to a sibling that takes the unit over.
+
+        Whoever has it already says so, so offering it again is harmless.
+        """
+        if push.sample in current.delivering:
+            return
+        current.delivering.add(push.sample)
+        try:
+            await self._deliver(current, push, leaf, dx, source)
+        finally:
+            current.delivering.discard(push.sample)
+
+    async def _deliver(self, current: TrainingRound, push: Backward, leaf: Leaf, dx: torch.Tensor, source: str) -> None:
         replicas = current.roster.stages[self._plan.index - 1]
-        order = (source, *(hop for hop in replicas if hop != source))
+        order = tuple(sorted((source, *(hop for hop in replicas if hop != source)), key=self.is_down))
         turn = 0
         while current.accepting:
             hop = order[turn % len(order)]
@@ -111,14 +134,13 @@ class Delivery:
                 log.debug("gradient of sample %d to %s: %s", push.sample, hop, refusal)
                 # A replica that answers keeps its turn: it is busy, or fetching the input to take the unit over.
                 turn += isinstance(refusal, Unreachable | BadReply)
-                await asyncio.sleep(getattr(refusal, "retry_after", None) or RETRY_PAUSE)
+                await asyncio.sleep(_pause(refusal))
                 continue
             except Refused as refusal:
                 log.warning("gradient of sample %d was refused by %s: %s", push.sample, hop, refusal)
                 return
             if receipt is not None:
                 current.ledger.receipt(leaf.key, sink=replicas.index(hop), signature=receipt)
-            current.delivered[push.sample] = hop
             return
 
     async def fetch_input(self, current: TrainingRound, push: Backward) -> tuple[str, torch.Tensor] | None:
@@ -152,7 +174,27 @@ class Delivery:
         """Samples whose gradient should have been back by now."""
         patience = max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(self._returns, default=OVERDUE_FLOOR))
         now = asyncio.get_running_loop().time()
-        return [sample for sample, awaited in current.awaited.items() if now - awaited.since > patience]
+        return [
+            sample
+            for sample, awaited in current.awaited.items()
+            if now - awaited.since > patience or self.is_down(awaited.sink)
+        ]
+
+    async def probe(self, current: TrainingRound, push: Forward, leaf: Leaf, y: torch.Tensor) -> None:
+        """Offer an activation again to those who signed for it, only to learn whether they are still there."""
+        for hop in current.sinks.get(push.sample, ()):
+            try:
+                await self._push(current, hop, push, {"y": y}, leaf)
+            except TransportError as error:
+                log.debug("probe of %s: %s", hop, error)
+
+    def is_down(self, hop: str) -> bool:
+        """Whether this replica could not be reached a moment ago."""
+        return self._down.get(hop, 0.0) > asyncio.get_running_loop().time()
+
+    def _deadline(self) -> float:
+        """Seconds a push may take: many times what pushes take now, so that a frozen peer is noticed."""
+        return min(PUSH_DEADLINE, max(OVERDUE_FLOOR, PUSH_FACTOR * self.push_seconds.value))
 
     async def _push(
         self, current: TrainingRound, hop: str, push: Push, tensors: Mapping[str, torch.Tensor], leaf: Leaf
@@ -163,7 +205,13 @@ class Delivery:
             raise Unreachable(f"{hop} serves no axon at the last finalized block; a sibling is tried")
         loop = asyncio.get_running_loop()
         start = loop.time()
-        accepted, _ = await self._dendrite.call(endpoint, hop, push, tensors, reply=Accepted, deadline=PUSH_DEADLINE)
+        try:
+            accepted, _ = await self._dendrite.call(
+                endpoint, hop, push, tensors, reply=Accepted, deadline=self._deadline()
+            )
+        except Unreachable:
+            self._down[hop] = loop.time() + DOWN_SECONDS
+            raise
         self.push_seconds.add(loop.time() - start)
         if accepted.receipt is None:
             return None
@@ -179,3 +227,9 @@ class Delivery:
         if not verify(hop, message, receipt):
             raise BadReply(f"{hop} signed a receipt over something else than it was sent; a sibling is tried")
         return receipt
+
+
+def _pause(refusal: TransportError) -> float:
+    """How long to wait before the next try: what the other side asks for, within reason."""
+    asked = refusal.retry_after if isinstance(refusal, Refused) else None
+    return min(asked or RETRY_PAUSE, LONGEST_PAUSE)

@@ -185,7 +185,8 @@ class Node:
     async def next_roster(self, previous: Roster, block: int) -> Roster:
         """The recurrence at the first block of the next round."""
         state = await self.state(block)
-        roster = advance(previous, state, self.loaded.run_id)
+        before = block - self.loaded.manifest.round.length
+        roster = advance(previous, state, self.loaded.run_id, fresh_from=before)
         self.neighbours.update(roster, state)
         return roster
 
@@ -214,12 +215,13 @@ def main(argv: list[str], *, role: str, description: str, body: Callable[[Node],
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - asyncio.run gives one
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or a command that stops its nodes
+                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         async with await Node.open(config, role=role) as node:
             try:
                 await body(node)
-            except (NodeError, ChainError) as error:
-                node.telemetry.emit(NodeFailed(message=str(error)))
+            except Exception as error:
+                node.telemetry.emit(NodeFailed(message=" ".join(str(error).split()) or type(error).__name__))
                 raise
 
     try:

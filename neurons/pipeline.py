@@ -26,15 +26,16 @@ from model.stage import flatten
 from neurons.archive import RoundArchive
 from neurons.compute import ComputeThread, Lane
 from neurons.delivery import RETRY_PAUSE, Delivery, RecentMean
+from neurons.door import Door
 from neurons.telemetry import LocalStep, MicrobatchDone, MicrobatchStarted, Telemetry, TrainingClosed
 from neurons.training import OpenInput, TrainingRound
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
-from subnet.messages import WIRE_DTYPES, Accepted, Backward, Forward, InputRequest, Push, Shapes, Tensors
+from subnet.messages import WIRE_DTYPES, WIRE_LIMIT, Accepted, Backward, Forward, InputRequest, Push, Shapes, Tensors
 from subnet.swarm.roster import Roster
-from subnet.swarm.routing import depth, head_of, sample_id
+from subnet.swarm.routing import depth, sample_id
 from subnet.transport.dendrite import Dendrite
-from subnet.transport.errors import Busy, Dropped, UnknownHotkey, UnknownRun
+from subnet.transport.errors import Busy, Dropped
 from subnet.transport.synapse import require_finite, tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import (
@@ -45,7 +46,6 @@ from subnet.trust.ledger import (
     Leaf,
     UnitKey,
     digest,
-    receipt_message,
 )
 
 log = logging.getLogger("orion.neurons.pipeline")
@@ -59,6 +59,9 @@ DRAIN_MARGIN = 1.5
 """A microbatch is started only if this many times the slowest recent flight fits before the round closes."""
 DEPTH_LIMIT_PER_STAGE = 4
 """At most this many microbatches in flight per head and stage: bounds input caches and staleness."""
+FLIGHT_FLOOR = 5.0
+FLIGHT_FACTOR = 4.0
+"""A head gives a flight up after this many times the slowest recent one (seconds, at least the floor)."""
 OVERDUE_CHECK = 0.5
 """Seconds between looks for overdue gradients."""
 
@@ -95,6 +98,7 @@ class StageWorker:
             boundary=Shapes.of(loaded.manifest).boundary,
         )
         self._synchronous = synchronous
+        self._door = Door(identity, loaded, engine.plan, self._delivery)
         self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous)
         self._round: TrainingRound | None = None
         self._unit_seconds = RecentMean()
@@ -183,87 +187,99 @@ class StageWorker:
         self, caller: str, push: Forward, tensors: Mapping[str, torch.Tensor]
     ) -> tuple[Accepted, dict[str, torch.Tensor]]:
         """Accept an activation from the stage before: tensor `y` (B, T, b)."""
-        current = self._admit(push, caller, neighbour=self.plan.index - 1)
+        current = self._door.admit(self._round, push, caller, neighbour=self.plan.index - 1)
         key = UnitKey(push.sample, Direction.FORWARD)
         if key in current.receipts:
             return self._have(current, key, caller, push), {}
+        if not self._door.belongs(current, push) or (self.plan.index == 1 and caller != push.head):
+            raise Dropped(
+                f"sample {push.sample} is not number {push.index} of head {push.head[:12]}… in round {push.round}",
+                "send samples that the roster gives to their head",
+            )
         if len(current.open) >= self.engine.capacity:
             raise Busy(
                 f"stage {self.plan.index} holds {len(current.open)} inputs of {self.engine.capacity}",
                 "push again after the pause or to a sibling replica",
                 retry_after=RETRY_PAUSE,
             )
-        require_finite(tensors)
+        require_finite(tensors, limit=WIRE_LIMIT)
         x = tensors["y"]
         x_digest = digest(tensor_bytes(x))
-        receipt = self._sign_receipt(current, key, caller, x_digest)
+        receipt = self._door.sign_receipt(current, key, caller, x_digest)
         source = current.roster.stages[self.plan.index - 1].index(caller)
         held = OpenInput(caller, source, x, x_digest)
         current.open[push.sample] = held
         unit = self._tail_unit(current, push, held) if self.plan.is_last else self._forward_unit(current, push, held)
-        self._spawn(current.work, unit)
+        self._spawn(current.work, self._guarded(current, push.sample, unit))
         return Accepted(receipt=receipt), {}
 
     async def on_backward(
         self, caller: str, push: Backward, tensors: Mapping[str, torch.Tensor]
     ) -> tuple[Accepted, dict[str, torch.Tensor]]:
         """Accept the gradient of what this replica sent forward: tensor `g` (B, T, b)."""
-        current = self._admit(push, caller, neighbour=self.plan.index + 1)
+        current = self._door.admit(self._round, push, caller, neighbour=self.plan.index + 1)
         key = UnitKey(push.sample, Direction.BACKWARD)
         if key in current.receipts:
-            return Accepted(receipt=current.receipts[key][1]), {}
-        if push.sample not in current.open:
-            self._take_over(current, push)
-        require_finite(tensors)
+            first, receipt = current.receipts[key]
+            return Accepted(receipt=receipt if caller == first else None), {}
+        held = current.open.get(push.sample)
+        if held is None:
+            held = self._take_over(current, push)
+        if not held.taken_over:
+            self._door.require_sink(current, push.sample, caller)
+        require_finite(tensors, limit=WIRE_LIMIT)
         g = tensors["g"]
         g_digest = digest(tensor_bytes(g))
-        receipt = self._sign_receipt(current, key, caller, g_digest)
+        receipt = self._door.sign_receipt(current, key, caller, g_digest)
         source = current.roster.stages[self.plan.index + 1].index(caller)
         self._delivery.returned(current, push.sample)
-        self._spawn(current.work, self._backward_unit(current, push, g, g_digest, source))
+        unit = self._backward_unit(current, push, g, g_digest, source)
+        self._spawn(current.work, self._guarded(current, push.sample, unit))
         return Accepted(receipt=receipt), {}
 
     async def on_input(
         self, caller: str, request: InputRequest, _tensors: Mapping[str, torch.Tensor]
     ) -> tuple[Tensors, dict[str, torch.Tensor]]:
         """Give a replica of the next stage the activation of a sample, so that it can take a sibling's unit over."""
-        current = self._admit(request, caller, neighbour=self.plan.index + 1)
-        unit = current.archive.units.get(UnitKey(request.sample, Direction.FORWARD))
-        if unit is None or unit.output is None:
+        current = self._door.admit(self._round, request, caller, neighbour=self.plan.index + 1)
+        key = UnitKey(request.sample, Direction.FORWARD)
+        unit = current.archive.units.get(key)
+        if unit is None or unit.output is None or request.sample not in current.pushes:
             raise Dropped(f"sample {request.sample} was not forwarded here", "ask another replica of this stage")
+        current.claims.setdefault(request.sample, set()).add(caller)
+        leaf, push = current.ledger.leaf(key), current.pushes[request.sample]
+        self._spawn(current.sends, self._delivery.probe(current, push, leaf, unit.output))
         return Tensors(), {"y": unit.output}
 
     def _have(self, current: TrainingRound, key: UnitKey, caller: str, push: Forward) -> Accepted:
-        """Answer a forward that is here already. From another replica it means that the first one is gone."""
+        """Answer a forward that is here already. From another replica it means that the first one seems gone: the
+        gradient, if there is one, is offered again, first to who had it and then to its siblings."""
         first, receipt = current.receipts[key]
         if caller == first:
             return Accepted(receipt=receipt)
         done = current.archive.units.get(UnitKey(push.sample, Direction.BACKWARD))
-        if push.sample in current.open:
-            held = current.open[push.sample]
-            held.source = caller
-            held.source_index = current.roster.stages[self.plan.index - 1].index(caller)
-        elif done is not None and done.output is not None and current.delivered.get(push.sample, caller) != caller:
+        if done is not None and done.output is not None:
             leaf = current.ledger.leaf(UnitKey(push.sample, Direction.BACKWARD))
             backward = Backward(**dict(push), loss=leaf.loss)
-            self._spawn(current.sends, self._delivery.backward(current, backward, leaf, done.output, caller))
+            self._spawn(current.sends, self._delivery.backward(current, backward, leaf, done.output, first))
         return Accepted(receipt=None)
 
-    def _take_over(self, current: TrainingRound, push: Backward) -> None:
+    def _take_over(self, current: TrainingRound, push: Backward) -> OpenInput:
         """A gradient for a sample that a sibling forwarded: get its input, then the backward can be computed here.
 
-        Returns once the input is open; until then raises `Busy`, so that the sender keeps the gradient and tries again.
+        Returns the open input; until it is there raises `Busy`, so that the sender keeps the gradient and tries again.
         """
         stray = Dropped(
             f"sample {push.sample} has no forward open at stage {self.plan.index}",
             "send gradients to the replica whose activation was received, or to a sibling once that one is gone",
         )
         if self.plan.is_first:
-            if push.head == self._identity.hotkey or push.head != self._owner(current, push.sample):
+            if push.head == self._identity.hotkey or not self._door.belongs(current, push):
                 raise stray
             tokens = self._corpus.sample(push.sample)[:, :-1].contiguous()
-            current.open[push.sample] = OpenInput(push.head, NO_PEER, tokens, digest(tensor_bytes(tokens)))
-            return
+            held = OpenInput(push.head, NO_PEER, tokens, digest(tensor_bytes(tokens)), taken_over=True)
+            current.open[push.sample] = held
+            return held
         if push.sample in current.orphans:
             raise stray
         if push.sample not in current.adopting:
@@ -278,40 +294,17 @@ class StageWorker:
         if found is not None and push.sample not in current.open:
             source, y = found
             index = current.roster.stages[self.plan.index - 1].index(source)
-            current.open[push.sample] = OpenInput(source, index, y, digest(tensor_bytes(y)))
+            current.open[push.sample] = OpenInput(source, index, y, digest(tensor_bytes(y)), taken_over=True)
         elif found is None:
             current.orphans.add(push.sample)
         current.adopting.discard(push.sample)
-
-    def _admit(self, push: Push | InputRequest, caller: str, *, neighbour: int) -> TrainingRound:
-        current = self._round
-        if push.run != self._run.hex():
-            raise UnknownRun(f"run {push.run} is not {self._run.hex()}", "start with the manifest that is on chain")
-        if current is None or push.round > current.number:
-            raise Busy(f"round {push.round} has not begun here", "push again after the pause", retry_after=RETRY_PAUSE)
-        if push.round < current.number or not current.accepting:
-            raise Dropped(f"round {push.round} is closed here", "drop what belongs to it")
-        head = push.head if isinstance(push, Push) else current.roster.stages[0][0]
-        if current.roster.stage_of(caller) != neighbour or head not in current.roster.stages[0]:
-            raise UnknownHotkey(
-                f"{caller} does not hold stage {neighbour} in round {push.round}",
-                "check the roster: `orion roster` prints it",
-            )
-        return current
-
-    def _sign_receipt(self, current: TrainingRound, key: UnitKey, producer: str, output: bytes) -> str:
-        stage = self.plan.index + (-1 if key.direction is Direction.FORWARD else 1)
-        message = receipt_message(self._run, current.number, producer=producer, key=key, stage=stage, output=output)
-        receipt = self._identity.sign(message).hex()
-        current.receipts[key] = (producer, receipt)
-        return receipt
 
     # -- units ----------------------------------------------------------------------------------------------------
 
     async def _forward_unit(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
         x = held.tensor if self.plan.is_first else held.tensor.to(torch.float32)
         version, y = await self._timed(
-            Lane.FORWARD, push.index, lambda: (self.engine.version, self.engine.forward(push.sample, x).to(self._wire))
+            Lane.FORWARD, push.index, lambda: (self.engine.version, self._sendable(self.engine.forward(push.sample, x)))
         )
         y_digest = digest(tensor_bytes(y))
         leaf = Leaf(
@@ -339,7 +332,7 @@ class StageWorker:
         def job() -> tuple[int, float, torch.Tensor | None, StepResult | None]:
             version = self.engine.version
             loss, dx = self.engine.tail(push.sample, inputs, targets)
-            return version, loss, None if dx is None else dx.to(self._wire), self._maybe_step()
+            return version, loss, None if dx is None else self._sendable(dx), self._maybe_step()
 
         version, loss, dx, stepped = await self._timed(Lane.FORWARD, push.index, job)
         self._finish_backward(current, push, held, version, loss=loss, gradient=None, source=held.source_index, dx=dx)
@@ -359,7 +352,7 @@ class StageWorker:
             if adopted:
                 self.engine.forward(push.sample, x)
             dx = self.engine.backward(push.sample, gradient)
-            return adopted, version, None if dx is None else dx.to(self._wire), self._maybe_step()
+            return adopted, version, None if dx is None else self._sendable(dx), self._maybe_step()
 
         adopted, version, dx, stepped = await self._timed(Lane.BACKWARD, push.index, job)
         current.adopted += adopted
@@ -443,6 +436,13 @@ class StageWorker:
         """Offer outputs whose gradient is overdue to another replica of the next stage."""
         while current.accepting:
             await asyncio.sleep(OVERDUE_CHECK)
+            patience = FLIGHT_FACTOR * max((FLIGHT_FLOOR, *self._flight_seconds))
+            now = asyncio.get_running_loop().time()
+            for sample in [sample for sample, left in current.flights.items() if now - left > patience]:
+                log.warning(
+                    "sample %d has not come back within %.1f s: its place is given to another", sample, patience
+                )
+                self._land(current, sample)
             for sample in self._delivery.overdue(current):
                 key = UnitKey(sample, Direction.FORWARD)
                 leaf, unit = current.ledger.leaf(key), current.archive.units[key]
@@ -473,13 +473,6 @@ class StageWorker:
             return not current.flights
         return len(current.flights) < self.depth() and len(current.open) < self.engine.capacity
 
-    def _owner(self, current: TrainingRound, sample: int) -> str | None:
-        """The head a sample belongs to in this round, None if it is no sample of the round."""
-        heads = current.roster.stages[0]
-        quota = self._manifest.data.samples_per_round
-        base = current.number * quota
-        return heads[head_of(sample, base=base, heads=len(heads))] if base <= sample < base + quota else None
-
     def _start_sample(self, current: TrainingRound) -> None:
         heads = current.roster.stages[0]
         index = current.started
@@ -504,24 +497,43 @@ class StageWorker:
         held = OpenInput(self._identity.hotkey, NO_PEER, tokens, digest(tensor_bytes(tokens)))
         current.open[sample] = held
         unit = self._tail_unit(current, push, held) if self.plan.is_last else self._forward_unit(current, push, held)
-        self._spawn(current.work, unit)
+        self._spawn(current.work, self._guarded(current, sample, unit))
 
     def _complete(self, current: TrainingRound, sample: int, loss: float) -> None:
-        now = asyncio.get_running_loop().time()
-        own = sample in current.flights
-        seconds = now - current.flights.pop(sample, now)
-        if own:
+        seconds = self._land(current, sample)
+        if seconds is not None:
             self._flight_seconds.append(seconds)
             current.completed += 1
-        current.losses.append(loss)
-        current.room.set()
         self._telemetry.emit(
             MicrobatchDone(
-                round=current.number, sample=sample, loss=round(loss, 5), seconds=round(seconds, 4), depth=self.depth()
+                round=current.number, sample=sample, loss=loss, seconds=round(seconds or 0.0, 4), depth=self.depth()
             )
         )
 
     # -- helpers --------------------------------------------------------------------------------------------------
+
+    def _sendable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In the wire's dtype, and such that the other side will not refuse it. Raises `NotFinite`."""
+        wired = tensor.to(self._wire)
+        require_finite({"output": wired}, limit=WIRE_LIMIT)
+        return wired
+
+    async def _guarded(self, current: TrainingRound, sample: int, unit: Coroutine[object, object, None]) -> None:
+        """A unit that fails is lost, but neither its slot here nor its flight stays taken."""
+        try:
+            await unit
+        except Exception:
+            current.open.pop(sample, None)
+            self._land(current, sample)
+            if current.accepting and sample in self.engine.pending():
+                await self._compute.submit(Lane.BACKWARD, 0, lambda: self.engine.drop(sample))
+            raise
+
+    def _land(self, current: TrainingRound, sample: int) -> float | None:
+        """Take a flight of this head out of the air; how long it lasted, None if it was none of its own."""
+        left = current.flights.pop(sample, None)
+        current.room.set()
+        return None if left is None else asyncio.get_running_loop().time() - left
 
     def _current(self) -> TrainingRound:
         if self._round is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import CheckpointInfo, save
-from model.stage import assign_flat, flatten
+from model.stage import assign_flat, flatten, unflatten
 from neurons.archive import Archive, RoundArchive
 from neurons.node import CHAIN_STALL, Node, NodeError
 from neurons.pipeline import StageWorker
@@ -42,6 +42,8 @@ log = logging.getLogger("orion.neurons.rounds")
 FETCH_DEADLINE = 30.0
 FETCH_PAUSE = 0.2
 PACE_BLOCKS = 10
+STEP_BOUND = 8.0
+"""An Adam-like step moves a weight by about its rate; a payload that claims this many times more is refused."""
 
 
 def public_digest(theta: bytes, momentum: bytes) -> bytes:
@@ -188,17 +190,25 @@ class RoundMachine:
                 )
                 payload = bytes(tensor_bytes(tensors["payload"]))
                 evidence = bytes.fromhex(reply.evidence)
-                if bind_roots(codec.root(payload), evidence) != source.root:
-                    raise codec.PayloadError(f"payload of {source.hotkey} does not hash to its root on chain")
-                codec.decode(payload, self.parameters)
-            except codec.PayloadError as error:
-                log.warning("round %d: %s", number, error)
-                return
             except TransportError as error:
                 log.debug("payload of %s from %s: %s", source.hotkey, holder, error)
                 await asyncio.sleep(FETCH_PAUSE)
                 continue
+            if bind_roots(codec.root(payload), evidence) != source.root:
+                log.warning("round %d: what %s serves for %s has another root on chain", number, holder, source.hotkey)
+                await asyncio.sleep(FETCH_PAUSE)
+                continue
+            try:
+                codec.decode(payload, self.parameters, limit=self._largest_change(source.work))
+            except codec.PayloadError as error:
+                log.warning("round %d: %s is left out: %s", number, source.hotkey, error)
+                return
             held.payloads[source.hotkey] = (payload, evidence)
+
+    def _largest_change(self, work: int) -> float:
+        """No weight moves further than this in a round of `work` units, at the optimizer's own pace."""
+        optimizer = self._manifest.optimizer
+        return STEP_BOUND * optimizer.lr * (1 + work / optimizer.accumulation)
 
     async def _merge(
         self, listed: Sequence[Source], number: int, held: RoundArchive, *, included: bool, until: int
@@ -249,7 +259,7 @@ class RoundMachine:
     async def _checkpoint(self, number: int) -> None:
         """Public weights and outer momentum of the stage at the start of round `number`, on this node's disk."""
         path = checkpoint_path(self._node.config.out, self._worker.plan.index, number)
-        tensors = {name: tensor.detach() for name, tensor in self._stage.state_dict().items()}
+        tensors = unflatten(self._stage, self.public.theta)
         await asyncio.to_thread(
             save,
             path,

@@ -120,6 +120,15 @@ class UnitAudited:
 
 
 @dataclass(frozen=True, slots=True)
+class Settled:
+    """A validator settled a round: complete pathways found, and miners whose evidence was served and sound."""
+
+    round: int
+    microbatches: int
+    miners: int
+
+
+@dataclass(frozen=True, slots=True)
 class MinerScored:
     """A validator's score of one miner for one round, term by term."""
 
@@ -184,6 +193,7 @@ Event = (
     | Merged
     | Traffic
     | UnitAudited
+    | Settled
     | MinerScored
     | WeightsSet
     | Validated

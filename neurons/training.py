@@ -21,6 +21,8 @@ class OpenInput:
     source_index: int
     tensor: torch.Tensor
     digest: bytes
+    taken_over: bool = False
+    """Fetched to compute a dead sibling's backward; this replica sent nothing forward for it."""
 
 
 @dataclass
@@ -50,8 +52,13 @@ class TrainingRound:
     pushes: dict[int, Forward] = field(default_factory=dict)
     """Forwards sent on, kept to be offered again."""
     awaited: dict[int, Awaited] = field(default_factory=dict)
-    delivered: dict[int, str] = field(default_factory=dict)
-    """Samples whose gradient was passed on, and to whom."""
+    sinks: dict[int, set[str]] = field(default_factory=dict)
+    """Who signed for the forward of a sample: only they may send its gradient."""
+    claims: dict[int, set[str]] = field(default_factory=dict)
+    """Who asked for the activation of a sample to take a sibling's unit over: they may send its gradient once those who
+    signed for it cannot be reached."""
+    delivering: set[int] = field(default_factory=set)
+    """Samples whose gradient is being passed on."""
     adopting: set[int] = field(default_factory=set)
     """Samples whose input is being fetched to take over a dead sibling's backward."""
     orphans: set[int] = field(default_factory=set)
@@ -66,7 +73,6 @@ class TrainingRound:
     """Outputs offered to another replica because their gradient was overdue."""
     rerouted: int = 0
     units: int = 0
-    losses: list[float] = field(default_factory=list)
     work: set[asyncio.Task[None]] = field(default_factory=set)
     sends: set[asyncio.Task[None]] = field(default_factory=set)
     room: asyncio.Event = field(default_factory=asyncio.Event)

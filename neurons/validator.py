@@ -5,16 +5,18 @@
 
 It follows the same roster as the miners. Once a round's roots are on chain and the audit seed is known it fetches every
 miner's closed ledger, checks it against its root, replays units of the windows the seed picks, settles what is paid,
-and sets weights. It trusts no one's numbers: losses and scores are computed here, from public evidence.
+and sets weights. Losses and scores are computed here, from public evidence.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -26,10 +28,12 @@ from neurons.telemetry import (
     MinerScored,
     NodeFinished,
     RoundStarted,
+    Settled,
     UnitAudited,
     Validated,
     WeightsSet,
 )
+from subnet.chain import ChainRefused
 from subnet.identity import verify
 from subnet.messages import (
     EvidenceRequest,
@@ -60,12 +64,24 @@ from subnet.trust.ledger import (
     digest,
     evidence_root,
 )
-from subnet.trust.scoring import Score, Settlement, score, settle, weights
+from subnet.trust.scoring import Paid, Score, Settlement, score, settle, weights
 
 log = logging.getLogger("orion.neurons.validator")
 
 THETA_TRIES = 50
+AUDIT_DEADLINE = 20.0
+"""Seconds a miner has to serve everything one validator asks of it in a round."""
 AGREE_STEP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One unit to replay: what its miner served, or why it did not."""
+
+    leaf: Leaf
+    theta: torch.Tensor | None
+    tensors: UnitTensors | None
+    problem: str
 
 
 class Auditor:
@@ -96,7 +112,15 @@ class Auditor:
         members = [hotkey for stage in roster.stages for hotkey in stage]
         tables = await asyncio.gather(*(self._evidence(hotkey, roster, records.get(hotkey)) for hotkey in members))
         evidence = {hotkey: table for hotkey, table in zip(members, tables, strict=True) if table is not None}
-        verdicts = {hotkey: await self._audit(hotkey, roster, table, seed) for hotkey, table in evidence.items()}
+        # Everything is fetched from all miners at once, so nobody's slowness makes another one late.
+        fetched = await asyncio.gather(
+            *(self._fetch(hotkey, roster, table, seed) for hotkey, table in evidence.items())
+        )
+        verdicts = {
+            hotkey: await asyncio.to_thread(self._replay, roster.stage_of(hotkey) or 0, parts)
+            for hotkey, parts in zip(evidence, fetched, strict=True)
+        }
+        self._report(roster, verdicts)
         settlement = settle(
             node.loaded.run_id,
             roster,
@@ -112,78 +136,92 @@ class Auditor:
             log.warning("round %d: %s fixed no evidence on chain in time", roster.round, hotkey)
             return None
         node = self._node
+        quota = node.loaded.manifest.data.samples_per_round
+        if record.work > 2 * quota:
+            log.warning("round %d: %s claims %d units, a round has %d", roster.round, hotkey, record.work, 2 * quota)
+            return None
         try:
             reply, tensors = await node.dendrite.call(
                 node.neighbours.endpoints.get(hotkey, ""),
                 hotkey,
                 EvidenceRequest(run=node.loaded.run_id.hex(), round=roster.round),
                 reply=EvidenceTables,
-                reply_specs=lambda fields: evidence_specs(record.work, fields.windows),
+                reply_specs=lambda fields: evidence_specs(record.work, min(fields.windows, record.work)),
                 max_reply_bytes=HEADER_LIMIT + record.work * (LEAF_BYTES + WINDOW_BYTES),
                 deadline=FETCH_DEADLINE,
             )
             leaves, windows = tensor_bytes(tensors["leaves"]), tensor_bytes(tensors["windows"])
             if bind_roots(bytes.fromhex(reply.payload), evidence_root(leaves, windows)) != record.root:
                 raise LedgerError("its evidence does not hash to its root on chain")
-            return Evidence.parse(leaves, windows)
+            evidence = Evidence.parse(leaves, windows)
+            first = roster.round * quota
+            evidence.check(stage=roster.stage_of(hotkey) or 0, samples=range(first, first + quota))
         except (TransportError, LedgerError) as error:
             log.warning("round %d: no evidence from %s: %s", roster.round, hotkey, error)
             return None
+        return evidence
 
     # -- audits ---------------------------------------------------------------------------------------------------
 
-    async def _audit(self, hotkey: str, roster: Roster, evidence: Evidence, seed: bytes) -> list[Verdict]:
-        """Replay units of the windows the seed picks. What is not served counts as failed here."""
+    async def _fetch(self, hotkey: str, roster: Roster, evidence: Evidence, seed: bytes) -> list[_Case]:
+        """Weights and tensors of the units the seed picks, within one deadline for the whole miner."""
         rules = self._node.loaded.manifest.audit
-        verdicts: list[Verdict] = []
+        index = roster.stage_of(hotkey) or 0
+        cases: list[_Case] = []
+        deadline = asyncio.get_running_loop().time() + AUDIT_DEADLINE
         for window in select_windows(evidence, seed=seed, hotkey=hotkey, count=rules.windows):
             units = select_units(
                 evidence, window, seed=seed, hotkey=hotkey, validator=self._node.identity.hotkey, count=rules.units
             )
-            verdicts.extend(await self._audit_window(hotkey, roster, evidence, window, units))
-        for verdict in verdicts:
-            self._node.telemetry.emit(
-                UnitAudited(
-                    round=roster.round,
-                    hotkey=hotkey,
-                    stage=verdict.leaf.stage,
-                    direction=verdict.leaf.direction.name.lower(),
-                    sample=verdict.leaf.sample,
-                    passed=verdict.passed,
-                    error=round(verdict.error, 6),
-                    reason=verdict.reason,
+            try:
+                async with asyncio.timeout_at(deadline):
+                    theta = await self._window_weights(hotkey, roster, evidence, window, index)
+                    served = [await self._unit(hotkey, roster, leaf, index) for leaf in units]
+            except (TransportError, LedgerError, TimeoutError) as error:
+                why = str(error) or f"nothing complete within {AUDIT_DEADLINE:g} s"
+                cases.extend(_Case(leaf, None, None, f"evidence withheld or wrong: {why}") for leaf in units)
+            else:
+                cases.extend(_Case(leaf, theta, tensors, "") for leaf, tensors in zip(units, served, strict=True))
+        return cases
+
+    def _replay(self, index: int, cases: Sequence[_Case]) -> list[Verdict]:
+        """Verdicts on one miner's units. What was not served counts as failed here, in this validator's own score."""
+        node, rules = self._node, self._node.loaded.manifest.audit
+        stage, verdicts = self._stages[index], []
+        for case in cases:
+            if case.theta is None or case.tensors is None:
+                verdicts.append(Verdict(case.leaf, False, math.inf, case.problem))
+                continue
+            assign_flat(stage, case.theta)
+            targets = node.corpus.sample(case.leaf.sample)[:, 1:] if node.plans[index].is_last else None
+            accumulation = node.loaded.manifest.optimizer.accumulation
+            verdicts.append(
+                replay(
+                    stage,
+                    case.leaf,
+                    case.tensors,
+                    targets=targets,
+                    accumulation=accumulation,
+                    tolerance=rules.tolerance,
                 )
             )
         return verdicts
 
-    async def _audit_window(
-        self, hotkey: str, roster: Roster, evidence: Evidence, window: Window, units: Sequence[Leaf]
-    ) -> list[Verdict]:
-        node, rules = self._node, self._node.loaded.manifest.audit
-        index = roster.stage_of(hotkey)
-        assert index is not None  # noqa: S101 - evidence is only fetched from roster members
-        stage = self._stages[index]
-        try:
-            theta = await self._window_weights(hotkey, roster, evidence, window, index)
-            served = [await self._unit(hotkey, roster, leaf, index) for leaf in units]
-        except (TransportError, LedgerError) as error:
-            return [Verdict(leaf, False, float("inf"), f"evidence withheld or wrong: {error}") for leaf in units]
-
-        def work() -> list[Verdict]:
-            assign_flat(stage, theta)
-            return [
-                replay(
-                    stage,
-                    leaf,
-                    tensors,
-                    targets=node.corpus.sample(leaf.sample)[:, 1:] if node.plans[index].is_last else None,
-                    accumulation=node.loaded.manifest.optimizer.accumulation,
-                    tolerance=rules.tolerance,
+    def _report(self, roster: Roster, verdicts: Mapping[str, Sequence[Verdict]]) -> None:
+        for hotkey, found in verdicts.items():
+            for verdict in found:
+                self._node.telemetry.emit(
+                    UnitAudited(
+                        round=roster.round,
+                        hotkey=hotkey,
+                        stage=verdict.leaf.stage,
+                        direction=verdict.leaf.direction.name.lower(),
+                        sample=verdict.leaf.sample,
+                        passed=verdict.passed,
+                        error=round(verdict.error, 6) if math.isfinite(verdict.error) else -1.0,
+                        reason=verdict.reason,
+                    )
                 )
-                for leaf, tensors in zip(units, served, strict=True)
-            ]
-
-        return await asyncio.to_thread(work)
 
     async def _window_weights(
         self, hotkey: str, roster: Roster, evidence: Evidence, window: Window, index: int
@@ -245,8 +283,13 @@ class Auditor:
         self._history.append(scores)
         shares = weights(self._history, rounds=manifest.score.rounds)
         uids = {neuron.hotkey: neuron.uid for neuron in state.neurons}
+        node.telemetry.emit(
+            Settled(round=roster.round, microbatches=len(settlement.pathways), miners=len(settlement.paid))
+        )
         for hotkey, entry in scores.items():
-            paid = settlement.paid[hotkey]
+            paid = settlement.paid.get(hotkey, Paid(0, 0, 0))
+            if hotkey not in uids:
+                continue
             node.telemetry.emit(
                 MinerScored(
                     round=roster.round,
@@ -261,11 +304,15 @@ class Auditor:
                     weight=round(shares.get(hotkey, 0.0), 6),
                 )
             )
-        by_uid = {uids[hotkey]: weight for hotkey, weight in shares.items()}
+        by_uid = {uids[hotkey]: weight for hotkey, weight in shares.items() if hotkey in uids}
         if not by_uid:
             log.warning("round %d: nobody earned a weight; the weights on chain stay", roster.round)
             return
-        block = await node.chain.set_weights(by_uid)
+        try:
+            block = await node.chain.set_weights(by_uid)
+        except ChainRefused as error:
+            log.warning("round %d: the weights on chain stay: %s", roster.round, error)
+            return
         node.telemetry.emit(WeightsSet(round=roster.round, block=block, weights=by_uid))
 
     # -- public weights and validation loss -----------------------------------------------------------------------
@@ -277,20 +324,23 @@ class Auditor:
         self._rebased = set()
         for index, replicas in enumerate(roster.stages):
             sources = cut_sources(replicas, at_cut, roster.round)
-            listed = {source.hotkey for source in accepted(sources, at_have, roster.round)}
-            self._rebased.update(set(replicas) - listed)
-            agreed = await self._agreed(replicas, roster.round, start + marks.length)
+            listed = [source.hotkey for source in accepted(sources, at_have, roster.round)]
+            self._rebased.update(set(replicas) - set(listed))
+            if not listed:  # a void round leaves the public weights as they are
+                self._known[index] += self._known[index] == roster.round
+                continue
+            agreed = await self._agreed(listed, roster.round, start + marks.length)
             if agreed is None:
                 log.warning("round %d: stage %d agreed on no weights in time", roster.round, index)
             else:
-                await self._take_theta(index, replicas, roster.round + 1, agreed)
+                await self._take_theta(index, listed, roster.round + 1, agreed)
 
     async def _records(self, block: int) -> dict[str, Record | None]:
         state = await self._node.state(block)
         return {neuron.hotkey: Record.decode(neuron.record) for neuron in state.neurons}
 
     async def _agreed(self, replicas: Sequence[str], number: int, block: int) -> bytes | None:
-        """The digest most of a stage's replicas committed for the weights after round `number`, from `block` on."""
+        """What most of the merge's sources committed as the weights after round `number`, from `block` on."""
         for later in range(0, self._node.loaded.manifest.round.close, AGREE_STEP):
             records = await self._records(block + later)
             digests = Counter(

@@ -7,6 +7,32 @@ import sys
 from pathlib import Path
 
 
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a run's weights as a Hugging Face folder",
+        description="Write the weights of a run as one folder that transformers loads.",
+    )
+    export.add_argument("--run", type=Path, required=True, help="folder of the run: manifest.toml and checkpoints/")
+    export.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
+    export.add_argument("--round", type=int, default=None, help="round (default: the newest that every stage has)")
+    export.add_argument(
+        "--tokenizer", type=Path, default=None, help="tokenizer.json (default: that of the run's corpus in the cache)"
+    )
+    export.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file in 10^9 bytes (default: 5)")
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser(
+        "generate", help="continue a text with an exported model", description="Continue a text with an exported model."
+    )
+    generate.add_argument("prompt", help="text to continue")
+    generate.add_argument("--from", type=Path, required=True, dest="folder", help="folder that orion export wrote")
+    generate.add_argument("--tokens", type=int, default=64, help="at most so many new tokens (default: 64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the draws above temperature 0 (default: 0)")
+
+
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="orion", description="Train one large language model together, on Bittensor, without an orchestrator."
@@ -28,13 +54,45 @@ def parser() -> argparse.ArgumentParser:
     localnet.add_argument(
         "--round-seconds", type=float, default=40.0, help="length of a round, at least 10 s (default: 40)"
     )
+    localnet.add_argument(
+        "--kill",
+        action="append",
+        default=[],
+        metavar="WHO@ROUND",
+        help="kill -9 a node in the middle of a round: miner:3@round1 or stage:2@round1; repeat for more",
+    )
     localnet.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
+    _add_export(commands)
+    _add_generate(commands)
+    # Its options are the chain's own: `main` hands them over unparsed.
+    commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 done, 1 failed, 2 usage, 130 stopped by Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["chain"]:
+        from subnet.localchain.__main__ import main as chain  # noqa: PLC0415 - heavy, and only for this command
+
+        return chain(argv[1:], prog="orion chain")
     flags = parser().parse_args(argv)
+    if flags.command == "export":
+        from scripts.export import export_run  # noqa: PLC0415 - heavy, and only for this command
+
+        return export_run(
+            run=flags.run, out=flags.out, number=flags.round, tokenizer=flags.tokenizer, shard_gb=flags.shard_gb
+        )
+    if flags.command == "generate":
+        from scripts.generate import generate  # noqa: PLC0415 - heavy, and only for this command
+
+        return generate(
+            folder=flags.folder,
+            prompt=flags.prompt,
+            tokens=flags.tokens,
+            temperature=flags.temperature,
+            seed=flags.seed,
+        )
     from scripts.localnet import LocalnetOptions, localnet  # noqa: PLC0415 - heavy, and only for this command
 
     options = LocalnetOptions(
@@ -47,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=flags.seed,
         block_time=flags.block_time,
         round_seconds=flags.round_seconds,
+        kill=tuple(flags.kill),
         plain=flags.plain,
     )
     return localnet(options)

@@ -13,7 +13,14 @@ from rich.text import Text
 
 from scripts.tally import MinerTally, Tally
 
-_COLOURS = {"starting": "dim", "waiting": "yellow", "training": "green", "merging": "cyan", "merged": "blue"}
+_COLOURS = {
+    "starting": "dim",
+    "waiting": "yellow",
+    "training": "green",
+    "merging": "cyan",
+    "merged": "blue",
+    "dead": "red",
+}
 NEWS_LINES = 8
 
 
@@ -51,9 +58,7 @@ def facts(tally: Tally) -> Table:
     table.add_row(
         "audits", f"{tally.audits_passed} passed, {tally.audits_failed} failed", "bytes moved", f"{moved / 1e6:,.1f} MB"
     )
-    table.add_row(
-        "microbatches", f"{tally.live_completed} done, {tally.lost} lost", "weights set", str(tally.weights_set)
-    )
+    table.add_row("microbatches", f"{tally.completed} done, {tally.lost} lost", "weights set", str(tally.weights_set))
     return table
 
 
@@ -103,7 +108,7 @@ class View:
         tally.news.clear()
         if self._live is not None:
             self._live.update(self._panel(tally, elapsed))
-        elif elapsed - self._last_line >= 5.0 and tally.live_completed:
+        elif elapsed - self._last_line >= 5.0 and tally.completed:
             self._last_line = elapsed
             self._console.print(
                 f"{elapsed:6.1f} s  round {tally.round}  loss {tally.recent_loss:.3f}  "

@@ -10,23 +10,26 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from scripts.faults import Fault, FaultError, FaultPlan
 from scripts.live import View, grid, weights
-from scripts.nodes import NodeProcess, start_node, start_server, stop_nodes
+from scripts.nodes import NodeProcess, start_chain, start_node, start_server, stop_nodes
 from scripts.tally import LogFollower, Tally, summary, write_summary
 
 NETUID = 9
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TEMPO = 20
 CHAIN_START = 30.0
 STOP_PATIENCE = 3.0
 LOOK = 0.25
+MOST_NODES = 200
+GRACE = 120.0
+"""Seconds, on top of twice the rounds' own length, after which a swarm that has not finished is given up."""
 PHASE_SECONDS = 1.5
 SHORTEST_PHASE = 6
 """Blocks: a record takes two or three to be final, and the shortest mortal era has four."""
@@ -48,41 +51,78 @@ class LocalnetOptions:
     seed: int
     block_time: float
     round_seconds: float
+    kill: tuple[str, ...]
+    """Faults on demand, see `scripts.faults`."""
     plain: bool
 
 
 def localnet(options: LocalnetOptions) -> int:
-    """Run a swarm; 0 if every node finished and every validator set weights, 1 if not, 130 on Ctrl-C."""
-    console = Console()
+    """Run a swarm; 0 if every node finished and every validator set weights, 1 if not, 130 when it was stopped."""
+    console = Console(soft_wrap=True, markup=False)
     started_at = time.time()
     out = options.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    run = _Run(options, out, console, started_at)
     try:
         _check(options, out)
-        return run.whole()
-    except LocalnetError as error:
+        run = _Run(options, out, console, started_at)
+    except (LocalnetError, FaultError) as error:
         console.print(f"orion localnet: {error}", style="red", highlight=False)
         return 1
+
+    def interrupt(_number: int, _frame: object) -> None:
+        if not run.interrupted:  # once is enough; what follows must not be cut short by the same key
+            run.interrupted = True
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    try:
+        return run.whole()
+    except LocalnetError as error:
+        if not run.interrupted:
+            console.print(f"orion localnet: {error}", style="red", highlight=False)
+            return 1
     except KeyboardInterrupt:
-        console.print("\nstopping the swarm …", highlight=False)
-        return 130
+        pass
     finally:
         run.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 130
+
+
+LIMITS = {
+    "stages": (1, 64),
+    "replicas": (1, 64),
+    "validators": (1, 64),
+    "rounds": (1, 1_000_000),
+    "round_seconds": (10, 86_400),
+    "block_time": (0.05, 12),
+}
 
 
 def _check(options: LocalnetOptions, out: Path) -> None:
-    for name, least in (("stages", 1), ("replicas", 1), ("validators", 1), ("rounds", 1), ("round_seconds", 10)):
+    for name, (least, most) in LIMITS.items():
         value = getattr(options, name)
-        if value < least:
-            flag = name.replace("_", "-")
-            raise LocalnetError(f"--{flag} {value} is below {least}: give at least {least}")
-    if options.stages * options.replicas > 200:
+        if not least <= value <= most:
+            raise LocalnetError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}: choose one inside")
+    nodes = options.stages * options.replicas + options.validators
+    if nodes > MOST_NODES:
+        raise LocalnetError(f"{nodes} nodes are more than the {MOST_NODES} a machine should run: lower --replicas")
+    if phase_blocks(options) * 4 > round(options.round_seconds / options.block_time):
         raise LocalnetError(
-            f"{options.stages} stages x {options.replicas} replicas are more than 200 processes: lower one of them"
+            f"--round-seconds {options.round_seconds:g} has no room for its deadlines in blocks of "
+            f"{options.block_time:g} s: raise it or lower --block-time"
         )
-    if out.exists() and any(out.iterdir()):
-        raise LocalnetError(f"--out {out} is not empty: give a new folder, nothing in it was touched")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise LocalnetError(f"--out {out} is not empty: give a new folder, nothing in it was touched")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocalnetError(f"--out {out} cannot be used ({error.strerror}): give another folder") from error
+
+
+def phase_blocks(options: LocalnetOptions) -> int:
+    """Length of each of a round's last three phases, in blocks."""
+    return max(SHORTEST_PHASE, round(PHASE_SECONDS / options.block_time))
 
 
 class _Run:
@@ -90,11 +130,14 @@ class _Run:
 
     def __init__(self, options: LocalnetOptions, out: Path, console: Console, started_at: float) -> None:
         self.options, self.out, self.console, self.started_at = options, out, console, started_at
-        self.chain_process: subprocess.Popen[bytes] | None = None
+        self.chain: NodeProcess | None = None
+        self.interrupted = False
         self.nodes: list[NodeProcess] = []
         self.tally: Tally | None = None
         self.parameters = 0
         self.url = ""
+        self.faults = FaultPlan([Fault.parse(text) for text in options.kill], round_seconds=options.round_seconds)
+        self.killed: set[str] = set()
         self.chain_facts: dict[str, object] = {"blocks": 0, "weights": {}, "incentive": {}}
 
     def whole(self) -> int:
@@ -122,7 +165,10 @@ class _Run:
             view.say(f"{self._title(config.layers)}; everything goes to {self.out}")
             asyncio.run(self._prepare(view))
             self._watch(view)
-            asyncio.run(self._read_chain())
+            if not self.interrupted:
+                asyncio.run(self._read_chain())
+        if self.interrupted:  # an interrupt that something on the way has swallowed
+            raise KeyboardInterrupt
         return self._report()
 
     def _title(self, layers: int) -> str:
@@ -135,23 +181,17 @@ class _Run:
     # -- starting -------------------------------------------------------------------------------------------------
 
     def _start_chain(self) -> None:
-        ready = self.out / "chain.url"
-        with (self._logs() / "chain.log").open("wb") as log:
-            self.chain_process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "subnet.localchain", "--port", "0", "--ready-file", str(ready)),
-                    *("--block-time", str(self.options.block_time), "--netuid", str(NETUID), "--tempo", str(TEMPO)),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        flags = [
+            *("--port", "0", "--ready-file", str(self.out / "chain.url"), "--netuid", str(NETUID)),
+            *("--block-time", str(self.options.block_time), "--tempo", str(TEMPO)),
+        ]
+        self.chain = start_chain(flags, log=self._logs() / "chain.log")
 
     def _wait_for_chain(self) -> str:
         ready = self.out / "chain.url"
         deadline = time.monotonic() + CHAIN_START
         while not ready.exists():
-            if self.chain_process is None or self.chain_process.poll() is not None or time.monotonic() > deadline:
+            if self.chain is None or self.chain.finished or time.monotonic() > deadline or self.interrupted:
                 raise LocalnetError(f"the local chain did not start: see {self._logs() / 'chain.log'}")
             time.sleep(0.02)
         return ready.read_text().strip()
@@ -164,6 +204,7 @@ class _Run:
     async def _prepare(self, view: View) -> None:
         """Corpus, wallets, registrations, manifest, processes."""
         from model.corpus import standard_library_corpus  # noqa: PLC0415 - torch is imported while others start
+        from model.data import DataError  # noqa: PLC0415
         from scripts.manifests import local_manifest  # noqa: PLC0415
         from subnet.chain import BittensorChain  # noqa: PLC0415
         from subnet.localchain.genesis import OWNER_COLDKEY_URI, OWNER_HOTKEY_URI  # noqa: PLC0415
@@ -184,7 +225,10 @@ class _Run:
             stakes = {hotkeys[name]: VALIDATOR_STAKE if role == "validator" else 0.0 for name, role in names}
             uids = await chain.register_neurons(stakes)
             view.say(f"{self._elapsed():6.1f} s  chain {self.url}, {len(uids)} hotkeys registered on subnet {NETUID}")
-            corpus = await corpus_task
+            try:
+                corpus = await corpus_task
+            except DataError as error:
+                raise LocalnetError(str(error)) from error
             head = await chain.finalized()
             manifest = local_manifest(
                 model=options.model,
@@ -192,7 +236,7 @@ class _Run:
                 replicas=options.replicas,
                 rounds=options.rounds,
                 round_blocks=round(options.round_seconds / options.block_time),
-                phase_blocks=max(SHORTEST_PHASE, round(PHASE_SECONDS / options.block_time)),
+                phase_blocks=phase_blocks(options),
                 seed=options.seed,
                 authority=owner.hotkey.ss58_address,
                 netuid=NETUID,
@@ -233,20 +277,36 @@ class _Run:
         """Follow the event logs until every node is done, or one has failed and the rest cannot finish."""
         assert self.tally is not None  # noqa: S101 - set by _prepare
         follower = LogFollower(self.out / "events")
-        while True:
+        limit = self._elapsed() + 2 * self.options.rounds * self.options.round_seconds + GRACE
+        while not self.interrupted:
+            if self._elapsed() > limit:
+                waiting = ", ".join(node.name for node in self.nodes if not node.finished)
+                raise LocalnetError(
+                    f"not finished after {self._elapsed():.0f} s, waiting for {waiting}: see {self._logs()}"
+                )
             ended = all(node.finished for node in self.nodes)
             for name, stamped in follower.read():
                 self.tally.add(name, stamped)
             view.show(self.tally, elapsed=self._elapsed())
             if ended:
                 return
+            self._kill_due(view, self.tally)
             for node in self.nodes:
-                if node.process.exitcode not in (None, 0) and node.name not in self.tally.failures:
+                if node.process.exitcode not in (None, 0) and node.name not in {*self.tally.failures, *self.killed}:
                     self.tally.failures[node.name] = f"ended with status {node.process.exitcode}: see {node.log}"
                     view.say(f"{self._elapsed():6.1f} s  {node.name} {self.tally.failures[node.name]}")
-            if self.chain_process is not None and self.chain_process.poll() is not None:
+            if self.chain is not None and self.chain.finished:
                 raise LocalnetError(f"the local chain ended: see {self._logs() / 'chain.log'}")
             time.sleep(LOOK)
+
+    def _kill_due(self, view: View, tally: Tally) -> None:
+        for name in self.faults.due(tally, now=self._elapsed()):
+            for node in self.nodes:
+                if node.name == name and not node.finished:
+                    node.process.kill()
+                    self.killed.add(name)
+                    tally.died(name)
+                    view.say(f"{self._elapsed():6.1f} s  killed {name} in round {tally.round}, as asked")
 
     async def _read_chain(self) -> None:
         """Weights and incentive as the SDK reads them back, after the epoch that takes up the last weights."""
@@ -280,6 +340,7 @@ class _Run:
             console.print(grid(self.tally, self.options.stages))
             console.print(weights(self.tally))
         failed = {node.name for node in self.nodes if node.process.exitcode != 0} | set(self.tally.failures)
+        failed -= self.killed
         setters = {node.name for node in self.nodes if node.role == "validator"}
         good = not failed and setters <= set(self.tally.weights) and self._rows_on_chain() >= len(setters)
         console.print(_result_lines(content), highlight=False)
@@ -310,22 +371,16 @@ class _Run:
 
     def close(self) -> None:
         """Leave nothing behind: nodes, fork server, chain. An interrupted run still gets its summary."""
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        stop_nodes(self.nodes, patience=STOP_PATIENCE)
-        if self.chain_process is not None and self.chain_process.poll() is None:
-            self.chain_process.terminate()
-            try:
-                self.chain_process.wait(1.0)
-            except subprocess.TimeoutExpired:
-                self.chain_process.kill()
-                self.chain_process.wait()
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        stop_nodes([*self.nodes, *([self.chain] if self.chain is not None else [])], patience=STOP_PATIENCE)
         if self.tally is not None and not (self.out / "summary.json").exists():
             for name, stamped in LogFollower(self.out / "events").read():
                 self.tally.add(name, stamped)
             content = self._summary()
             self.console.print(_result_lines(content), highlight=False)
             self.console.print(f"stopped early; summary: {self.out / 'summary.json'}", highlight=False)
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _vocab(model: str) -> int:

@@ -16,23 +16,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, parent_process
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerProcess, SpawnProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 def start_server() -> None:
-    """Begin importing in the background; returns at once."""
+    """Begin importing in the background; returns at once.
+
+    The server is started deaf to SIGINT: Ctrl-C reaches the whole process group, and it is the command's to act on.
+    """
     _CONTEXT.set_forkserver_preload(["scripts.preload"])
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()
+    signal.signal(signal.SIGINT, previous)
+
+
+def start_chain(flags: Sequence[str], *, log: Path) -> NodeProcess:
+    """Start the development chain; it needs no torch and does not wait for the fork server."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = _SPAWN.Process(target=_run, args=("chain", list(flags), str(log)), name="chain")
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process.start()
+    signal.signal(signal.SIGINT, previous)
+    return NodeProcess("chain", "chain", process, log)
 
 
 @dataclass(frozen=True, slots=True)
 class NodeProcess:
     name: str
     role: str
-    process: ForkServerProcess
+    process: ForkServerProcess | SpawnProcess
     log: Path
 
     @property
@@ -71,6 +87,7 @@ def _run(role: str, flags: list[str], log: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     threading.Thread(target=_follow_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(_entry(role)(flags))
 
 
@@ -82,6 +99,10 @@ def _follow_parent() -> None:
 
 
 def _entry(role: str) -> Callable[[list[str]], int]:
+    if role == "chain":
+        from subnet.localchain.__main__ import main as chain  # noqa: PLC0415 - only the chain needs it
+
+        return chain
     if role == "miner":
         from neurons.miner import run as miner  # noqa: PLC0415 - imported by the fork server already
 

@@ -12,6 +12,7 @@ from neurons.telemetry import (
     LocalStep,
     Merged,
     MicrobatchDone,
+    MicrobatchStarted,
     MinerScored,
     NodeFailed,
     NodeFinished,
@@ -38,6 +39,8 @@ class MinerTally:
     stage: int | None = None
     units: int = 0
     steps: int = 0
+    unmerged: int = 0
+    """Units in steps since its last merge."""
     state: str = "starting"
     weights: str = ""
     """Digest of the public weights after its last merge."""
@@ -54,9 +57,14 @@ class Tally:
     started: int = 0
     completed: int = 0
     rerouted: int = 0
-    lost: int = 0
-    live_completed: int = 0
-    """Microbatches seen coming back, counted at once; `completed` is the closed rounds' own count."""
+    adopted: int = 0
+    """Backwards that a sibling computed in place of a replica that was gone."""
+    in_flight: dict[int, set[int]] = field(default_factory=dict)
+    """Samples started and not back, by round."""
+    closed: set[int] = field(default_factory=set)
+    """Rounds that have closed at a head."""
+    gradients_lost: int = 0
+    """Units of dead replicas whose gradients were never merged."""
     losses: list[float] = field(default_factory=list)
     recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
     validation: dict[int, float] = field(default_factory=dict)
@@ -78,8 +86,13 @@ class Tally:
     """Lines for a person, oldest first; a view takes them out."""
 
     @property
+    def lost(self) -> int:
+        """Microbatches that were in flight when their round closed."""
+        return sum(len(samples) for number, samples in self.in_flight.items() if number in self.closed)
+
+    @property
     def tokens(self) -> int:
-        return self.live_completed * self.tokens_per_microbatch
+        return self.completed * self.tokens_per_microbatch
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,9 +120,14 @@ class Tally:
             case LocalStep(units=units):
                 self.miner(name).steps += 1
                 self.miner(name).units += units
+                self.miner(name).unmerged += units
                 self.first_step = min(self.first_step or stamped.time, stamped.time)
-            case MicrobatchDone(loss=loss):
-                self.live_completed += 1
+            case MicrobatchStarted(round=number, sample=sample):
+                self.started += 1
+                self.in_flight.setdefault(number, set()).add(sample)
+            case MicrobatchDone(round=number, sample=sample, loss=loss):
+                self.in_flight.setdefault(number, set()).discard(sample)
+                self.completed += 1
                 self.losses.append(loss)
                 self.recent.append((stamped.time, loss))
             case TrainingClosed() as event:
@@ -151,14 +169,20 @@ class Tally:
     def _closed(self, name: str, event: TrainingClosed) -> None:
         miner = self.miner(name)
         miner.state = "merging"
-        self.started += event.started
-        self.completed += event.completed
         self.rerouted += event.rerouted
-        self.lost += event.lost
+        self.adopted += event.adopted
+        if event.stage == 0:
+            self.closed.add(event.round)
+
+    def died(self, name: str) -> None:
+        """A node was killed: what it computed since its last merge is lost."""
+        miner = self.miner(name)
+        miner.state = "dead"
+        self.gradients_lost += miner.unmerged
 
     def _merged(self, name: str, time: float, event: Merged) -> None:
         miner = self.miner(name)
-        miner.state, miner.weights = "merged", event.weights
+        miner.state, miner.weights, miner.unmerged = "merged", event.weights, 0
         self.last_merge = max(self.last_merge or time, time)
         self.merges.setdefault((event.round, event.stage), set()).add(event.weights)
         if event.void:
@@ -220,7 +244,9 @@ def summary(
             "started": tally.started,
             "completed": tally.completed,
             "rerouted": tally.rerouted,
+            "adopted": tally.adopted,
             "lost": tally.lost,
+            "gradients_lost": tally.gradients_lost,
         },
         "bytes": {
             "forward": sum(miner.traffic.forward for miner in tally.miners.values()),
@@ -233,7 +259,7 @@ def summary(
             "passed": tally.audits_passed,
             "failed": tally.audits_failed,
         },
-        "replicas_identical": all(len(digests) == 1 for digests in tally.merges.values()),
+        "replicas_identical": all(len(digests) == 1 for digests in tally.merges.values()) if tally.merges else None,
         "miners": [
             {
                 "uid": scored.uid if (scored := tally.scores.get(miner.hotkey)) else None,

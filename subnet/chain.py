@@ -24,8 +24,16 @@ from typing import Protocol, TypeVar, cast
 import bittensor as bt
 from bittensor.settings import default_archive_endpoints, default_fallback_endpoints, resolve_endpoint
 
-from subnet.chain_errors import ChainError, ChainRefused, ChainUnreachable, NotRegistered, WalletError
-from subnet.metagraph import ChainState, Endpoint, Head, Neuron
+from subnet.chain_errors import (
+    ChainError,
+    ChainRefused,
+    ChainUnreachable,
+    NotRegistered,
+    WalletError,
+    one_line,
+    translated,
+)
+from subnet.metagraph import ChainState, Endpoint, Head, Neuron, decode_neuron
 from subnet.wallets import create_wallet, load_wallet
 
 __all__ = [
@@ -48,7 +56,6 @@ log = logging.getLogger("orion.subnet.chain")
 
 RECORD_LIMIT = 128
 U16_MAX = 65_535
-RAO = 1_000_000_000
 
 _DEFAULT_ERA = 16
 _SHORTEST_ERA = 4
@@ -118,6 +125,7 @@ class BittensorChain:
         self._wallet = wallet
         self._timeout = timeout
         self._block_time = 12.0
+        self._tempo = 0
         self._finalized = -1
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._lost: ChainUnreachable | None = None
@@ -134,10 +142,12 @@ class BittensorChain:
         wallet: bt.Wallet | None,
         *,
         timeout: float,  # noqa: ASYNC109
+        archive: str | None = None,
     ) -> BittensorChain:
         """Connect to a network name (`finney`, `test`) or a ws:// URL. `timeout`: seconds for each request.
 
-        Without a wallet the chain is read-only. ChainRefused for an unknown network or subnet.
+        archive: a ws:// URL to read what the endpoint has already pruned from; the named networks have one. Without
+        a wallet the chain is read-only. ChainRefused for an unknown network or subnet.
         """
         try:
             label, endpoint = resolve_endpoint(network)
@@ -146,7 +156,7 @@ class BittensorChain:
         substrate = bt.RpcSubstrate(
             endpoint,
             fallback_endpoints=default_fallback_endpoints(label),
-            archive_endpoints=default_archive_endpoints(label),
+            archive_endpoints=default_archive_endpoints(label) if archive is None else [archive],
         )
         client = bt.Client(network, substrate=substrate)
         chain = cls(substrate, client, netuid, wallet, timeout)
@@ -159,8 +169,11 @@ class BittensorChain:
             )
             _require_subnet(exists, netuid, network)
             chain._block_time = await chain._read("reading the block time", substrate.block_time, attempts=1)
+            chain._tempo = await chain._read(
+                "reading the tempo", lambda: substrate.query("SubtensorModule", "Tempo", [netuid]), attempts=1
+            )
             chain._watcher = asyncio.create_task(chain._watch(), name="chain-finalized-heads")
-            await chain.wait_for_block(0, timeout=timeout)
+            await chain._reach(0, timeout)
         except BaseException:
             await chain.close()
             raise
@@ -178,8 +191,12 @@ class BittensorChain:
     # finalized blocks -----------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Follow finalized heads; subscribe anew, a bounded number of times, when they break off."""
-        failures = 0
+        """Follow finalized heads; subscribe anew when they break off, until a whole tempo has passed without one.
+
+        Meanwhile what is known stays known: `finalized` and the states already read are the last good ones.
+        """
+        clock = asyncio.get_running_loop().time
+        failures, heard = 0, clock()
         silence = max(_SILENCE, _SILENCE_BLOCKS * self._block_time)
         while True:
             reason: Exception
@@ -188,27 +205,30 @@ class BittensorChain:
                 while True:
                     # Silence may be finality that stalls, or a connection that the SDK no longer reads:
                     # subscribing anew answers at once with the current head, or fails.
-                    update = await asyncio.wait_for(anext(heads), silence)
-                    failures = 0
+                    # Not `wait_for`: before Python 3.12 it loses a cancellation that comes together with a head.
+                    async with asyncio.timeout(silence):
+                        update = await anext(heads)
+                    failures, heard = 0, clock()
                     self._advance(int(update["header"]["number"]))
             except (bt.BittensorError, OSError, TimeoutError, StopAsyncIteration) as error:
                 reason = error
             failures += 1
-            if failures > _ATTEMPTS:
-                why = _line(reason)
+            if failures > _ATTEMPTS and clock() - heard > self._tempo * self._block_time:
+                why = one_line(reason)
                 self._give_up(
                     ChainUnreachable(
-                        f"lost the chain after {_ATTEMPTS} attempts ({why}); check the network and reconnect"
+                        f"lost the chain for more than a tempo of {self._tempo} blocks, after {failures} attempts "
+                        f"({why}); check the network and reconnect"
                     )
                 )
                 return
             log.warning(
                 "finalized heads of %s stopped (%s), attempt %d",
                 self._substrate.endpoint,
-                _line(reason),
+                one_line(reason),
                 failures,
             )
-            await asyncio.sleep(self._block_time * _BACKOFF_BLOCKS * 2**failures)
+            await asyncio.sleep(self._block_time * _BACKOFF_BLOCKS * 2 ** min(failures, _ATTEMPTS))
 
     def _advance(self, number: int) -> None:
         self._finalized = max(self._finalized, number)
@@ -233,6 +253,11 @@ class BittensorChain:
 
     async def wait_for_block(self, number: int, *, timeout: float) -> Head:  # noqa: ASYNC109
         """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""
+        await self._reach(number, timeout)
+        return await self._head(number)
+
+    async def _reach(self, number: int, timeout: float) -> None:  # noqa: ASYNC109
+        """Return once block `number` is finalized."""
         if number > self._finalized:
             if self._lost is not None:
                 raise self._lost
@@ -249,7 +274,6 @@ class BittensorChain:
             finally:
                 if entry in self._waiting:
                     self._waiting.remove(entry)
-        return await self._head(number)
 
     async def block_hash(self, number: int) -> str:
         """The hash of a finalized block; ChainRefused for one that is not finalized yet."""
@@ -307,8 +331,9 @@ class BittensorChain:
             netuid=self.netuid,
             owner_hotkey=str(graph["owner_hotkey"]),
             tempo=int(graph["tempo"]),
-            neurons=tuple(_neuron(uid, graph, commitments[uid]) for uid in range(len(hotkeys))),
+            neurons=tuple(decode_neuron(uid, graph, commitments[uid]) for uid in range(len(hotkeys))),
         )
+        self._tempo = state.tempo
         self._states[number] = state
         if len(self._states) > _KEPT_STATES:
             self._states.popitem(last=False)
@@ -340,6 +365,23 @@ class BittensorChain:
         if block is None:
             raise ChainRefused(f"subnet {self.netuid} never runs an epoch (its tempo is 0); choose another --netuid")
         return int(block)
+
+    async def beacon(self, when: int) -> bytes | None:
+        """drand's randomness for a time: the 32 bytes of the first round at or after `when`, seconds since 1970.
+
+        None while the finalized chain does not hold them: not published yet, or pruned.
+        """
+        head = await self.finalized()
+        config = await self._read(
+            "reading the beacon", lambda: self._substrate.query("Drand", "BeaconConfig", [], block_hash=head.hash)
+        )
+        since = max(0, when - int(config["genesis_time"]))
+        number = -(-since // int(config["period"])) + 1
+        pulse = await self._read(
+            f"reading drand round {number}",
+            lambda: self._substrate.query("Drand", "Pulses", [number], block_hash=head.hash),
+        )
+        return None if pulse is None else _bytes(pulse["randomness"])
 
     # writing --------------------------------------------------------------------------------------
 
@@ -398,7 +440,7 @@ class BittensorChain:
                 async with asyncio.timeout(self._timeout * _ATTEMPTS):
                     result = await self._client.execute(bt.Batch(intents=intents), wallet)
             except (bt.BittensorError, OSError, TimeoutError) as error:
-                raise _translated(what, error, self._timeout * _ATTEMPTS) from error
+                raise translated(what, error, self._timeout * _ATTEMPTS) from error
             _included_in(what, result)
         uids = await self._read(
             "reading uids",
@@ -440,7 +482,7 @@ class BittensorChain:
             async with asyncio.timeout(deadline):
                 result = await self._substrate.submit_signature(unsigned, signature)
         except (bt.BittensorError, OSError, TimeoutError) as error:
-            raise _translated(what, error, deadline) from error
+            raise translated(what, error, deadline) from error
         return _included_in(what, result)
 
     async def _prepare(self, what: str, call: object, address: str, period: int) -> bt.UnsignedExtrinsic:
@@ -453,10 +495,10 @@ class BittensorChain:
                 async with asyncio.timeout(self._timeout):
                     return await request()
             except (bt.BittensorError, OSError, TimeoutError, ValueError) as error:
-                translated = _translated(what, error, self._timeout)
-                if not isinstance(translated, ChainUnreachable) or attempt == attempts:
-                    raise translated from error
-                log.warning("%s, attempt %d of %d", translated, attempt, attempts)
+                failure = translated(what, error, self._timeout)
+                if not isinstance(failure, ChainUnreachable) or attempt == attempts:
+                    raise failure from error
+                log.warning("%s, attempt %d of %d", failure, attempt, attempts)
             await asyncio.sleep(self._block_time * _BACKOFF_BLOCKS * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -464,50 +506,6 @@ class BittensorChain:
 def _require_subnet(exists: object, netuid: int, network: str) -> None:
     if not exists:
         raise ChainRefused(f"network {network} has no subnet {netuid}; check --netuid and --network")
-
-
-def _neuron(uid: int, graph: Mapping[str, Sequence[object]], commitment: object) -> Neuron:
-    """Row `uid` of the runtime's metagraph, which has a column per property."""
-
-    def number(column: str) -> int:
-        return int(cast("int", graph[column][uid]))
-
-    record, record_block = _record(commitment)
-    return Neuron(
-        uid=uid,
-        hotkey=str(graph["hotkeys"][uid]),
-        coldkey=str(graph["coldkeys"][uid]),
-        stake=number("total_stake") / RAO,
-        validator_permit=bool(graph["validator_permit"][uid]),
-        endpoint=_endpoint(cast("Mapping[str, int]", graph["axons"][uid])),
-        registered_at=number("block_at_registration"),
-        last_update=number("last_update"),
-        incentive=number("incentives") / U16_MAX,
-        dividends=number("dividends") / U16_MAX,
-        record=record,
-        record_block=record_block,
-    )
-
-
-def _endpoint(axon: Mapping[str, int]) -> Endpoint | None:
-    ip, port = int(axon["ip"]), int(axon["port"])
-    if not ip or not port:
-        return None
-    address = ipaddress.IPv6Address(ip) if int(axon["ip_type"]) == 6 else ipaddress.IPv4Address(ip & 0xFFFFFFFF)
-    return Endpoint(str(address), port)
-
-
-def _record(commitment: object) -> tuple[bytes | None, int | None]:
-    """(bytes, block) of a commitment that is one Raw field, decoded as 0x-hex or, if it is empty, []."""
-    if not isinstance(commitment, dict):
-        return None, None
-    fields = commitment["info"]["fields"]
-    if len(fields) != 1 or not isinstance(fields[0], dict):
-        return None, None
-    ((kind, value),) = fields[0].items()
-    if not str(kind).startswith("Raw"):
-        return None, None
-    return bytes.fromhex(value.removeprefix("0x")) if isinstance(value, str) else bytes(value), int(commitment["block"])
 
 
 def _era_ending_by(until: int, birth: int, what: str) -> int:
@@ -524,24 +522,10 @@ def _era_ending_by(until: int, birth: int, what: str) -> int:
 def _included_in(what: str, result: bt.ExtrinsicResult) -> int:
     """The block that a submitted extrinsic is in; ChainError if it failed there or was not taken."""
     if not result.success:
-        raise _translated(what, result.error or bt.ChainError(result.message), 0.0)
+        raise translated(what, result.error or bt.ChainError(result.message), 0.0)
     return int(str(result.extrinsic_id).partition("-")[0])
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _translated(what: str, error: Exception, deadline: float) -> ChainError:
-    """The SDK's error as one of ours, with its remedy."""
-    if isinstance(error, TimeoutError):
-        return ChainUnreachable(f"{what}: no answer within {deadline:g} s; check the network, or another --network")
-    if isinstance(error, bt.RpcConnectionError | bt.ConnectionNotReady | OSError):
-        return ChainUnreachable(f"{what}: {_line(error)}; check that the node runs, or another --network")
-    if isinstance(error, bt.ChainError):
-        if error.name == "AccountNotAllowedCommit":  # the Commitments pallet's word for an unregistered hotkey
-            error = bt.ChainError(error.message, error.name, bt.ErrorCode.NOT_REGISTERED)
-        kind = NotRegistered if error.code is bt.ErrorCode.NOT_REGISTERED else ChainRefused
-        name = f" [{error.name}]" if error.name else ""
-        return kind(f"{what}: {_line(error)}{name}; remedy: {error.remediation}")
-    return ChainRefused(f"{what}: {_line(error)}")
+def _bytes(value: str | Sequence[int]) -> bytes:
+    """A byte string as the SDK decodes it: 0x-hex, or numbers."""
+    return bytes.fromhex(value.removeprefix("0x")) if isinstance(value, str) else bytes(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bittensor as bt
+
 
 class ChainError(Exception):
     """The chain, or the way to it, failed."""
@@ -21,3 +23,23 @@ class ChainRefused(ChainError):  # noqa: N818
 
 class WalletError(ChainError):
     """A wallet that is missing, unreadable or in the way."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without its line breaks, or its type where it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def translated(what: str, error: Exception, deadline: float) -> ChainError:
+    """The SDK's error as one of ours, with its remedy."""
+    if isinstance(error, TimeoutError):
+        return ChainUnreachable(f"{what}: no answer within {deadline:g} s; check the network, or another --network")
+    if isinstance(error, bt.RpcConnectionError | bt.ConnectionNotReady | OSError):
+        return ChainUnreachable(f"{what}: {one_line(error)}; check that the node runs, or another --network")
+    if isinstance(error, bt.ChainError):
+        if error.name == "AccountNotAllowedCommit":  # the Commitments pallet's word for an unregistered hotkey
+            error = bt.ChainError(error.message, error.name, bt.ErrorCode.NOT_REGISTERED)
+        kind = NotRegistered if error.code is bt.ErrorCode.NOT_REGISTERED else ChainRefused
+        name = f" [{error.name}]" if error.name else ""
+        return kind(f"{what}: {one_line(error)}{name}; remedy: {error.remediation}")
+    return ChainRefused(f"{what}: {one_line(error)}")

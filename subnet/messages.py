@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.split import StagePlan
 from subnet.manifest import Manifest
 from subnet.transport.synapse import Synapse, TensorSpec
-from subnet.trust.ledger import LEAF_BYTES, WINDOW_BYTES
+from subnet.trust.ledger import LEAF_BYTES, MAX_LOSS, WINDOW_BYTES
 
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 DigestHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -53,7 +53,7 @@ class Backward(Push):
     """Tensor `g`: the gradient of the receiver's forward output, (B, T, b). `loss` is the tail's, passed along."""
 
     route: ClassVar[str] = "backward"
-    loss: float
+    loss: Annotated[float, Field(ge=0, le=MAX_LOSS, allow_inf_nan=False)]
 
 
 class Accepted(Synapse):
@@ -127,6 +127,9 @@ class PublicPart(Synapse):
 class Tensors(Synapse):
     """The answer to a fetch of tensors."""
 
+
+WIRE_LIMIT = 1e4
+"""Largest magnitude that may cross a boundary. Beyond it bf16's rounding alone exceeds what a block adds."""
 
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -1,11 +1,18 @@
 """What a node reads of its subnet at one finalized block: plain values, no chain client.
 
-Everything that decides something (roster, routing, merge, scores) takes a `ChainState`; `subnet.chain` makes them.
+Everything that decides something (roster, routing, merge, scores) takes a `ChainState`; `subnet.chain` makes them,
+by `decode_neuron`, from the runtime's metagraph.
 """
 
 from __future__ import annotations
 
+import ipaddress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
+
+_RAO = 1_000_000_000
+_U16_MAX = 65_535
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +67,47 @@ class ChainState:
 
     def by_hotkey(self, hotkey: str) -> Neuron | None:
         return next((neuron for neuron in self.neurons if neuron.hotkey == hotkey), None)
+
+
+def decode_neuron(uid: int, graph: Mapping[str, Sequence[object]], commitment: object) -> Neuron:
+    """Row `uid` of the runtime's metagraph, which has a column per property."""
+
+    def number(column: str) -> int:
+        return int(cast("int", graph[column][uid]))
+
+    record, record_block = _record(commitment)
+    return Neuron(
+        uid=uid,
+        hotkey=str(graph["hotkeys"][uid]),
+        coldkey=str(graph["coldkeys"][uid]),
+        stake=number("total_stake") / _RAO,
+        validator_permit=bool(graph["validator_permit"][uid]),
+        endpoint=_endpoint(cast("Mapping[str, int]", graph["axons"][uid])),
+        registered_at=number("block_at_registration"),
+        last_update=number("last_update"),
+        incentive=number("incentives") / _U16_MAX,
+        dividends=number("dividends") / _U16_MAX,
+        record=record,
+        record_block=record_block,
+    )
+
+
+def _endpoint(axon: Mapping[str, int]) -> Endpoint | None:
+    ip, port = int(axon["ip"]), int(axon["port"])
+    if not ip or not port:
+        return None
+    address = ipaddress.IPv6Address(ip) if int(axon["ip_type"]) == 6 else ipaddress.IPv4Address(ip & 0xFFFFFFFF)
+    return Endpoint(str(address), port)
+
+
+def _record(commitment: object) -> tuple[bytes | None, int | None]:
+    """(bytes, block) of a commitment that is one Raw field, decoded as 0x-hex or, if it is empty, []."""
+    if not isinstance(commitment, dict):
+        return None, None
+    fields = commitment["info"]["fields"]
+    if len(fields) != 1 or not isinstance(fields[0], dict):
+        return None, None
+    ((kind, value),) = fields[0].items()
+    if not str(kind).startswith("Raw"):
+        return None, None
+    return bytes.fromhex(value.removeprefix("0x")) if isinstance(value, str) else bytes(value), int(commitment["block"])

@@ -1,10 +1,10 @@
 """The embedded development chain: Substrate's JSON-RPC, real metadata, one subnet, nothing to install.
 
-For development and tests only: its keys are public and its state is in memory. The unmodified `bittensor` SDK
-is the client. Rooms, from the inside out: `codec` (SCALE), `state` (versioned storage), `dispatch` and
-`pallets/` (calls), `yuma` and `epoch` (consensus), `extrinsic` (signatures), `genesis`, `blocks` (pool and
-block production), `runtime_api`, `rpc` (JSON-RPC), `node` (clock and websocket). As a process: `python -m
-subnet.localchain --port 9944`.
+For development and tests only: its keys are public. The unmodified `bittensor` SDK is the client. Rooms, from the
+inside out: `codec` (SCALE), `state` (versioned storage), `dispatch` and `pallets/` (calls), `schedule`, `yuma` and
+`epoch` (consensus), `extrinsic` (signatures), `genesis`, `block` and `blocks` (pool and block production), `store` (the
+chain on disk), `drand`, `runtime_api`, `rpc` (JSON-RPC), `node` (clock and websocket). As a process: `python -m
+subnet.localchain --port 9944 --state runs/chain`.
 """
 
 from subnet.localchain.genesis import ChainConfig

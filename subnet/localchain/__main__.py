@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
@@ -15,20 +16,41 @@ from pathlib import Path
 
 from subnet.localchain.genesis import ChainConfig
 from subnet.localchain.node import LocalChain
+from subnet.localchain.store import StoreError
 
 log = logging.getLogger("orion.subnet.localchain")
 
+_DESCRIPTION = "Run the development chain as a process of its own until it is told to stop."
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
+
+def _arguments(argv: list[str], prog: str) -> argparse.Namespace:
     defaults = ChainConfig()
-    parser = argparse.ArgumentParser(prog="python -m subnet.localchain", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+    parser.add_argument(
+        "--allow-remote", action="store_true", help="let --host be reachable from other machines; its keys are public"
+    )
     parser.add_argument("--port", type=int, default=9944, help="TCP port; 0 picks a free one (default 9944)")
     parser.add_argument("--block-time", type=float, default=defaults.block_time, help="seconds between blocks")
     parser.add_argument("--netuid", type=int, default=defaults.netuid, help="the subnet that exists")
     parser.add_argument("--tempo", type=int, default=defaults.tempo, help="blocks between epochs")
+    parser.add_argument("--state", type=Path, help="folder that keeps the chain across restarts (default: in memory)")
+    parser.add_argument("--drand", metavar="URL", help="drand relay that opens timelocked weights (default: none)")
     parser.add_argument("--ready-file", type=Path, help="file to write the ws:// URL to once the chain serves")
     return parser.parse_args(argv)
+
+
+def _check_host(host: str, *, allow_remote: bool) -> None:
+    """ValueError for an address beyond loopback that was not asked for."""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not allow_remote:
+        raise ValueError(
+            f"--host {host} is reachable from other machines, and everybody knows this chain's keys; "
+            "add --allow-remote if that is wanted"
+        )
 
 
 async def _run(options: argparse.Namespace, config: ChainConfig) -> None:
@@ -36,7 +58,8 @@ async def _run(options: argparse.Namespace, config: ChainConfig) -> None:
     loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop.set)
-    async with LocalChain(config, host=options.host, port=options.port) as chain:
+    chain = LocalChain(config, host=options.host, port=options.port, state=options.state, relay=options.drand)
+    async with chain:
         if options.ready_file is not None:
             _write_atomically(options.ready_file, chain.url + "\n")
         log.info("netuid %d, block time %s s, serving %s", config.netuid, config.block_time, chain.url)
@@ -57,15 +80,16 @@ def _write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, prog: str = "python -m subnet.localchain") -> int:
     """Run until SIGINT or SIGTERM. Exit status 2 with one line for options or a port that cannot be used."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
-    options = _arguments(sys.argv[1:] if argv is None else argv)
+    options = _arguments(sys.argv[1:] if argv is None else argv, prog)
     try:
+        _check_host(options.host, allow_remote=options.allow_remote)
         config = ChainConfig(netuid=options.netuid, tempo=options.tempo, block_time=options.block_time)
         asyncio.run(_run(options, config))
-    except ValueError as error:
+    except (ValueError, StoreError) as error:
         sys.stderr.write(f"localchain: {error}\n")
         return 2
     except OSError as error:

@@ -8,20 +8,29 @@ the root of a trie, since nobody asks this chain for proofs.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
-from subnet.localchain import epoch, errors, extrinsic, genesis
+from subnet.localchain import epoch, errors, extrinsic, genesis, metadata, schedule
+from subnet.localchain.block import Block, next_root
 from subnet.localchain.codec import Codec, blake2_256
 from subnet.localchain.dispatch import Context
 from subnet.localchain.errors import DispatchError, InvalidTransaction, RpcError
 from subnet.localchain.extrinsic import Extrinsic
-from subnet.localchain.metadata import compact
-from subnet.localchain.pallets import TABLE, balances
+from subnet.localchain.pallets import TABLE, balances, commit_reveal, registration, shield
 from subnet.localchain.state import History, Snapshot, Working
+from subnet.localchain.store import Identity, Store
+
+log = logging.getLogger("orion.subnet.localchain.blocks")
 
 POOL_LIMIT = 4_096
+POOL_BYTES = 32 * 1024 * 1024
+POOL_PER_SIGNER = 512
+POOL_LIFE = 512  # blocks after which a transaction that is still not due is dropped, whatever its era says
+MAX_EXTRINSIC = 256 * 1024
 MAX_BLOCK_EXTRINSICS = 512
 _ALREADY_IMPORTED = 1013
 _TOO_LOW_PRIORITY = 1014
@@ -29,61 +38,81 @@ _IMMEDIATELY_DROPPED = 1016
 _P = "SubtensorModule."
 _DISPATCH_INFO = {"weight": {"ref_time": 0, "proof_size": 0}, "class": "Normal", "pays_fee": "Yes"}
 
-# Calls signed by a hotkey whose fee its owner's coldkey pays: the runtime's fee filter, as in the SDK.
+# Calls of SubtensorModule, and one of Commitments, that a hotkey signs and its owner's coldkey pays for: the runtime's
+# fee filter, as in the SDK.
 _COLDKEY_PAYS = frozenset(
-    {
-        ("SubtensorModule", "set_weights"),
-        ("SubtensorModule", "set_mechanism_weights"),
-        ("SubtensorModule", "serve_axon"),
-        ("Commitments", "set_commitment"),
+    {("Commitments", "set_commitment")}
+    | {
+        ("SubtensorModule", name)
+        for name in (
+            "set_weights",
+            "set_mechanism_weights",
+            "commit_weights",
+            "commit_mechanism_weights",
+            "commit_timelocked_weights",
+            "commit_timelocked_mechanism_weights",
+            "reveal_weights",
+            "reveal_mechanism_weights",
+            "serve_axon",
+            "serve_axon_tls",
+            "serve_prometheus",
+        )
     }
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A block: its header's parts, its hash and its extrinsics as they were submitted."""
-
-    number: int
-    parent: bytes
-    state_root: bytes
-    extrinsics_root: bytes
-    extrinsics: tuple[bytes, ...]
-    timestamp_ms: int
-    hash: bytes
-
-    @classmethod
-    def seal(
-        cls,
-        *,
-        number: int,
-        parent: bytes,
-        state_root: bytes,
-        extrinsics: tuple[bytes, ...],
-        timestamp_ms: int,
-    ) -> Block:
-        root = blake2_256(b"".join(extrinsics))
-        header = parent + compact(number) + state_root + root + compact(0)
-        return cls(number, parent, state_root, root, extrinsics, timestamp_ms, blake2_256(header))
-
-
 class Chain:
-    """All blocks, their state and the transaction pool."""
+    """All blocks, their state and the transaction pool.
 
-    def __init__(self, config: genesis.ChainConfig) -> None:
+    state: a folder to keep the chain in, and to continue it from when it holds one (`store`). Each block is then
+    durable before `produce` returns it. StoreError when the folder cannot be used. Close the chain to release it.
+    """
+
+    def __init__(self, config: genesis.ChainConfig, *, state: Path | None = None) -> None:
         self.config = config
         self.codec = Codec(slot_ms=round(config.block_time * 1000))
         self.history = History(keep=config.history)
         self._hashes: list[bytes] = []
         self._numbers: dict[bytes, int] = {}
         self._blocks: OrderedDict[int, Block] = OrderedDict()
-        self._pool: dict[bytes, tuple[Extrinsic, int | None]] = {}  # with the block at which its era ends
+        self._pool: dict[bytes, tuple[Extrinsic, int]] = {}  # with the block from which it is too late
         self._waiting: dict[tuple[str, int], Extrinsic] = {}
-        state = Working(self.codec, self.history)
-        genesis.build(self.codec, config, state)
+        self._pool_bytes = 0
+        self._per_signer: Counter[str] = Counter()
+        self._pulses: dict[int, bytes] = {}
+        self._store: Store | None = None
+        first = Working(self.codec, self.history)
+        genesis.build(self.codec, config, first)
         # The metadata is part of the genesis state, so that chains with different ones have different hashes.
-        root = _next_root(blake2_256(self.codec.metadata_option), state.changes)
-        self._append(Block.seal(number=0, parent=bytes(32), state_root=root, extrinsics=(), timestamp_ms=0), state)
+        root = next_root(blake2_256(self.codec.metadata_option), first.changes)
+        block = Block.seal(number=0, parent=bytes(32), state_root=root, extrinsics=())
+        if state is None or not self._continue(Store(state, self._identity(block))):
+            self._append(block, first)
+
+    def _identity(self, first: Block) -> Identity:
+        """What makes this chain that one and no other: the configuration, the runtime and the first block."""
+        return {**asdict(self.config), "runtime": metadata.SPEC_VERSION, "genesis": "0x" + first.hash.hex()}
+
+    def _continue(self, store: Store) -> bool:
+        """Take `store` as this chain's own, and go on from what it holds; False when it holds nothing yet."""
+        try:
+            saved = store.load()
+        except BaseException:
+            store.close()
+            raise
+        self._store = store
+        if saved is None:
+            return False
+        self.history.restore(len(saved.hashes) - 1, saved.versions)
+        self._hashes = saved.hashes
+        self._numbers = {block_hash: number for number, block_hash in enumerate(saved.hashes)}
+        self._blocks = OrderedDict((block.number, block) for block in saved.blocks)
+        return True
+
+    def close(self) -> None:
+        """Release the state folder. The chain can still be read; it makes no more blocks."""
+        if self._store is not None:
+            self._store.close()
 
     # reading --------------------------------------------------------------------------------------
 
@@ -126,6 +155,8 @@ class Chain:
 
         RpcError as a Substrate node words it when it may not enter.
         """
+        if len(raw) > MAX_EXTRINSIC:
+            raise InvalidTransaction(errors.TOO_LARGE)
         tx = extrinsic.parse(self.codec, raw)
         if tx.hash in self._pool:
             raise RpcError(_ALREADY_IMPORTED, "Transaction is already imported", "0x" + tx.hash.hex())
@@ -141,10 +172,15 @@ class Chain:
                 "Priority is too low: (0 vs 0)",
                 "The transaction has too low priority to replace another transaction already in the pool.",
             )
-        if len(self._pool) >= POOL_LIMIT:
+        full = len(self._pool) >= POOL_LIMIT or self._pool_bytes + len(raw) > POOL_BYTES
+        if full or self._per_signer[tx.signer] >= POOL_PER_SIGNER:
             raise RpcError(_IMMEDIATELY_DROPPED, "Immediately Dropped", "The transaction pool is full")
-        self._pool[tx.hash] = (tx, tx.era.death(following))
+        death = tx.era.death(following)
+        life = following + POOL_LIFE
+        self._pool[tx.hash] = (tx, life if death is None else min(death, life))
         self._waiting[tx.signer, tx.nonce] = tx
+        self._pool_bytes += len(raw)
+        self._per_signer[tx.signer] += 1
         return tx
 
     def _recent_hash(self, number: int) -> bytes | None:
@@ -161,6 +197,17 @@ class Chain:
         payer = self._payer(state, tx)
         if payer is not None and balances.free_of(state, payer) < balances.fee_of(len(tx.raw)) + tx.tip:
             raise InvalidTransaction(errors.PAYMENT)
+
+    # drand ----------------------------------------------------------------------------------------
+
+    def wanted_rounds(self) -> Iterator[int]:
+        """The drand rounds that timelocked commits wait for."""
+        return commit_reveal.wanted_rounds(self.snapshot(self.history.head), self.config.netuid)
+
+    def add_pulse(self, number: int, signature: bytes) -> None:
+        """Take drand quicknet's signature of round `number` into the next block. ValueError for another one."""
+        commit_reveal.check_pulse(number, signature)
+        self._pulses[number] = signature
 
     # making blocks --------------------------------------------------------------------------------
 
@@ -186,44 +233,81 @@ class Chain:
         block = Block.seal(
             number=number,
             parent=parent.hash,
-            state_root=_next_root(parent.state_root, state.changes),
+            state_root=next_root(parent.state_root, state.changes),
             extrinsics=(inherent, *(tx.raw for tx in included)),
-            timestamp_ms=timestamp,
         )
         self._append(block, state)
         return block, included, dropped
 
     def _initialise(self, ctx: Context) -> None:
         netuid = self.config.netuid
-        if ctx.state.number(_P + "RegistrationsThisBlock", netuid):
-            ctx.state.put(_P + "RegistrationsThisBlock", (netuid,), 0)
-        last = ctx.state.number(_P + "LastEpochBlock", netuid)
-        if ctx.number >= last + ctx.state.number(_P + "Tempo", netuid):
+        registration.begin_block(ctx, netuid)
+        for number, signature in self._pulses.items():
+            commit_reveal.store_pulse(ctx, number, signature)
+        self._pulses.clear()
+        commit_reveal.reveal(ctx, netuid)
+        if schedule.is_due(ctx.state, netuid, ctx.number):
             epoch.run(ctx, netuid)
-            last = ctx.number
-        ctx.state.put(_P + "BlocksSinceLastStep", (netuid,), ctx.number - last)
+        since = ctx.number - ctx.state.number(_P + "LastEpochBlock", netuid)
+        ctx.state.put(_P + "BlocksSinceLastStep", (netuid,), since)
 
     def _apply_pool(self, ctx: Context) -> tuple[list[Extrinsic], list[Extrinsic]]:
         included: list[Extrinsic] = []
         dropped: list[Extrinsic] = []
         for tx, death in sorted(self._pool.values(), key=_by_nonce):
             nonce = balances.nonce_of(ctx.state, tx.signer)
-            expired = death is not None and ctx.number >= death
+            expired = ctx.number >= death
             if not expired and (tx.nonce > nonce or len(included) >= MAX_BLOCK_EXTRINSICS):
                 continue
             self._remove(tx)
             ctx.phase = {"ApplyExtrinsic": len(included) + 1}
-            try:
-                self._apply(ctx, tx, nonce)
-            except InvalidTransaction:
-                dropped.append(tx)
-            else:
+            if self._attempt(ctx, tx, nonce):
                 included.append(tx)
+                self._unshield(ctx, tx, included)
+            else:
+                dropped.append(tx)
         return included, dropped
+
+    def _attempt(self, ctx: Context, tx: Extrinsic, nonce: int) -> bool:
+        """Run one extrinsic, or leave no trace of it; False when it may not be in this block."""
+        try:
+            with ctx.transaction():
+                before = len(ctx.events)
+                self._apply(ctx, tx, nonce)
+                self.codec.encode_events(ctx.events[before:])  # what cannot be told must not have happened
+        except InvalidTransaction as refusal:
+            log.debug("%s.%s was left out: %s", tx.call.pallet, tx.call.function, refusal)
+            return False
+        except Exception:
+            # Where the real runtime would panic, its block builder drops the transaction and goes on; so here.
+            log.exception("%s.%s failed in a way that no call may", tx.call.pallet, tx.call.function)
+            return False
+        return True
+
+    def _unshield(self, ctx: Context, carrier: Extrinsic, included: list[Extrinsic]) -> None:
+        """The author's part of the MEV shield: what a carrier holds runs right behind it, if it is valid.
+
+        An invalid one is left out, as on the real chain, and its sender sees that no block ever has it.
+        """
+        raw = shield.unseal(carrier.call)
+        if raw is None:
+            return
+        ctx.phase = {"ApplyExtrinsic": len(included) + 1}
+        try:
+            inner = extrinsic.parse(self.codec, raw)
+        except RpcError as refusal:
+            log.info("a shielded extrinsic was left out: %s", refusal)
+            return
+        if self._attempt(ctx, inner, balances.nonce_of(ctx.state, inner.signer)):
+            included.append(inner)
 
     def _remove(self, tx: Extrinsic) -> None:
         del self._pool[tx.hash]
         del self._waiting[tx.signer, tx.nonce]
+        self._pool_bytes -= len(tx.raw)
+        self._per_signer[tx.signer] -= 1
+        if not self._per_signer[tx.signer]:
+            del self._per_signer[tx.signer]
 
     def _apply(self, ctx: Context, tx: Extrinsic, nonce: int) -> None:
         """Run one extrinsic: checked again in this block, its fee and nonce kept even if its call fails."""
@@ -248,6 +332,8 @@ class Chain:
         ctx.emit("System", outcome, fields)
 
     def _append(self, block: Block, state: Working) -> None:
+        if self._store is not None:
+            self._store.append(block, state.changes, oldest=max(0, block.number - self.history.keep))
         self.history.commit(block.number, state.changes)
         self._hashes.append(block.hash)
         self._numbers[block.hash] = block.number
@@ -256,14 +342,5 @@ class Chain:
             self._blocks.popitem(last=False)
 
 
-def _by_nonce(entry: tuple[Extrinsic, int | None]) -> int:
+def _by_nonce(entry: tuple[Extrinsic, int]) -> int:
     return entry[0].nonce
-
-
-def _next_root(root: bytes, changes: Mapping[bytes, bytes | None]) -> bytes:
-    """The state root after `changes`: the last one and every key that changed, in order."""
-    parts = [root]
-    for key in sorted(changes):
-        value = changes[key]
-        parts += [compact(len(key)), key, b"\0" if value is None else b"\1" + compact(len(value)) + value]
-    return blake2_256(b"".join(parts))

@@ -8,7 +8,7 @@ takes its writes back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -34,6 +34,23 @@ class Args:
 
     def flag(self, name: str) -> bool:
         return bool(self._values[name])
+
+    def value(self, name: str) -> object:
+        """An argument as decoded, to be stored as it is."""
+        return self._values[name]
+
+    def blob(self, name: str) -> bytes:
+        """A byte string: the codec gives 0x-hex, text where the bytes are UTF-8, or a list of numbers.
+
+        Text that spells hex cannot be told from hex, and is taken for it.
+        """
+        value = self._values[name]
+        if not isinstance(value, str):
+            return bytes(cast("list[int]", value))
+        if value.startswith("0x"):
+            with suppress(ValueError):
+                return bytes.fromhex(value[2:])
+        return value.encode()
 
     def account(self, name: str) -> str:
         """An account as ss58; a MultiAddress that is not an account id is refused."""

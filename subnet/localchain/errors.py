@@ -28,6 +28,7 @@ class InvalidTransaction(RpcError):  # noqa: N818 - the name that Substrate has 
 BAD_SIGNATURE = "Transaction has a bad signature"
 STALE = "Transaction is outdated"
 ANCIENT_BIRTH_BLOCK = "Transaction has an ancient birth block"
+TOO_LARGE = "Transaction would exhaust the block limits"
 PAYMENT = "Inability to pay some fees (e.g. account balance too low)"
 
 

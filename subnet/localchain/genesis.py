@@ -3,17 +3,19 @@
 Keys come from the development URIs that every Substrate tool knows (`//Alice` …): their secrets are public,
 so nothing on this chain is worth anything. Hyperparameters are chosen for development: no rate limits, plain
 weights, cheap registration whose price does not rise; the rest are the defaults of the metadata.
+`ChainConfig.hyperparameters` makes a subnet that is as strict as a real one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import bittensor_core
 
 from subnet.localchain.codec import Codec
 from subnet.localchain.dispatch import Context
-from subnet.localchain.pallets import balances
+from subnet.localchain.pallets import balances, shield
 from subnet.localchain.state import Working
 
 RAO_PER_TAO = 1_000_000_000
@@ -24,6 +26,42 @@ OWNER_HOTKEY_URI = "//Alice//hotkey"
 REGISTRATION_BURN_RAO = 500_000
 
 _P = "SubtensorModule."
+_IDENTITY = ("github_repo", "subnet_contact", "subnet_url", "discord", "description", "logo_url", "additional")
+
+# Of the real chain's values, those that would be in a developer's way are changed: 100 blocks between weights, 50
+# between axons, one registration per block, a price that grows by 1.26 with each, 13.9 tempos of activity cut-off.
+# Everything in this table can be set by `ChainConfig.hyperparameters`.
+HYPERPARAMETERS: Mapping[str, object] = {
+    "ActivityCutoffFactorMilli": 50_000,
+    "AlphaSigmoidSteepness": 1_000,
+    "AlphaValues": (45_875, 58_982),
+    "BondsMovingAverage": 900_000,
+    "BondsPenalty": 65_535,
+    "Burn": REGISTRATION_BURN_RAO,
+    "BurnHalfLife": 360,
+    "BurnIncreaseMult": {"bits": 1 << 64},
+    "CommitRevealWeightsEnabled": False,
+    "ImmuneOwnerUidsLimit": 1,
+    "ImmunityPeriod": 4_096,
+    "Kappa": 32_767,
+    "LiquidAlphaOn": False,
+    "MaxAllowedUids": 256,
+    "MaxAllowedValidators": 64,
+    "MaxBurn": 100 * RAO_PER_TAO,
+    "MaxRegistrationsPerBlock": 256,
+    "MaxWeightsLimit": 65_535,
+    "MinAllowedWeights": 1,
+    "MinBurn": REGISTRATION_BURN_RAO,
+    "MinNonImmuneUids": 10,
+    "NetworkPowRegistrationAllowed": False,
+    "NetworkRegistrationAllowed": True,
+    "RevealPeriodEpochs": 1,
+    "ServingRateLimit": 0,
+    "TargetRegistrationsPerInterval": 256,
+    "WeightsSetRateLimit": 0,
+    "WeightsVersionKey": 0,
+    "Yuma3On": True,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +71,8 @@ class ChainConfig:
     block_time: seconds between blocks. tempo: blocks between epochs. history: blocks whose state can be read.
     finality_lag: how many blocks the finalized head is behind the best one. One, not zero: code that mistakes
     the best block for a final one is then wrong here too and not only on the real chain, at the price of one
-    block per write.
+    block per write. hyperparameters: storage items of the subnet at genesis, by their names in the metadata
+    (`{"BurnHalfLife": 360, "MaxAllowedUids": 64}`), in place of this file's.
     """
 
     netuid: int = 9
@@ -41,6 +80,7 @@ class ChainConfig:
     block_time: float = 0.25
     history: int = 4_096
     finality_lag: int = 1
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 1 <= self.netuid <= 4_095:
@@ -53,6 +93,9 @@ class ChainConfig:
             raise ValueError(f"history of {self.history} blocks is less than the 64 that a default era needs")
         if not 0 <= self.finality_lag <= 8:
             raise ValueError(f"finality lag {self.finality_lag} is outside 0..8 blocks")
+        unknown = set(self.hyperparameters) - HYPERPARAMETERS.keys()
+        if unknown:
+            raise ValueError(f"{min(unknown)!r} is no hyperparameter; choose from {', '.join(sorted(HYPERPARAMETERS))}")
 
 
 def keypair(uri: str) -> bittensor_core.Keypair:
@@ -74,37 +117,21 @@ def build(codec: Codec, config: ChainConfig, state: Working) -> None:
     state.put("Balances.TotalIssuance", (), issuance)
     state.put(_P + "TotalIssuance", (), issuance)
     state.put(_P + "TotalNetworks", (), 1)
-    for name, value in _subnet(config).items():
+    state.put("MevShield.NextKey", (), list(shield.public_key()))
+    for name, value in {**_subnet(), **HYPERPARAMETERS, "Tempo": config.tempo, **config.hyperparameters}.items():
         state.put(_P + name, (config.netuid,), value)
     _owner_neuron(ctx, config.netuid)
 
 
-def _subnet(config: ChainConfig) -> dict[str, object]:
+def _subnet() -> dict[str, object]:
     return {
         "NetworksAdded": True,
-        "NetworkRegistrationAllowed": True,
-        "NetworkPowRegistrationAllowed": False,
         "SubtokenEnabled": True,
         "FirstEmissionBlockNumber": 1,
         "SubnetOwner": address(OWNER_COLDKEY_URI),
         "SubnetOwnerHotkey": address(OWNER_HOTKEY_URI),
+        "SubnetIdentitiesV3": {**dict.fromkeys(_IDENTITY, b""), "subnet_name": b"orion"},
         "TokenSymbol": "\u03b9".encode(),
-        "Tempo": config.tempo,
-        "MaxAllowedUids": 256,
-        "MaxAllowedValidators": 64,
-        "MaxRegistrationsPerBlock": 256,
-        "TargetRegistrationsPerInterval": 256,
-        "ImmunityPeriod": 4_096,
-        "Burn": REGISTRATION_BURN_RAO,
-        "MinBurn": REGISTRATION_BURN_RAO,
-        "BurnIncreaseMult": {"bits": 1 << 64},
-        "ServingRateLimit": 0,
-        "WeightsSetRateLimit": 0,
-        "MinAllowedWeights": 1,
-        "MaxWeightsLimit": 65_535,
-        "CommitRevealWeightsEnabled": False,
-        "Yuma3On": True,
-        "ActivityCutoffFactorMilli": 50_000,
     }
 
 
@@ -113,6 +140,7 @@ def _owner_neuron(ctx: Context, netuid: int) -> None:
     coldkey, hotkey = address(OWNER_COLDKEY_URI), address(OWNER_HOTKEY_URI)
     ctx.state.put(_P + "Owner", (hotkey,), coldkey)
     ctx.state.put(_P + "OwnedHotkeys", (coldkey,), [hotkey])
+    ctx.state.put(_P + "StakingHotkeys", (coldkey,), [hotkey])
     ctx.state.put(_P + "SubnetworkN", (netuid,), 1)
     ctx.state.put(_P + "Keys", (netuid, 0), hotkey)
     ctx.state.put(_P + "Uids", (netuid, hotkey), 0)

@@ -6,9 +6,11 @@ all of them and a replaced one resets its entry in all of them.
 
 from __future__ import annotations
 
+from typing import cast
+
 from subnet.localchain.dispatch import Context
 from subnet.localchain.errors import DispatchError
-from subnet.localchain.state import Reader
+from subnet.localchain.state import Reader, Snapshot
 
 # Columns of zeros for a new neuron. LastUpdate, Active and ValidatorPermit are set apart below.
 SCORES = ("Consensus", "Incentive", "Dividends", "ValidatorTrust", "Emission")
@@ -25,6 +27,13 @@ def hotkeys(state: Reader, netuid: int) -> list[str]:
     """All hotkeys of the subnet, by uid."""
     count = state.number("SubtensorModule.SubnetworkN", netuid)
     return [state.account("SubtensorModule.Keys", netuid, uid) or "" for uid in range(count)]
+
+
+def subnets(snapshot: Snapshot) -> list[int]:
+    """The netuids of all subnets."""
+    item = "SubtensorModule.NetworksAdded"
+    keys = snapshot.keys(snapshot.codec.key(item))
+    return sorted(cast("int", snapshot.codec.map_key(item, key, fixed=0)[0]) for key in keys)
 
 
 def subnet_exists(state: Reader, netuid: int) -> bool:
@@ -69,18 +78,35 @@ def _set_column(ctx: Context, netuid: int, column: str, uid: int, value: int) ->
 
 
 def _neuron_to_prune(ctx: Context, netuid: int) -> int:
-    """Outside immunity, the lowest emission, oldest registration, lowest uid; never the owner's."""
+    """Lowest emission, then oldest registration, then lowest uid; DispatchError when nobody may be replaced.
+
+    As `get_neuron_to_prune` of subtensor: the owner's first hotkeys are never replaced, neurons inside their immunity
+    period only when `MinNonImmuneUids` or fewer are outside of theirs.
+    """
     immunity = ctx.state.number("SubtensorModule.ImmunityPeriod", netuid)
-    owner = ctx.state.account("SubtensorModule.SubnetOwnerHotkey", netuid)
     emission = ctx.state.numbers("SubtensorModule.Emission", netuid)
-    candidates = []
-    for uid, hotkey in enumerate(hotkeys(ctx.state, netuid)):
-        registered = ctx.state.number("SubtensorModule.BlockAtRegistration", netuid, uid)
-        if hotkey != owner and ctx.number - registered >= immunity:
-            candidates.append((emission[uid], registered, uid))
+    keys = hotkeys(ctx.state, netuid)
+    registered = [ctx.state.number("SubtensorModule.BlockAtRegistration", netuid, uid) for uid in range(len(keys))]
+    kept = _owner_immune(ctx, netuid, keys, registered)
+    free: list[tuple[int, int, int]] = []  # (emission, registration, uid)
+    immune: list[tuple[int, int, int]] = []
+    for uid in range(len(keys)):
+        if uid not in kept:
+            group = immune if ctx.number - registered[uid] < immunity else free
+            group.append((emission[uid], registered[uid], uid))
+    candidates = free if len(free) > ctx.state.number("SubtensorModule.MinNonImmuneUids", netuid) else immune
     if not candidates:
         raise DispatchError("NoNeuronIdAvailable")
     return min(candidates)[2]
+
+
+def _owner_immune(ctx: Context, netuid: int, keys: list[str], registered: list[int]) -> list[int]:
+    """The uids of the owner's declared hotkey and of the coldkey's oldest ones, `ImmuneOwnerUidsLimit` in all."""
+    owner = ctx.state.account("SubtensorModule.SubnetOwner", netuid)
+    declared = ctx.state.account("SubtensorModule.SubnetOwnerHotkey", netuid)
+    owned = [uid for uid, key in enumerate(keys) if ctx.state.account("SubtensorModule.Owner", key) == owner]
+    owned.sort(key=lambda uid: (keys[uid] != declared, registered[uid], uid))
+    return owned[: ctx.state.number("SubtensorModule.ImmuneOwnerUidsLimit", netuid)]
 
 
 def _clear(ctx: Context, netuid: int, uid: int) -> None:

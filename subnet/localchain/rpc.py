@@ -1,22 +1,25 @@
 """JSON-RPC as a Substrate node speaks it: methods, batches and error objects. No sockets here.
 
-`Rpc.answer` takes one text frame and a `Peer` (what the connection can do: send a frame, remember
-subscriptions) and returns the response frame, or None where the frame was a notification. Method names and
-their old aliases are Substrate's; an unknown one is -32601, wrong parameters are -32602, malformed JSON is
--32700.
+`Rpc.answer` takes one frame and a `Peer` (what the connection can do: send a frame, remember subscriptions) and
+returns the response frame, or None where the frame was a notification. It gives way to the event loop after every
+request, so that a batch of slow ones does not hold up the blocks. Method names and their old aliases are Substrate's;
+an unknown one is -32601, wrong parameters are -32602, malformed JSON is -32700, and what is too large or too much has
+the codes of Substrate's own server. Error messages are short, whatever was sent.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import NoReturn, Protocol
 
 import bittensor_core
 
 from subnet.localchain import metadata
-from subnet.localchain.blocks import Block, Chain
+from subnet.localchain.block import Block
+from subnet.localchain.blocks import Chain
 from subnet.localchain.errors import RpcError
 from subnet.localchain.extrinsic import Extrinsic
 from subnet.localchain.runtime_api import RuntimeApis
@@ -29,6 +32,12 @@ Params = Sequence[Json]
 
 MAX_BATCH = 256
 MAX_KEYS = 1_000
+MAX_RESPONSE = 16 * 1024 * 1024
+_QUOTED = 64
+_MAX_MESSAGE = 512
+_RESPONSE_TOO_BIG = -32008
+_BATCH_TOO_LARGE = -32010
+_BATCH_RESPONSE_TOO_BIG = -32011
 
 _NAME = "orion-localchain"
 
@@ -36,8 +45,11 @@ _NAME = "orion-localchain"
 class Peer(Protocol):
     """One connection, as the methods see it."""
 
+    def check_room(self) -> None:
+        """RpcError when the connection has as many subscriptions as it may have."""
+
     def subscribe(self, kind: str, method: str) -> str:
-        """Open a subscription to `kind` whose notifications carry `method`; returns its id."""
+        """Open a subscription to `kind` whose notifications carry `method`; returns its id. RpcError as above."""
 
     def unsubscribe(self, subscription: str) -> bool:
         """Close a subscription; False when there is none by that id."""
@@ -119,38 +131,70 @@ class Rpc:
 
     # frames ---------------------------------------------------------------------------------------
 
-    def answer(self, frame: str | bytes, peer: Peer) -> str | None:
-        """The response to one text frame: an object, a batch of them, or None for notifications only."""
+    async def answer(self, frame: str | bytes, peer: Peer) -> str | None:
+        """The response to one frame: an object, a batch of them, or None for notifications only."""
         try:
-            message = json.loads(frame)
-        except ValueError:
+            message = json.loads(frame, parse_constant=_not_json)
+        except (ValueError, RecursionError):
             return _dump(_error(None, RpcError(-32700, "Parse error")))
         if not isinstance(message, list):
-            response = self._one(message, peer)
-            return None if response is None else _dump(response)
-        if not message or len(message) > MAX_BATCH:
-            reason = f"batch of {len(message)} requests, allowed are 1 to {MAX_BATCH}"
-            return _dump(_error(None, RpcError(-32600, "Invalid Request", reason)))
-        responses = [response for item in message if (response := self._one(item, peer)) is not None]
-        return _dump(responses) if responses else None
+            return await self._one(message, peer)
+        if not message:
+            return _dump(_error(None, RpcError(-32600, "Invalid Request")))
+        if len(message) > MAX_BATCH:
+            error = RpcError(_BATCH_TOO_LARGE, "The batch request was too large", f"Exceeded max limit of {MAX_BATCH}")
+            return _dump(_error(None, error))
+        responses, size = [], 0
+        for item in message:
+            response = await self._one(item, peer)
+            if response is None:
+                continue
+            responses.append(response)
+            size += len(response) + 1
+            if size > MAX_RESPONSE:
+                limit = f"Exceeded max limit of {MAX_RESPONSE}"
+                error = RpcError(_BATCH_RESPONSE_TOO_BIG, "The batch response was too large", limit)
+                return _dump(_error(None, error))
+        return f"[{','.join(responses)}]" if responses else None
 
-    def _one(self, request: Json, peer: Peer) -> dict[str, Json] | None:
-        if not isinstance(request, Mapping) or not isinstance(request.get("method"), str):
+    async def _one(self, request: Json, peer: Peer) -> str | None:
+        response = self._respond(request, peer)
+        await asyncio.sleep(0)
+        if response is None:
+            return None
+        text = _dump(response)
+        if len(text) > MAX_RESPONSE:
+            error = RpcError(_RESPONSE_TOO_BIG, "Response is too big", f"Exceeded max limit of {MAX_RESPONSE}")
+            return _dump(_error(response["id"], error))
+        return text
+
+    def _respond(self, request: Json, peer: Peer) -> dict[str, Json] | None:
+        if not isinstance(request, Mapping) or request.get("jsonrpc", "2.0") != "2.0":
             return _error(None, RpcError(-32600, "Invalid Request"))
-        call_id, params = request.get("id"), request.get("params") or []
-        function = self._methods.get(request["method"])
-        if function is None:
-            return _error(call_id, RpcError(-32601, "Method not found", request["method"]))
-        if not isinstance(params, list):
-            return _error(call_id, RpcError(-32602, "Invalid params", "expected a list of positional parameters"))
+        call_id, name, params = request.get("id"), request.get("method"), request.get("params")
+        if isinstance(call_id, bool) or not isinstance(call_id, str | int | float | None) or not isinstance(name, str):
+            return _error(None, RpcError(-32600, "Invalid Request"))
+        result: Json = None
+        failure: RpcError | None = None
         try:
-            result = function(peer, params)
+            result = self._call(name, params, peer)
         except RpcError as error:
-            return _error(call_id, error)
-        except (ValueError, TypeError, LookupError, OverflowError) as error:
-            log.exception("%s failed", request["method"])
-            return _error(call_id, RpcError(-32603, "Internal error", f"{type(error).__name__}: {error}"))
-        return {"jsonrpc": "2.0", "id": call_id, "result": result} if "id" in request else None
+            failure = error
+        except Exception as error:
+            # The border of the node: a bug in one method answers as one, and the connection goes on.
+            log.exception("%s failed", name)
+            failure = RpcError(-32603, "Internal error", _quote(f"{type(error).__name__}: {error}"))
+        if "id" not in request:
+            return None
+        return {"jsonrpc": "2.0", "id": call_id, "result": result} if failure is None else _error(call_id, failure)
+
+    def _call(self, name: str, params: Json, peer: Peer) -> Json:
+        function = self._methods.get(name)
+        if function is None:
+            raise RpcError(-32601, "Method not found", _quote(name))
+        if params is not None and not isinstance(params, list):
+            raise RpcError(-32602, "Invalid params", "expected a list of positional parameters")
+        return function(peer, params or [])
 
     # blocks ---------------------------------------------------------------------------------------
 
@@ -162,7 +206,7 @@ class Rpc:
         number = self._chain.number_of(block_hash)
         if number is None:
             raise RpcError(
-                4003, f"Client error: UnknownBlock: Header was not found in the database: {_hex(block_hash)}"
+                4003, f"Client error: UnknownBlock: Header was not found in the database: {_quote(_hex(block_hash))}"
             )
         return number
 
@@ -171,28 +215,43 @@ class Rpc:
         try:
             return self._chain.snapshot(number)
         except StateDiscarded as error:
-            block_hash = _hex(self._chain.hash_of(number) or b"")
-            raise RpcError(4003, f"Client error: UnknownBlock: State already discarded for {block_hash}") from error
+            raise self._discarded(number) from error
 
     def _get_block_hash(self, _peer: Peer, params: Params) -> Json:
         if not params or params[0] is None:
             return _hex(self._chain.head.hash)
         if isinstance(params[0], list):
+            if len(params[0]) > MAX_KEYS:
+                raise RpcError(-32602, "Invalid params", f"{len(params[0])} block numbers, at most {MAX_KEYS}")
             return [self._hash_at(number) for number in params[0]]
         return self._hash_at(params[0])
 
     def _hash_at(self, number: Json) -> Json:
         try:
-            value = int(number, 16) if isinstance(number, str) else int(cast("int", number))
+            if isinstance(number, str):
+                value = int(number, 16)
+            elif isinstance(number, int) and not isinstance(number, bool):
+                value = number
+            else:
+                raise TypeError
         except (TypeError, ValueError) as error:
-            raise RpcError(-32602, "Invalid params", f"{number!r} is not a block number") from error
+            raise RpcError(-32602, "Invalid params", f"{_quote(repr(number))} is not a block number") from error
         block_hash = self._chain.hash_of(value)
         return None if block_hash is None else _hex(block_hash)
 
     def _block(self, params: Params) -> Block | None:
         if params and params[0] is not None and self._chain.number_of(_bytes(params, 0)) is None:
             return None
-        return self._chain.block(self._number(params, 0))
+        number = self._number(params, 0)
+        block = self._chain.block(number)
+        if block is None:
+            raise self._discarded(number)
+        return block
+
+    def _discarded(self, number: int) -> RpcError:
+        """A block that has left the history, in the words by which the SDK turns to an archive node."""
+        block_hash = _hex(self._chain.hash_of(number) or b"")
+        return RpcError(4003, f"Client error: UnknownBlock: State already discarded for {block_hash}")
 
     def _get_header(self, _peer: Peer, params: Params) -> Json:
         block = self._block(params)
@@ -241,7 +300,7 @@ class Rpc:
     def _get_keys_paged(self, _peer: Peer, params: Params) -> Json:
         count = params[1] if len(params) > 1 else None
         if not isinstance(count, int) or not 0 < count <= MAX_KEYS:
-            raise RpcError(4002, f"count exceeds maximum value. value: {count}, max: {MAX_KEYS}")
+            raise RpcError(4002, f"count exceeds maximum value. value: {_quote(repr(count))}, max: {MAX_KEYS}")
         after = _bytes(params, 2) if len(params) > 2 and params[2] is not None else None
         found = []
         for key in self._snapshot(params, 3).keys(_bytes(params, 0), after=after):
@@ -256,6 +315,7 @@ class Rpc:
         return _hex(self._chain.submit(_bytes(params, 0)).hash)
 
     def _submit_and_watch(self, peer: Peer, params: Params) -> Json:
+        peer.check_room()
         tx = self._chain.submit(_bytes(params, 0))
         subscription = peer.watch(tx)
         waits = tx.nonce > self._chain.next_nonce(tx.signer)
@@ -285,7 +345,7 @@ def _unsubscribe(peer: Peer, params: Params) -> Json:
 def _text(params: Params, index: int) -> str:
     value = params[index] if len(params) > index else None
     if not isinstance(value, str):
-        raise RpcError(-32602, "Invalid params", f"parameter {index} must be a string, not {value!r}")
+        raise RpcError(-32602, "Invalid params", f"parameter {index} must be a string, not {_quote(repr(value))}")
     return value
 
 
@@ -294,16 +354,27 @@ def _bytes(params: Params, index: int) -> bytes:
     try:
         return bytes.fromhex(text.removeprefix("0x"))
     except ValueError as error:
-        raise RpcError(-32602, "Invalid params", f"parameter {index} is not hexadecimal: {text[:32]!r}") from error
+        raise RpcError(-32602, "Invalid params", f"parameter {index} is not hexadecimal: {_quote(text)!r}") from error
 
 
 def _address(params: Params, index: int) -> str:
     text = _text(params, index)
     try:
+        if len(text) > _QUOTED:  # its decoder takes seconds for a long one
+            raise ValueError
         bittensor_core.ss58_decode(text)
     except ValueError as error:
-        raise RpcError(-32602, "Invalid params", f"{text[:64]!r} is not an ss58 address") from error
+        raise RpcError(-32602, "Invalid params", f"{_quote(text)!r} is not an ss58 address") from error
     return text
+
+
+def _quote(text: str) -> str:
+    """The start of something that a client sent."""
+    return text if len(text) <= _QUOTED else text[:_QUOTED] + "..."
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _hex(data: bytes) -> str:
@@ -311,9 +382,9 @@ def _hex(data: bytes) -> str:
 
 
 def _error(call_id: Json, error: RpcError) -> dict[str, Json]:
-    body: dict[str, Json] = {"code": error.code, "message": error.message}
+    body: dict[str, Json] = {"code": error.code, "message": error.message[:_MAX_MESSAGE]}
     if error.data is not None:
-        body["data"] = error.data
+        body["data"] = error.data[:_MAX_MESSAGE] if isinstance(error.data, str) else error.data
     return {"jsonrpc": "2.0", "id": call_id, "error": body}
 
 

@@ -53,6 +53,12 @@ class History:
             if len(versions) > 32 and versions[16][0] <= self.oldest:
                 del versions[: bisect_right(versions, self.oldest, key=_block) - 1]
 
+    def restore(self, head: int, versions: dict[bytes, list[_Version]]) -> None:
+        """Become what a history was after block `head`, from its keys in order and their versions in order."""
+        self.head = head
+        self._versions = versions
+        self._sorted = list(versions)
+
     def get(self, key: bytes, number: int) -> bytes | None:
         """The bytes stored under `key` after block `number`, or None."""
         versions = self._versions.get(key)

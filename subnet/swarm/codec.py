@@ -8,6 +8,7 @@ fixed its root on chain cannot send different things to different peers.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 
@@ -23,13 +24,20 @@ def encode(delta: torch.Tensor) -> bytes:
     return delta.to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
 
 
-def decode(payload: bytes | bytearray | memoryview, count: int) -> torch.Tensor:
-    """2n bytes to fp32 (n,). Raises `PayloadError` for another size or a value that is not finite."""
+def decode(payload: bytes | bytearray | memoryview, count: int, *, limit: float = math.inf) -> torch.Tensor:
+    """2n bytes to fp32 (n,). Raises `PayloadError` for another size, a value that is not finite or one above `limit`.
+
+    The largest magnitude does not depend on the order of anything, so all replicas refuse the same payloads.
+    """
     if len(payload) != 2 * count:
         raise PayloadError(f"payload has {len(payload)} bytes where the stage's {count} parameters need {2 * count}")
     delta = torch.frombuffer(bytearray(payload), dtype=torch.bfloat16).to(torch.float32)
     if not bool(torch.isfinite(delta).all()):
         raise PayloadError("payload holds NaN or infinite values: its source is left out of the merge")
+    if delta.numel() and float(delta.abs().max()) > limit:
+        raise PayloadError(
+            f"payload reaches {float(delta.abs().max()):.3g}, a round of its work moves at most {limit:.3g}"
+        )
     return delta
 
 

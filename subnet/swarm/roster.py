@@ -12,12 +12,13 @@ own registration. Identity is the hotkey; a uid is looked up only when weights a
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from subnet.metagraph import ChainState, Endpoint
-from subnet.swarm.record import ROSTER_DIGEST_BYTES, Record
+from subnet.swarm.record import MAX_HAVE, ROSTER_DIGEST_BYTES, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +56,18 @@ class Roster:
         return hashlib.sha256(b"orion/roster/1" + text.encode()).digest()[:ROSTER_DIGEST_BYTES]
 
 
-def candidates(state: ChainState, run: bytes) -> dict[str, Candidate]:
-    """The valid neurons of `state` for the run, by hotkey."""
+def candidates(state: ChainState, run: bytes, *, fresh_from: int = 0) -> dict[str, Candidate]:
+    """The valid neurons of `state` for the run, by hotkey. A record older than `fresh_from` is no sign of life."""
     valid: dict[str, Candidate] = {}
     for neuron in state.neurons:
         record = Record.decode(neuron.record)
         if (
             neuron.endpoint is not None
+            and not ipaddress.ip_address(neuron.endpoint.ip).is_unspecified
             and record is not None
             and record.run == run
             and neuron.record_block is not None
-            and neuron.record_block >= neuron.registered_at
+            and neuron.record_block >= max(neuron.registered_at, fresh_from)
         ):
             valid[neuron.hotkey] = Candidate(neuron.hotkey, neuron.endpoint, record)
     return valid
@@ -80,21 +82,25 @@ def gather(state: ChainState, run: bytes, *, stages: int, replicas: int) -> Rost
     """Round 0's roster, or None while fewer than `stages * replicas` valid hotkeys are there.
 
     Hotkeys in the order of H(block hash ‖ hotkey) fill the stage with the fewest holders; the lowest stage breaks
-    ties. All that are there at this block take part, also those beyond the minimum.
+    ties. All that are there at this block take part, up to the 64 replicas per stage that the have-bitmap holds.
     """
     valid = candidates(state, run)
     if len(valid) < stages * replicas:
         return None
     seed = bytes.fromhex(state.head.hash.removeprefix("0x"))
+    order = _order(list(valid), seed)
     held: list[list[str]] = [[] for _ in range(stages)]
-    for hotkey in _order(list(valid), seed):
+    for hotkey in order[: stages * MAX_HAVE]:
         min(held, key=len).append(hotkey)
-    return Roster(0, tuple(tuple(sorted(stage)) for stage in held), ())
+    return Roster(0, tuple(tuple(sorted(stage)) for stage in held), tuple(order[stages * MAX_HAVE :]))
 
 
-def advance(previous: Roster, state: ChainState, run: bytes) -> Roster:
-    """R_r = f(R_{r-1}, state at the first block of round r): members stay while valid, newcomers wait in hash order."""
-    valid = candidates(state, run)
+def advance(previous: Roster, state: ChainState, run: bytes, *, fresh_from: int) -> Roster:
+    """R_r = f(R_{r-1}, state at the first block of round r): members stay while valid, newcomers wait in hash order.
+
+    `fresh_from` is the first block of round r-1: who has put no record on chain since then is gone.
+    """
+    valid = candidates(state, run, fresh_from=fresh_from)
     stages = tuple(tuple(hotkey for hotkey in stage if hotkey in valid) for stage in previous.stages)
     kept = {hotkey for stage in stages for hotkey in stage}
     seed = bytes.fromhex(state.head.hash.removeprefix("0x"))

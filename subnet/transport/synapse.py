@@ -178,8 +178,8 @@ def decode(
     return synapse, {name: _view(blob, start + place, specs[name]) for name, place in places.items()}
 
 
-def require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse NaN and infinity, in one pass and without a temporary (0.1 ms per million bf16 elements).
+def require_finite(tensors: Mapping[str, torch.Tensor], *, limit: float = math.inf) -> None:
+    """Refuse NaN, infinity and magnitudes above `limit`, in one pass and without a temporary (0.1 ms per million bf16).
 
     Raises:
         NotFinite: naming the tensor and how many of its elements are at fault.
@@ -192,6 +192,11 @@ def require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
             count = tensor.numel() - int(torch.isfinite(tensor).sum())
             raise NotFinite(
                 f"tensor {name!r} has {count} of {tensor.numel()} elements that are NaN or infinite",
+                "do not send it: lower the learning rate or reload the last checkpoint",
+            )
+        if max(-low.item(), high.item()) > limit:
+            raise NotFinite(
+                f"tensor {name!r} reaches {max(-low.item(), high.item()):.3g}, limit {limit:g}",
                 "do not send it: lower the learning rate or reload the last checkpoint",
             )
 

@@ -33,7 +33,8 @@ def select_windows(evidence: Evidence, *, seed: bytes, hotkey: str, count: int) 
 def select_units(
     evidence: Evidence, window: Window, *, seed: bytes, hotkey: str, validator: str, count: int
 ) -> tuple[Leaf, ...]:
-    """`count` units computed with the window's weights, drawn by each validator for itself."""
+    """`count` units computed with the window's weights: another draw for each validator, but one that the miner can
+    repeat once the seed is out. What it computed is fixed by then; what it serves is not yet."""
     inside = [leaf for leaf in evidence.leaves if leaf.version == window.version]
     ranked = sorted(
         inside, key=lambda leaf: _draw(seed, hotkey, validator, str(leaf.direction.value), str(leaf.sample))
@@ -89,7 +90,7 @@ def replay(
         carried = None if stage.plan.is_first else x
     elif targets is not None:
         loss, computed = replay_tail(stage, x, targets, accumulation=accumulation)
-        if abs(loss - leaf.loss) > tolerance * max(abs(loss), 1e-6):
+        if not abs(loss - leaf.loss) <= tolerance * max(abs(loss), 1e-6):
             return Verdict(leaf, False, abs(loss - leaf.loss), f"loss claimed {leaf.loss:.5f}, replayed {loss:.5f}")
         carried = None
     else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -20,6 +21,8 @@ from enum import IntEnum
 NO_PEER = 255
 NO_DIGEST = bytes(32)
 NO_RECEIPT = bytes(64)
+MAX_LOSS = 1e4
+"""Nats per token; a uniform guess over the largest vocabulary has 12."""
 
 _LEAF = struct.Struct("<BHQIBBf32s32s32s64s")
 _WINDOW = struct.Struct("<II32s")
@@ -125,6 +128,32 @@ class Evidence:
     def root(self) -> bytes:
         return evidence_root(*self.tables())
 
+    def check(self, *, stage: int, samples: range) -> None:
+        """Refuse evidence that no honest replica of `stage` can have written in a round of these sample ids.
+
+        Every leaf lies in the stage, the round and a window; each unit occurs once; windows follow each other without a
+        gap, none is empty, and each counts its backward units. So every leaf can be drawn by an audit, and every
+        window that is drawn has a unit to replay. Raises `LedgerError`.
+        """
+        units: Counter[int] = Counter()
+        seen: set[UnitKey] = set()
+        for leaf in self.leaves:
+            if leaf.stage != stage or leaf.sample not in samples or leaf.key in seen:
+                raise LedgerError(f"leaf of sample {leaf.sample} at stage {leaf.stage} is foreign or occurs twice")
+            if not 0.0 <= leaf.loss <= MAX_LOSS:
+                raise LedgerError(f"leaf of sample {leaf.sample} has loss {leaf.loss}, which no tail reports")
+            seen.add(leaf.key)
+            units[leaf.version] += leaf.direction is Direction.BACKWARD
+        versions = [window.version for window in self.windows]
+        gapless = list(range(versions[0], versions[0] + len(versions))) if versions else []
+        if versions != sorted(units) or versions != gapless:
+            raise LedgerError(f"windows {versions[:5]}… do not follow each other or are not those of the leaves")
+        for window in self.windows:
+            if window.units != units[window.version]:
+                raise LedgerError(
+                    f"window {window.version} counts {window.units} units, its leaves are {units[window.version]}"
+                )
+
     @classmethod
     def parse(cls, leaves: bytes | memoryview, windows: bytes | memoryview) -> Evidence:
         """Rows back to leaves and windows. Raises `LedgerError` for a size or direction that cannot be."""
@@ -188,7 +217,8 @@ class Ledger:
         return self._leaves[key]
 
     def close(self) -> Evidence:
-        """Everything entered so far, in the order it was computed; windows without units are left out."""
+        """Everything entered so far, in the order it was computed; windows without any unit are left out."""
+        used = {leaf.version for leaf in self._leaves.values()}
         return Evidence(
-            tuple(self._leaves.values()), tuple(window for window in self._windows.values() if window.units)
+            tuple(self._leaves.values()), tuple(window for window in self._windows.values() if window.version in used)
         )

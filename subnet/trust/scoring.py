@@ -60,7 +60,11 @@ class _Book:
         self.run, self.roster, self.verify, self.first_sample = run, roster, verify, first_sample
         self.tail = len(roster.stages) - 1
         self.units: dict[str, dict[_Unit, Leaf]] = {
-            hotkey: {(leaf.stage, leaf.sample, leaf.direction): leaf for leaf in table.leaves}
+            hotkey: {
+                (leaf.stage, leaf.sample, leaf.direction): leaf
+                for leaf in table.leaves
+                if leaf.stage == roster.stage_of(hotkey)
+            }
             for hotkey, table in evidence.items()
         }
 
@@ -143,7 +147,8 @@ class _Book:
                 if direction is not Direction.BACKWARD:
                     continue
                 head = self.peer(0, leaf.sink) if stage == 1 else None
-                if stage == 0 or (stage == 1 and head not in self.units and self.signed(hotkey, leaf)):
+                back = stage == 0 and self.linked(hotkey, leaf)
+                if back or (stage == 1 and head not in self.units and self.signed(hotkey, leaf)):
                     done.add(sample)
         return done
 
@@ -169,7 +174,7 @@ def settle(
 
 
 def _pays(book: _Book, hotkey: str, leaf: Leaf, done: set[int]) -> bool:
-    if book.roster.stage_of(hotkey) != leaf.stage or leaf.sample not in done or not book.linked(hotkey, leaf):
+    if leaf.sample not in done or not book.linked(hotkey, leaf):
         return False
     return leaf.output == NO_DIGEST or (book.signed(hotkey, leaf) and book.consumed(hotkey, leaf))
 
@@ -204,9 +209,14 @@ class Score:
 def score(
     settlement: Settlement, *, forward_flops: Mapping[str, float], correctness: Mapping[str, float]
 ) -> dict[str, Score]:
-    """Scores of a round. `forward_flops` is a stage's forward cost of one microbatch; a backward counts twice that."""
+    """Scores of a round, for every member of its roster: who served no evidence earned nothing.
+
+    `forward_flops` is a member's stage's forward cost of one microbatch; a backward counts twice that.
+    """
+    nothing = Paid(0, 0, 0)
     scores = {}
-    for hotkey, paid in settlement.paid.items():
+    for hotkey in forward_flops:
+        paid = settlement.paid.get(hotkey, nothing)
         flops = (paid.forward + 2.0 * paid.backward) * forward_flops[hotkey]
         scores[hotkey] = Score(hotkey, flops, correctness.get(hotkey, 1.0))
     return scores

@@ -7,7 +7,7 @@ import torch
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig, preset
 from model.split import split
-from model.stage import StageInputError, assign_flat, build_stage, flatten, weights_digest
+from model.stage import StageInputError, assign_flat, build_stage, flatten, unflatten, weights_digest
 
 _FORM_B = BoundaryConfig(form=BoundaryForm.B, width=4)
 _SMALL = ModelConfig(vocab=32, hidden=16, layers=4, heads=2, kv_heads=1, ffn=24, context=8, boundary=_FORM_B)
@@ -87,6 +87,7 @@ def test_flatten_and_assign_are_inverse() -> None:
     plan = split(_SMALL, 2)[0]
     stage, other = build_stage(_SMALL, plan, 1), build_stage(_SMALL, plan, 2)
     flat = flatten(stage)
+    assert all(torch.equal(part, stage.get_parameter(name)) for name, part in unflatten(stage, flat).items())
     first = min(name for name, _ in stage.named_parameters())
     assert torch.equal(flat[: stage.get_parameter(first).numel()], stage.get_parameter(first).detach().flatten())
     assign_flat(other, flat)

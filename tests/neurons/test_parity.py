@@ -9,6 +9,7 @@ from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
 from model.split import split
 from model.stage import build_stage
+from neurons.telemetry import MicrobatchDone
 from tests.neurons.swarm import Swarm, manifest, open_corpus, tiny, tokens_file
 
 STEPS = 20
@@ -25,13 +26,14 @@ async def test_swarm_equals_one_process_bit_for_bit(stages: int, tmp_path: Path)
     async with Swarm(loaded, corpus, synchronous=True) as swarm:
         head = swarm.stage(0)[0]
         await head.worker.drive(limit=STEPS * accumulation)
-        closed = [await member.worker.close() for member in swarm.members.values()]
+        for member in swarm.members.values():
+            await member.worker.close()
         trained = {
             name: tensor.clone()
             for member in swarm.members.values()
             for name, tensor in member.worker.engine.stage.state_dict().items()
         }
-        losses = closed[0][0].losses
+        losses = [e.event.loss for e in head.events if isinstance(e.event, MicrobatchDone)]
         assert [member.worker.engine.version for member in swarm.members.values()] == [STEPS] * stages
 
     plan = split(config, 1)[0]

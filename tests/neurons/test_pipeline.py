@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from model.config import BoundaryConfig, BoundaryForm
 from model.split import split
 from model.stage import assign_flat, build_stage
+from neurons.training import OpenInput
 from subnet.identity import verify
 from subnet.messages import Accepted, Backward, Forward
 from subnet.swarm.routing import sample_id
@@ -99,14 +101,19 @@ async def test_a_replica_that_dies_in_mid_round_loses_no_microbatch(tmp_path: Pa
         heads = [head for head in swarm.stage(0) if head is not victim]
         drives = [asyncio.create_task(head.worker.drive(limit=16)) for head in swarm.stage(0)]
         inside = victim.worker._current()
-        while inside.units < 2 or not inside.open:  # noqa: ASYNC110 - filled by the worker, which has no event
+        while inside.units < 2 or not (inside.open if stage else inside.awaited):  # noqa: ASYNC110 - has no event
             await asyncio.sleep(0)
+        del swarm.endpoints[victim.identity.hotkey]  # dead at once; stopping a server in order takes a moment
         await victim.dendrite.stop()
         await victim.axon.stop()
         victim.worker.shut_down()
         await asyncio.wait_for(asyncio.gather(*(drives[swarm.stage(0).index(head)] for head in heads)), 40)
         for drive in drives:
             drive.cancel()
+        async with asyncio.timeout(20):
+            rounds = [member.worker._current() for member in swarm.members.values()]
+            while not any(r.adopted + r.chased for r in rounds):  # noqa: ASYNC110 - counted by the workers
+                await asyncio.sleep(0.01)
         closed = {
             member.identity.hotkey: await member.worker.close()
             for member in swarm.members.values()
@@ -184,6 +191,75 @@ async def test_bad_pushes_are_refused(
                 deadline=5,
             )
         assert not target.worker._current().receipts
+
+
+async def test_a_finite_but_huge_tensor_is_refused(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
+        head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
+        with pytest.raises(NotFinite, match="limit 10000"):
+            await head.dendrite.call(
+                tail.axon.endpoint,
+                tail.identity.hotkey,
+                push(swarm, Forward),
+                {"y": torch.full((4, 32, 8), 3.3e38, dtype=torch.bfloat16)},
+                reply=Accepted,
+                deadline=5,
+            )
+        assert not tail.worker._current().open
+
+
+@pytest.mark.parametrize("changes", [{"sample": 1}, {"sample": 2**62, "index": 3}, {"index": 5000, "sample": 10_000}])
+async def test_a_head_may_only_send_its_own_samples(tmp_path: Path, changes: dict[str, int]) -> None:
+    async with swarm_of(tmp_path, stages=2, replicas=2) as swarm:
+        (one, two), tail = swarm.stage(0), swarm.stage(1)[0]
+        y = {"y": torch.zeros(4, 32, 8, dtype=torch.bfloat16)}
+        for sender, fields in ((one, changes), (two, {})):  # and nobody sends in another head's name
+            with pytest.raises(Dropped, match="roster gives"):
+                await sender.dendrite.call(
+                    tail.axon.endpoint,
+                    tail.identity.hotkey,
+                    push(swarm, Forward, **fields),
+                    y,
+                    reply=Accepted,
+                    deadline=5,
+                )
+
+
+async def test_a_gradient_is_taken_from_whoever_signed_for_the_activation_only(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=2, replicas=2) as swarm:
+        head, tails = swarm.stage(0)[0], swarm.stage(1)
+        await head.worker.drive(limit=1)
+        number, signed = next(iter(head.worker._current().sinks.items()))
+        thief = next(tail for tail in tails if tail.identity.hotkey not in signed)
+        head.worker._current().receipts.clear()  # as if the gradient had not come yet
+        head.worker._current().open[number] = OpenInput("", 0, torch.zeros(1), b"")
+        with pytest.raises(Dropped, match="was not sent to"):
+            await thief.dendrite.call(
+                head.axon.endpoint,
+                head.identity.hotkey,
+                push(swarm, Backward, sample=number),
+                {"g": torch.zeros(4, 32, 8, dtype=torch.bfloat16)},
+                reply=Accepted,
+                deadline=5,
+            )
+        head.worker._current().open.clear()
+
+
+@pytest.mark.parametrize("loss", [1e308, float("nan"), float("inf"), -1.0])
+def test_a_loss_that_no_tail_reports_is_no_message(loss: float) -> None:
+    fields = {"run": "00" * 8, "round": 0, "sample": 0, "head": "5" + "C" * 47, "index": 0, "version": 0}
+    with pytest.raises(ValidationError):
+        Backward(**fields, loss=loss)
+
+
+async def test_siblings_are_tried_before_a_microbatch_is_given_up(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=2, replicas=2) as swarm:
+        head, refusing = swarm.stage(0)[0], swarm.stage(1)[0]
+        await refusing.worker.close()  # answers every push with DROP from now on
+        await asyncio.wait_for(head.worker.drive(limit=6), 20)
+        current, _ = await head.worker.close()
+        assert current.completed == 6
+        assert current.rerouted > 0
 
 
 async def until_decided(call: Callable[[], Awaitable[object]]) -> None:

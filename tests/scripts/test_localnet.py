@@ -96,7 +96,7 @@ def test_ctrl_c_leaves_a_summary_and_no_process(tmp_path: Path) -> None:
     started = psutil.Process(process.pid).children(recursive=True)
     assert started
     os.killpg(group, signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=10)
     assert process.returncode == 130, output
     assert "stopped early" in output
     assert json.loads((out / "summary.json").read_text())["stages"] == 2
@@ -113,6 +113,10 @@ def test_ctrl_c_leaves_a_summary_and_no_process(tmp_path: Path) -> None:
         (["--model", "nono"], 1, "did you mean 'nano'"),
         (["--rounds", "x"], 2, "invalid int value"),
         (["--round-seconds", "3"], 1, "--round-seconds 3"),
+        (["--round-seconds", "nan"], 1, "--round-seconds nan"),
+        (["--block-time", "0"], 1, "--block-time 0"),
+        (["--block-time", "5", "--round-seconds", "30"], 1, "no room for its deadlines"),
+        (["--kill", "miner-3"], 1, "miner:3@round1"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, flags: list[str], status: int, words: str) -> None:

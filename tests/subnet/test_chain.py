@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -269,12 +270,71 @@ async def test_a_chain_that_is_gone_for_good_is_unreachable() -> None:
     async with LocalChain(ChainConfig(block_time=0.05)) as local:
         chain = await BittensorChain.connect(local.url, NETUID, None, timeout=TIMEOUT)
     try:
-        with pytest.raises(ChainUnreachable, match="lost the chain after"):
+        with pytest.raises(ChainUnreachable, match="lost the chain for more than a tempo of 20 blocks, after"):
             await chain.wait_for_block(10**6, timeout=TIMEOUT)
         with pytest.raises(ChainUnreachable):
             await chain.finalized()
     finally:
         await chain.close()
+
+
+async def test_for_a_tempo_what_is_known_stays_known() -> None:
+    async with LocalChain(ChainConfig(block_time=0.05, tempo=1_000)) as local:
+        chain = await BittensorChain.connect(local.url, NETUID, None, timeout=TIMEOUT)
+        state = await chain.state_at((await chain.finalized()).number)
+    try:
+        with pytest.raises(ChainUnreachable, match="not finalized within"):
+            await chain.wait_for_block(10**6, timeout=2.0)
+        assert (await chain.finalized()).number >= state.head.number
+        assert await chain.state_at(state.head.number) is state
+    finally:
+        await chain.close()
+
+
+async def test_pruned_state_is_read_from_an_archive() -> None:
+    """Two nodes make the same blocks; one keeps the state of the last 64 of them, the other of all."""
+
+    def config(history: int) -> ChainConfig:
+        return ChainConfig(block_time=60, history=history)
+
+    def clock() -> float:
+        return 1_000.0
+
+    async with (
+        LocalChain(config(64), clock=clock) as pruned,
+        LocalChain(config(4_096), clock=clock) as keeper,
+    ):
+        for _ in range(80):
+            pruned.advance()
+            keeper.advance()
+        alone = await BittensorChain.connect(pruned.url, NETUID, None, timeout=TIMEOUT)
+        helped = await BittensorChain.connect(pruned.url, NETUID, None, timeout=TIMEOUT, archive=keeper.url)
+        try:
+            with pytest.raises(ChainRefused, match="archive"):
+                await alone.state_at(1)
+            assert (await helped.state_at(1)).head.number == 1
+        finally:
+            await alone.close()
+            await helped.close()
+
+
+async def test_the_beacon_of_a_time_is_drands_next_round() -> None:
+    """Round 1000 of quicknet, which the local chain takes only with drand's real signature."""
+    genesis, period = 1_692_803_367, 3
+    due = genesis + 999 * period
+    signature = bytes.fromhex(
+        "b44679b9a59af2ec876b1a6b1ad52ea9b1615fc3982b19576350f93447cb1125e342b73a8dd2bacbe47e4b6b63ed5e39"
+    )
+    async with LocalChain(ChainConfig(block_time=0.05)) as local:
+        local.chain.add_pulse(1_000, signature)
+        chain = await BittensorChain.connect(local.url, NETUID, None, timeout=TIMEOUT)
+        try:
+            await chain.wait_for_block(local.chain.head.number + 2, timeout=TIMEOUT)
+            expected = hashlib.sha256(signature).digest()
+            assert [await chain.beacon(due - seconds) for seconds in (0, 2, 3)] == [expected, expected, None]
+            assert await chain.beacon(due + 1) is None
+        finally:
+            await chain.close()
 
 
 async def test_a_dropped_connection_is_made_again(local: LocalChain) -> None:

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from subnet.localchain.dispatch import Table
-from subnet.localchain.pallets import balances, commitments, registration, serving, staking, utility, weights
+from subnet.localchain.pallets import (
+    admin,
+    balances,
+    commit_reveal,
+    commitments,
+    registration,
+    serving,
+    shield,
+    staking,
+    utility,
+    weights,
+)
 
 TABLE: Table = {
+    "AdminUtils": admin.CALLS,
     "Balances": balances.CALLS,
     "Commitments": commitments.CALLS,
-    "SubtensorModule": {**registration.CALLS, **serving.CALLS, **staking.CALLS, **weights.CALLS},
+    "MevShield": shield.CALLS,
+    "SubtensorModule": {
+        **commit_reveal.CALLS,
+        **registration.CALLS,
+        **serving.CALLS,
+        **staking.CALLS,
+        **weights.CALLS,
+    },
     "Utility": utility.CALLS,
 }

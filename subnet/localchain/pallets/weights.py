@@ -12,12 +12,18 @@ U16_MAX = 65_535
 
 
 def _set(ctx: Context, hotkey: str, args: Args) -> None:
-    state, netuid = ctx.state, args.number("netuid")
-    dests, values = args.numbers("dests"), args.numbers("weights")
-    if not neurons.subnet_exists(state, netuid):
+    netuid = args.number("netuid")
+    if not neurons.subnet_exists(ctx.state, netuid):
         raise DispatchError("SubnetNotExists")
-    if state.flag("SubtensorModule.CommitRevealWeightsEnabled", netuid):
+    if ctx.state.flag("SubtensorModule.CommitRevealWeightsEnabled", netuid):
         raise DispatchError("CommitRevealEnabled")
+    dests, values = args.numbers("dests"), args.numbers("weights")
+    apply(ctx, hotkey, netuid=netuid, dests=dests, values=values, version_key=args.number("version_key"))
+
+
+def apply(ctx: Context, hotkey: str, *, netuid: int, dests: list[int], values: list[int], version_key: int) -> None:
+    """Set a hotkey's weights: by its own call, or revealed, when the commit has been what the rate limit counts."""
+    state = ctx.state
     if len(dests) != len(values):
         raise DispatchError("WeightVecNotEqualSize")
     count = state.number("SubtensorModule.SubnetworkN", netuid)
@@ -30,22 +36,37 @@ def _set(ctx: Context, hotkey: str, args: Args) -> None:
     threshold = state.number("SubtensorModule.StakeThreshold")
     if hotkey != owner and neurons.stake_of(state, netuid, hotkey) < threshold:
         raise DispatchError("NotEnoughStakeToSetWeights")
-    if args.number("version_key") < state.number("SubtensorModule.WeightsVersionKey", netuid):
+    if version_key < state.number("SubtensorModule.WeightsVersionKey", netuid):
         raise DispatchError("IncorrectWeightVersionKey")
-    last_update = state.numbers("SubtensorModule.LastUpdate", netuid)
-    since = ctx.number - last_update[uid]
-    if last_update[uid] and since < state.number("SubtensorModule.WeightsSetRateLimit", netuid):
+    revealed = state.flag("SubtensorModule.CommitRevealWeightsEnabled", netuid)
+    if not revealed and too_soon(ctx, netuid, uid):
         raise DispatchError("SettingWeightsTooFast")
     only_self = dests == [uid]
-    if not only_self and not state.flags("SubtensorModule.ValidatorPermit", netuid)[uid]:
+    if not only_self and hotkey != owner and not state.flags("SubtensorModule.ValidatorPermit", netuid)[uid]:
         raise DispatchError("NeuronNoValidatorPermit")
     _check_vector(ctx, netuid, dests, values, count, only_self=only_self)
     top = max(values, default=0)
-    scaled = [(dest, value * U16_MAX // top) for dest, value in zip(dests, values, strict=True) if value]
+    # The greatest becomes 65535; the others are rounded, as the runtime does.
+    scaled = [
+        (dest, (2 * value * U16_MAX + top) // (2 * top)) for dest, value in zip(dests, values, strict=True) if value
+    ]
     state.put("SubtensorModule.Weights", (netuid, uid), scaled)
-    last_update[uid] = ctx.number
-    state.put("SubtensorModule.LastUpdate", (netuid,), last_update)
+    if not revealed:
+        touch(ctx, netuid, uid)
     ctx.emit("SubtensorModule", "WeightsSet", (netuid, uid))
+
+
+def too_soon(ctx: Context, netuid: int, uid: int) -> bool:
+    """Whether the weights rate limit forbids `uid` to set or commit now."""
+    last = ctx.state.numbers("SubtensorModule.LastUpdate", netuid)[uid]
+    return bool(last) and ctx.number - last < ctx.state.number("SubtensorModule.WeightsSetRateLimit", netuid)
+
+
+def touch(ctx: Context, netuid: int, uid: int) -> None:
+    """Note that `uid` has set or committed weights in this block."""
+    last_update = ctx.state.numbers("SubtensorModule.LastUpdate", netuid)
+    last_update[uid] = ctx.number
+    ctx.state.put("SubtensorModule.LastUpdate", (netuid,), last_update)
 
 
 def _check_vector(
@@ -64,9 +85,14 @@ def _check_vector(
         raise DispatchError("MaxWeightExceeded")
 
 
-def _set_mechanism(ctx: Context, hotkey: str, args: Args) -> None:
+def check_mechanism(ctx: Context, args: Args) -> None:
+    """MechanismDoesNotExist unless the call's `mecid` is one of the subnet's."""
     if args.number("mecid") >= ctx.state.number("SubtensorModule.MechanismCountCurrent", args.number("netuid")):
         raise DispatchError("MechanismDoesNotExist")
+
+
+def _set_mechanism(ctx: Context, hotkey: str, args: Args) -> None:
+    check_mechanism(ctx, args)
     _set(ctx, hotkey, args)
 
 

@@ -108,5 +108,7 @@ def test_payload_is_checked() -> None:
         codec.decode(payload, 5)
     with pytest.raises(codec.PayloadError, match="NaN"):
         codec.decode(codec.encode(torch.tensor([1.0, float("nan")])), 2)
+    with pytest.raises(codec.PayloadError, match="reaches 2, a round"):
+        codec.decode(payload, 2, limit=1.5)
     assert codec.root(payload) != codec.root(payload[:-1] + b"\x00\x00")
     assert bind_roots(codec.root(payload), b"e" * 32) != bind_roots(codec.root(payload), b"f" * 32)

@@ -1,5 +1,7 @@
 """Two nodes that saw the same finalized block agree, no stage stays empty, and nobody chooses its stage."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,10 +76,26 @@ def test_members_stay_while_valid_and_newcomers_wait() -> None:
     assert first is not None
     gone = first.stages[1][0]
     neurons = [n for n in (neuron(uid) for uid in range(9)) if n.hotkey != gone]
-    second = advance(first, state(neurons, block=20), RUN)
+    second = advance(first, state(neurons, block=20), RUN, fresh_from=5)
     assert second.round == 1
     assert gone not in second.members
     assert second.waiting == ("hotkey-008",)
     for stage, replicas in enumerate(second.stages):
         assert set(replicas) <= set(first.stages[stage])
     assert second.digest != first.digest
+
+
+def test_who_shows_no_sign_of_life_is_out() -> None:
+    first = gather(state([neuron(uid) for uid in range(4)]), RUN, stages=2, replicas=2)
+    assert first is not None
+    alive = [neuron(uid, record_block=5 if uid == 3 else 15) for uid in range(4)]
+    second = advance(first, state(alive, block=20), RUN, fresh_from=10)
+    assert second.members == first.members - {"hotkey-003"}
+
+
+def test_an_unspecified_address_is_no_axon_and_a_stage_holds_what_the_bitmap_holds() -> None:
+    assert not candidates(state([dataclasses.replace(neuron(0), endpoint=Endpoint("0.0.0.0", 80))]), RUN)  # noqa: S104
+    many = gather(state([neuron(uid) for uid in range(150)]), RUN, stages=2, replicas=1)
+    assert many is not None
+    assert [len(stage) for stage in many.stages] == [64, 64]
+    assert len(many.waiting) == 22

@@ -86,7 +86,7 @@ def test_a_tail_that_lies_about_its_loss_fails() -> None:
     targets = torch.randint(0, CONFIG.vocab, (4, 32), generator=torch.Generator().manual_seed(2))
     loss, dx = replay_tail(tail, x.float(), targets, accumulation=2)
     assert dx is not None
-    for claimed, passes in ((loss, True), (loss * 0.9, False)):
+    for claimed, passes in ((loss, True), (loss * 0.9, False), (float("nan"), False)):
         verdict = replay(
             tail,
             leaf(Direction.BACKWARD, stage=2, loss=claimed),

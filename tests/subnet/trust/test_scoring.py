@@ -1,5 +1,6 @@
 """A unit pays once, only if linked and receipted; nobody loses pay through another's silence."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -161,6 +162,89 @@ def test_a_silent_neighbour_takes_nobody_s_pay() -> None:
         assert silent not in settlement.paid
         for hotkey in settlement.paid:
             assert units(settlement, hotkey) == settlement.paid[hotkey].claimed, (silent, hotkey)
+
+
+def test_leaves_for_stages_one_does_not_hold_change_nobody_s_pay() -> None:
+    book = honest()
+    before = judged(book)
+    cheat = ROSTER.stages[1][0]
+    everything = [leaf for leaves in book.values() for leaf in leaves]
+    after = judged({**book, cheat: [*everything, *book[cheat]]})
+    for hotkey in HOTKEYS:
+        assert units(after, hotkey) == units(before, hotkey), hotkey
+
+
+def test_only_a_head_can_say_that_a_microbatch_came_back() -> None:
+    book = honest()
+    for head in ROSTER.stages[0]:
+        book[head] = [leaf for leaf in book[head] if leaf.direction is Direction.FORWARD]
+    cheat = ROSTER.stages[1][0]
+    fake = [
+        Leaf(direction=Direction.BACKWARD, stage=0, sample=sample, version=0, source=0, loss=0.1)
+        for sample in range(SAMPLES)
+    ]
+    settlement = judged({**book, cheat: [*book[cheat], *fake]})
+    assert not settlement.pathways
+    assert all(units(settlement, hotkey) == 0 for hotkey in HOTKEYS)
+
+
+def test_serving_no_evidence_earns_nothing_and_counts() -> None:
+    silent = HOTKEYS[0]
+    flops = dict.fromkeys(HOTKEYS, 1.0)
+    whole = score(judged(honest()), forward_flops=flops, correctness={})
+    without = score(judged(honest(), without=(silent,)), forward_flops=flops, correctness={})
+    assert without[silent].value == 0.0
+    twin = next(hotkey for hotkey in HOTKEYS[1:] if whole[hotkey].value == whole[silent].value)
+    shares = weights([whole, without, without], rounds=3)
+    assert shares[silent] == pytest.approx(shares[twin] / 3)
+
+
+def sound(leaves: list[Leaf]) -> Evidence:
+    """Evidence with the window table an honest ledger would have."""
+    versions = sorted({leaf.version for leaf in leaves})
+    backward = [leaf.version for leaf in leaves if leaf.direction is Direction.BACKWARD]
+    return Evidence(tuple(leaves), tuple(Window(version, backward.count(version), b"w" * 32) for version in versions))
+
+
+def test_honest_evidence_is_sound() -> None:
+    for stage, replicas in enumerate(ROSTER.stages):
+        for hotkey in replicas:
+            sound(honest()[hotkey]).check(stage=stage, samples=range(SAMPLES))
+    Evidence((), ()).check(stage=0, samples=range(SAMPLES))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda leaves: [replace(leaves[0], stage=2), *leaves[1:]],
+        lambda leaves: [replace(leaves[0], sample=2**63), *leaves[1:]],
+        lambda leaves: [*leaves, leaves[0]],
+        lambda leaves: [replace(leaves[0], loss=float("nan")), *leaves[1:]],
+        lambda leaves: [replace(leaves[0], loss=1e38), *leaves[1:]],
+        lambda leaves: [replace(leaves[0], version=10**6), *leaves[1:]],
+    ],
+)
+def test_evidence_that_cannot_be_is_refused(spoil: Callable[[list[Leaf]], list[Leaf]]) -> None:
+    leaves = honest()[ROSTER.stages[1][0]]
+    with pytest.raises(LedgerError):
+        sound(spoil(leaves)).check(stage=1, samples=range(SAMPLES))
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        (),
+        (Window(0, 99, b"w" * 32),),
+        (Window(0, 4, b"w" * 32), Window(0, 4, b"w" * 32)),
+        (Window(0, 4, b"w" * 32), Window(1, 0, b"w" * 32)),
+        (Window(7, 4, b"w" * 32),),
+    ],
+)
+def test_windows_are_those_of_the_leaves(windows: tuple[Window, ...]) -> None:
+    leaves = tuple(honest()[ROSTER.stages[1][0]])
+    assert sum(leaf.direction is Direction.BACKWARD for leaf in leaves) == 4
+    with pytest.raises(LedgerError, match="window"):
+        Evidence(leaves, windows).check(stage=1, samples=range(SAMPLES))
 
 
 def test_tables_round_trip_and_their_root_binds_every_byte() -> None:

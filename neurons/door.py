@@ -1,0 +1,74 @@
+"""The door of a stage worker: which pushes it lets in, from whom, and what it signs for.
+
+Transport has checked who speaks; here the roster decides whether that hotkey may say this: the right run and round, a
+replica of the neighbouring stage, a sample that is the head's own, a gradient from whoever signed for the activation.
+"""
+
+from __future__ import annotations
+
+from model.split import StagePlan
+from neurons.delivery import RETRY_PAUSE, Delivery
+from neurons.training import TrainingRound
+from subnet.identity import Identity
+from subnet.manifest import LoadedManifest
+from subnet.messages import InputRequest, Push
+from subnet.swarm.routing import sample_id
+from subnet.transport.errors import Busy, Dropped, UnknownHotkey, UnknownRun
+from subnet.trust.ledger import Direction, UnitKey, receipt_message
+
+
+class Door:
+    """Checks for one replica of one stage."""
+
+    def __init__(self, identity: Identity, loaded: LoadedManifest, plan: StagePlan, delivery: Delivery) -> None:
+        self._identity = identity
+        self._run = loaded.run_id
+        self._manifest = loaded.manifest
+        self._plan = plan
+        self._delivery = delivery
+
+    def admit(
+        self, current: TrainingRound | None, push: Push | InputRequest, caller: str, *, neighbour: int
+    ) -> TrainingRound:
+        """The round a push belongs to, if `caller` is the neighbour it must come from. Raises a `Refused`."""
+        if push.run != self._run.hex():
+            raise UnknownRun(f"run {push.run} is not {self._run.hex()}", "start with the manifest that is on chain")
+        if current is None or push.round > current.number:
+            raise Busy(f"round {push.round} has not begun here", "push again after the pause", retry_after=RETRY_PAUSE)
+        if push.round < current.number or not current.accepting:
+            raise Dropped(f"round {push.round} is closed here", "drop what belongs to it")
+        head = push.head if isinstance(push, Push) else current.roster.stages[0][0]
+        if current.roster.stage_of(caller) != neighbour or head not in current.roster.stages[0]:
+            raise UnknownHotkey(
+                f"{caller} does not hold stage {neighbour} in round {push.round}",
+                "check the roster: `orion roster` prints it",
+            )
+        return current
+
+    def belongs(self, current: TrainingRound, push: Push) -> bool:
+        """Whether the sample is the one that the roster gives to this head at this index."""
+        heads = current.roster.stages[0]
+        quota = self._manifest.data.samples_per_round
+        return push.index < quota // len(heads) and push.sample == sample_id(
+            base=current.number * quota, heads=len(heads), head=heads.index(push.head), index=push.index
+        )
+
+    def require_sink(self, current: TrainingRound, sample: int, caller: str) -> None:
+        """Only who signed for this replica's forward may send its gradient or, if they are gone, who took over."""
+        sinks = current.sinks.get(sample)
+        if sinks is not None and caller in sinks:
+            return
+        claimed = caller in current.claims.get(sample, ())
+        if claimed and sinks is not None and all(self._delivery.is_down(sink) for sink in sinks):
+            return
+        if claimed or sinks is None:
+            raise Busy(f"sample {sample} is with somebody else so far", "push again", retry_after=RETRY_PAUSE)
+        raise Dropped(f"sample {sample} was not sent to {caller}", "send gradients of what was received")
+
+    def sign_receipt(self, current: TrainingRound, key: UnitKey, producer: str, output: bytes) -> str:
+        """Sign for the output of `producer`'s unit and remember it, so that a repeated push gets the same receipt."""
+        stage = self._plan.index + (-1 if key.direction is Direction.FORWARD else 1)
+        message = receipt_message(self._run, current.number, producer=producer, key=key, stage=stage, output=output)
+        receipt = self._identity.sign(message).hex()
+        current.receipts[key] = (producer, receipt)
+        return receipt

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from scripts.faults import Fault, FaultError, FaultPlan
 from scripts.live import View, grid, weights
-from scripts.nodes import NodeProcess, start_chain, start_node, start_server, stop_nodes
+from scripts.nodes import NodeProcess, start_chain, start_node, start_server, stop_nodes, stop_server
 from scripts.tally import LogFollower, Tally, summary, write_summary
 
 NETUID = 9
@@ -163,7 +163,7 @@ class _Run:
             plain=self.options.plain,
         ) as view:
             view.say(f"{self._title(config.layers)}; everything goes to {self.out}")
-            asyncio.run(self._prepare(view))
+            self._prepared(view)
             self._watch(view)
             if not self.interrupted:
                 asyncio.run(self._read_chain())
@@ -177,6 +177,14 @@ class _Run:
             f"{options.model}: {self.parameters:,} parameters, {layers} layers in {options.stages} stages x "
             f"{options.replicas} replicas, {options.validators} validators, {options.rounds} rounds"
         )
+
+    def _prepared(self, view: View) -> None:
+        from subnet.chain import ChainError  # noqa: PLC0415 - heavy, while others start
+
+        try:
+            asyncio.run(self._prepare(view))
+        except ChainError as error:
+            raise LocalnetError(f"{error}; see {self._logs() / 'chain.log'}") from error
 
     # -- starting -------------------------------------------------------------------------------------------------
 
@@ -372,6 +380,7 @@ class _Run:
     def close(self) -> None:
         """Leave nothing behind: nodes, fork server, chain. An interrupted run still gets its summary."""
         previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        stop_server()
         stop_nodes([*self.nodes, *([self.chain] if self.chain is not None else [])], patience=STOP_PATIENCE)
         if self.tally is not None and not (self.out / "summary.json").exists():
             for name, stamped in LogFollower(self.out / "events").read():

@@ -7,6 +7,7 @@ the neurons once, including what a first training step imports lazily, and every
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -32,6 +33,14 @@ def start_server() -> None:
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, previous)
+
+
+def stop_server() -> None:
+    """End the fork server, also in the middle of its imports, so that nothing outlives the command."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def start_chain(flags: Sequence[str], *, log: Path) -> NodeProcess:
@@ -88,6 +97,8 @@ def _run(role: str, flags: list[str], log: str) -> None:
     os.dup2(descriptor, 2)
     threading.Thread(target=_follow_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if role == "chain":
+        os.setsid()  # it listens to SIGINT; Ctrl-C must not end it before its nodes
     sys.exit(_entry(role)(flags))
 
 

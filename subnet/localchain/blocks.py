@@ -289,13 +289,13 @@ class Chain:
 
         An invalid one is left out, as on the real chain, and its sender sees that no block ever has it.
         """
-        raw = shield.unseal(carrier.call)
-        if raw is None:
-            return
         ctx.phase = {"ApplyExtrinsic": len(included) + 1}
         try:
+            raw = shield.unseal(carrier.call)
+            if raw is None:
+                return
             inner = extrinsic.parse(self.codec, raw)
-        except RpcError as refusal:
+        except (RpcError, ValueError) as refusal:
             log.info("a shielded extrinsic was left out: %s", refusal)
             return
         if self._attempt(ctx, inner, balances.nonce_of(ctx.state, inner.signer)):

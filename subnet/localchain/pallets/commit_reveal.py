@@ -268,10 +268,8 @@ def _public_key(hotkey: str) -> bytes:
 
 
 def _bytes(value: object) -> bytes:
-    """A stored byte string as the codec gives it: 0x-hex, text where the bytes are UTF-8, or numbers."""
-    if isinstance(value, str):
-        return bytes.fromhex(value[2:]) if value.startswith("0x") else value.encode()
-    return bytes(cast("list[int]", value))
+    """A stored byte string, which the codec gives as it gives arguments (`Args.blob`)."""
+    return Args({"value": value}).blob("value")
 
 
 def _hex(data: bytes) -> str:

@@ -47,6 +47,7 @@ AXON = {
     "protocol": 4, "placeholder1": 0, "placeholder2": 0,
 }  # fmt: skip
 SEALED = {"netuid": 9, "commit": b"\x01" * 40, "reveal_round": 1000, "commit_reveal_version": 4}
+CARRIER = {"ciphertext": bytes(16) + (1_088).to_bytes(2, "little") + bytes(1_088 + 24 + 40)}
 CALLS: list[tuple[str, str, Mapping[str, object]]] = [
     ("Balances", "transfer_keep_alive", {"dest": address("//Eve"), "value": 10**9}),
     ("Balances", "transfer_allow_death", {"dest": address("//Eve"), "value": 10**9}),
@@ -61,6 +62,11 @@ CALLS: list[tuple[str, str, Mapping[str, object]]] = [
     (TX, "commit_weights", {"netuid": 9, "commit_hash": "0x" + "11" * 32}),
     (TX, "reveal_weights", {"netuid": 9, "uids": [0], "values": [1], "salt": [1], "version_key": 0}),
     (TX, "commit_timelocked_weights", SEALED),
+    ("MevShield", "submit_encrypted", CARRIER),
+    ("MevShield", "submit_encrypted", {"ciphertext": b"0x no hexadecimal"}),
+    ("AdminUtils", "sudo_set_weights_set_rate_limit", {"netuid": 9, "weights_set_rate_limit": 1}),
+    ("AdminUtils", "sudo_set_tempo", {"netuid": 9, "tempo": 20}),
+    ("AdminUtils", "sudo_set_commit_reveal_weights_enabled", {"netuid": 9, "enabled": False}),
     ("Commitments", "set_commitment", {"netuid": 9, "info": {"fields": [{"Raw3": b"abc"}]}}),
 ]  # fmt: skip
 

@@ -41,7 +41,7 @@ class Door:
         if current.roster.stage_of(caller) != neighbour or head not in current.roster.stages[0]:
             raise UnknownHotkey(
                 f"{caller} does not hold stage {neighbour} in round {push.round}",
-                "check the roster: `orion roster` prints it",
+                "compare the roster digest in your round_started event with the one in its record",
             )
         return current
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bittensor as bt
+import bittensor.result as sdk
 
 
 class ChainError(Exception):
@@ -34,12 +34,12 @@ def translated(what: str, error: Exception, deadline: float) -> ChainError:
     """The SDK's error as one of ours, with its remedy."""
     if isinstance(error, TimeoutError):
         return ChainUnreachable(f"{what}: no answer within {deadline:g} s; check the network, or another --network")
-    if isinstance(error, bt.RpcConnectionError | bt.ConnectionNotReady | OSError):
+    if isinstance(error, sdk.RpcConnectionError | sdk.ConnectionNotReady | OSError):
         return ChainUnreachable(f"{what}: {one_line(error)}; check that the node runs, or another --network")
-    if isinstance(error, bt.ChainError):
+    if isinstance(error, sdk.ChainError):
         if error.name == "AccountNotAllowedCommit":  # the Commitments pallet's word for an unregistered hotkey
-            error = bt.ChainError(error.message, error.name, bt.ErrorCode.NOT_REGISTERED)
-        kind = NotRegistered if error.code is bt.ErrorCode.NOT_REGISTERED else ChainRefused
+            error = sdk.ChainError(error.message, error.name, sdk.ErrorCode.NOT_REGISTERED)
+        kind = NotRegistered if error.code is sdk.ErrorCode.NOT_REGISTERED else ChainRefused
         name = f" [{error.name}]" if error.name else ""
         return kind(f"{what}: {one_line(error)}{name}; remedy: {error.remediation}")
     return ChainRefused(f"{what}: {one_line(error)}")

@@ -12,7 +12,8 @@ import bittensor_core
 import numpy as np
 import pytest
 
-from subnet.localchain import drand, epoch
+from subnet.chain import BittensorChain, create_wallet, load_wallet
+from subnet.localchain import ChainConfig, LocalChain, drand, epoch
 from subnet.localchain.blocks import Chain
 from subnet.localchain.dispatch import Context
 from subnet.localchain.genesis import address, keypair
@@ -310,3 +311,25 @@ def test_commits_survive_a_restart(tmp_path: Path) -> None:
     to(kept, 20)
     assert weights(kept) == [(2, 65_535)]
     kept.chain.close()
+
+
+async def test_the_sdk_sets_weights_through_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`set_weights` of the unmodified SDK finds commit-reveal on, seals the weights, and the chain holds them."""
+    monkeypatch.setenv("BITTENSOR_RUNTIME_CACHE_DIR", str(tmp_path / "cache"))
+    create_wallet("bob", "validator", tmp_path, coldkey_uri="//Bob", hotkey_uri=BOB_HOTKEY)
+    config = ChainConfig(tempo=5, block_time=0.05, hyperparameters={"CommitRevealWeightsEnabled": True})
+    async with LocalChain(config) as local:
+        wallet = load_wallet("bob", "validator", tmp_path)
+        chain = await BittensorChain.connect(local.url, 9, wallet, timeout=20)
+        try:
+            await chain.register_neurons({address(BOB_HOTKEY): 1_000.0})
+            await chain.wait_for_block(await chain.next_epoch_block() + 1, timeout=20)
+            block = await chain.set_weights({0: 1.0})
+        finally:
+            await chain.close()
+        state = local.chain.snapshot(block)
+        held = [state.value(f"{TX}.TimelockedWeightCommits", 9, at) for at in range(block)]
+        (commits,) = [found for found in held if found]
+        ((hotkey, at, _, number),) = commits  # type: ignore[attr-defined]
+        assert (hotkey, at) == (address(BOB_HOTKEY), block)
+        assert number in local.chain.wanted_rounds()

@@ -13,10 +13,9 @@ from websockets.exceptions import ConnectionClosed
 
 from subnet.localchain import ChainConfig, LocalChain, blocks, node, rpc
 from subnet.localchain.dispatch import Args, Context
-from subnet.localchain.errors import RpcError
 from subnet.localchain.genesis import RAO_PER_TAO, address
 from subnet.localchain.metadata import compact
-from tests.subnet.localchain.test_localchain_blocks import BOB, TX, Bench, refused, transfer
+from tests.subnet.localchain.test_localchain_blocks import BOB, REMARKABLE, TX, Bench, refused, transfer
 
 METADATA = '{"jsonrpc":"2.0","id":%d,"method":"state_call","params":["Metadata_metadata_at_version","0x0f000000"]}'
 
@@ -274,11 +273,9 @@ def test_a_call_that_breaks_a_pallet_is_dropped_and_leaves_no_trace(monkeypatch:
 def test_nested_calls_have_a_depth_limit() -> None:
     bench = Bench()
     codec = bench.chain.codec._rt
-    empty = bytes(codec.compose_call("Utility", "batch", {"calls": []}))
-    deep = (empty[:2] + b"\x04") * 100_000 + empty
     raw = transfer(bench)
-    call_at = raw.index(bytes(codec.compose_call("Balances", "transfer_keep_alive", {"dest": address("//Charlie"), "value": RAO_PER_TAO})))  # noqa: E501  # fmt: skip
-    body = raw[2:call_at] + deep
-    with pytest.raises(RpcError) as caught:
-        bench.chain.submit(compact(len(body)) + body)
-    assert caught.value.code == 1001
+    shallow = bytes(codec.compose_call("Balances", "transfer_keep_alive", REMARKABLE))
+    empty = bytes(codec.compose_call("Utility", "batch", {"calls": []}))
+    deep = (empty[:2] + compact(1)) * 50_000 + empty
+    body = raw[2 : raw.index(shallow)] + deep
+    assert refused(bench, compact(len(body)) + body)[0] == 1001

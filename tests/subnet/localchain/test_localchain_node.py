@@ -215,3 +215,38 @@ async def test_a_wrong_option_explains_itself() -> None:
     _, errors = await process.communicate()
     assert process.returncode == 2
     assert b"tempo 1 is outside 2..50400" in errors
+
+
+async def test_the_process_keeps_its_chain_and_nobody_elses(tmp_path: Path) -> None:
+    """Started again on its folder it goes on; a second process and another chain are refused in one line each."""
+    state = ("--port", "0", "--block-time", "0.05", "--state", str(tmp_path / "state"))
+    process = await start(*state)
+    try:
+        assert process.stdout is not None
+        url = (await process.stdout.readline()).decode().strip()
+        async with connect(url) as client:
+            genesis = await call(client, "chain_getBlockHash", 0)
+            first = await call(client, "chain_getBlockHash", 1)
+        second = await start(*state)
+        _, errors = await second.communicate()
+        assert second.returncode == 2
+        assert (
+            errors.decode().splitlines()[-1].startswith(f"localchain: {tmp_path / 'state'}/chain.sqlite is in use by")
+        )
+    finally:
+        process.send_signal(signal.SIGTERM)
+        await process.communicate()
+    assert process.returncode == 0
+    other = await start(*state, "--tempo", "50")
+    _, errors = await other.communicate()
+    assert other.returncode == 2
+    assert b"holds a chain with tempo 20, not 50; start with the options that it was made with" in errors
+    process = await start(*state)
+    try:
+        assert process.stdout is not None
+        url = (await process.stdout.readline()).decode().strip()
+        async with connect(url) as client:
+            assert await call(client, "chain_getBlockHash", [0, 1]) == [genesis, first]
+    finally:
+        process.send_signal(signal.SIGINT)
+        await process.communicate()

@@ -50,7 +50,7 @@ def stories(draw: st.DrawFn) -> Story:
     low = draw(share)
     story = Story(
         size=size,
-        kappa=draw(st.one_of(st.just(32_767 / U16), st.floats(0.01, 0.99))),
+        kappa=draw(st.one_of(st.sampled_from((32_767 / U16, 0.5, 0.25)), st.floats(0.01, 0.99))),
         rate=draw(st.one_of(st.just(0.1), share)),
         penalty=draw(st.one_of(st.just(1.0), share)),
         liquid=draw(st.none() | st.tuples(st.just(low), st.floats(low, 1), st.floats(0, 5_000))),
@@ -62,6 +62,7 @@ def stories(draw: st.DrawFn) -> Story:
     for number in range(draw(st.integers(1, 4))):
         now = 100 * (number + 1)
         quiet = silent and draw(st.booleans())
+        block = st.sampled_from((now - 150, now - 100, now - 99, now - 50, now))  # so that blocks coincide
         stake = st.one_of(st.just(0), st.integers(1, 10), st.integers(0, 2**50))
         story.epochs.append(
             {
@@ -69,9 +70,9 @@ def stories(draw: st.DrawFn) -> Story:
                 "stake": per_uid(stake),
                 "permits": per_uid(st.booleans()),
                 "active": per_uid(st.sampled_from((True, True, True, False))),
-                "last_update": per_uid(st.integers(now - 150, now)),
-                "registered_at": per_uid(st.one_of(st.just(0), st.integers(now - 150, now))),
-                "oldest_commit": per_uid(st.one_of(st.just(NEVER), st.integers(now - 150, now))),
+                "last_update": per_uid(block),
+                "registered_at": per_uid(st.one_of(st.just(0), block)),
+                "oldest_commit": per_uid(st.one_of(st.just(NEVER), block)),
                 "since": [now - 100],
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bittensor.result as sdk
+from bittensor.error_map import ErrorCode
 
 
 class ChainError(Exception):
@@ -38,8 +39,8 @@ def translated(what: str, error: Exception, deadline: float) -> ChainError:
         return ChainUnreachable(f"{what}: {one_line(error)}; check that the node runs, or another --network")
     if isinstance(error, sdk.ChainError):
         if error.name == "AccountNotAllowedCommit":  # the Commitments pallet's word for an unregistered hotkey
-            error = sdk.ChainError(error.message, error.name, sdk.ErrorCode.NOT_REGISTERED)
-        kind = NotRegistered if error.code is sdk.ErrorCode.NOT_REGISTERED else ChainRefused
+            error = sdk.ChainError(error.message, error.name, ErrorCode.NOT_REGISTERED)
+        kind = NotRegistered if error.code is ErrorCode.NOT_REGISTERED else ChainRefused
         name = f" [{error.name}]" if error.name else ""
         return kind(f"{what}: {one_line(error)}{name}; remedy: {error.remediation}")
     return ChainRefused(f"{what}: {one_line(error)}")

@@ -14,8 +14,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from typing import cast
 import bittensor_core
 from websockets.asyncio.client import ClientConnection, connect
 
+from scripts.bench.report import report
 from subnet.chain import BittensorChain
 from subnet.localchain import ChainConfig, metadata
 from subnet.localchain.blocks import Chain
@@ -271,20 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         measured = asyncio.run(
             measure(Path(folder) / "state", seconds=options.seconds, rate=options.rate, block_time=options.block_time)
         )
-    result = {
-        "benchmark": "chain",
-        "command": "python -m scripts.bench.chain",
-        "machine": {
-            "cores": len(os.sched_getaffinity(0)),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
-        **measured,
-        "block_milliseconds": durability(),
-    }
-    text = json.dumps(result, indent=2)
-    (options.out / "chain.json").write_text(text + "\n")
-    print(text)
+    report("chain", options.out, {**measured, "block_milliseconds": durability()})
     return 0
 
 

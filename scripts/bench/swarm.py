@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from model.data import Corpus
 from model.engine import Recompute, StageEngine
 from model.split import split
 from model.stage import build_stage
+from scripts.bench.report import report
 from scripts.localnet import cache_folder
 from scripts.manifests import local_manifest
 from subnet.manifest import Manifest
@@ -111,10 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     swarm = run_swarm(options.out / "localnet", flags)
     after = {n: single_process(manifest, corpus, seconds=options.seconds, threads=n) for n in threads}
     single = max((before[n] + after[n]) / 2 for n in threads)
-    result = {
-        "benchmark": "swarm",
-        "command": "python -m scripts.bench.swarm",
-        "machine": {"cores": cores, "processor": platform.machine(), "python": platform.python_version()},
+    figures = {
         "torch": torch.__version__,
         "stages": options.stages,
         "replicas": options.replicas,
@@ -126,9 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         "seconds_to_first_step": swarm["seconds_to_first_step"],
         "wall_seconds": swarm["wall_seconds"],
     }
-    text = json.dumps(result, indent=2)
-    (options.out / "swarm.json").write_text(text + "\n")
-    print(text)
+    report("swarm", options.out, figures)
     return 0
 
 

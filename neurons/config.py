@@ -12,6 +12,8 @@ class NeuronConfig:
     """Where a node stands: its chain, its keys, its run and its disk."""
 
     network: str
+    archive: str | None
+    """ws:// endpoint asked for blocks that the network's own node has forgotten."""
     netuid: int
     wallet: str
     hotkey: str
@@ -37,6 +39,7 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     parser = argparse.ArgumentParser(prog=program, description=description)
     chain = parser.add_argument_group("chain")
     chain.add_argument("--network", default="finney", help="finney, test, or a ws:// endpoint (default: finney)")
+    chain.add_argument("--archive", default=None, help="ws:// endpoint of an archive node, for blocks long past")
     chain.add_argument("--netuid", type=int, default=9, help="subnet (default: 9)")
     keys = parser.add_argument_group("keys")
     keys.add_argument("--wallet", required=True, help="wallet (coldkey) name")
@@ -58,6 +61,7 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     flags = parser.parse_args(argv)
     return NeuronConfig(
         network=flags.network,
+        archive=flags.archive,
         netuid=flags.netuid,
         wallet=flags.wallet,
         hotkey=flags.hotkey,

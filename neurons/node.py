@@ -105,7 +105,9 @@ class Node:
             telemetry = Telemetry.open(config.out / "events" / f"{config.name}.jsonl", now=time.time)
             stack.callback(telemetry.close)
             corpus = await asyncio.to_thread(open_corpus, loaded, config.data)
-            chain = await BittensorChain.connect(config.network, config.netuid, wallet, timeout=CONNECT_TIMEOUT)
+            chain = await BittensorChain.connect(
+                config.network, config.netuid, wallet, timeout=CONNECT_TIMEOUT, archive=config.archive
+            )
             stack.push_async_callback(chain.close)
             state = await chain.state_at((await chain.finalized()).number)
             authority = state.by_hotkey(manifest.run.authority)

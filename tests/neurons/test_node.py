@@ -47,6 +47,7 @@ async def publish_run(url: str, folder: Path) -> tuple[NeuronConfig, LoadedManif
         await chain.close()
     config = NeuronConfig(
         network=url,
+        archive=None,
         netuid=NETUID,
         wallet="local",
         hotkey="miner",

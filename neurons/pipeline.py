@@ -208,9 +208,7 @@ class StageWorker:
         receipt = self._door.sign_receipt(current, key, caller, x_digest)
         source = current.roster.stages[self.plan.index - 1].index(caller)
         held = OpenInput(caller, source, x, x_digest)
-        current.open[push.sample] = held
-        unit = self._tail_unit(current, push, held) if self.plan.is_last else self._forward_unit(current, push, held)
-        self._spawn(current.work, self._guarded(current, push.sample, unit))
+        self._enter(current, push, held)
         return Accepted(receipt=receipt), {}
 
     async def on_backward(
@@ -300,6 +298,12 @@ class StageWorker:
         current.adopting.discard(push.sample)
 
     # -- units ----------------------------------------------------------------------------------------------------
+
+    def _enter(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
+        """Open an input and compute its unit."""
+        current.open[push.sample] = held
+        unit = self._tail_unit(current, push, held) if self.plan.is_last else self._forward_unit(current, push, held)
+        self._spawn(current.work, self._guarded(current, push.sample, unit))
 
     async def _forward_unit(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
         x = held.tensor if self.plan.is_first else held.tensor.to(torch.float32)
@@ -495,9 +499,7 @@ class StageWorker:
             version=self.engine.version,
         )
         held = OpenInput(self._identity.hotkey, NO_PEER, tokens, digest(tensor_bytes(tokens)))
-        current.open[sample] = held
-        unit = self._tail_unit(current, push, held) if self.plan.is_last else self._forward_unit(current, push, held)
-        self._spawn(current.work, self._guarded(current, sample, unit))
+        self._enter(current, push, held)
 
     def _complete(self, current: TrainingRound, sample: int, loss: float) -> None:
         seconds = self._land(current, sample)

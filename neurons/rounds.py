@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +27,10 @@ from neurons.telemetry import CheckpointWritten, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from subnet.chain import ChainError
 from subnet.messages import Payload, PayloadRequest, PublicPart, WeightsRequest, flat, table
-from subnet.metagraph import ChainState
 from subnet.swarm import codec
-from subnet.swarm.merge import Merged, Source, accepted, apply, cut_sources, rebase
+from subnet.swarm.merge import Merged, Source, accepted, agreed_weights, apply, cut_sources, rebase
 from subnet.swarm.record import Phase, Record, bind_roots
-from subnet.swarm.roster import Roster
+from subnet.swarm.roster import Roster, records_of
 from subnet.transport.errors import TransportError
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.ledger import Evidence, digest
@@ -102,11 +100,11 @@ class RoundMachine:
             roster=roster.digest,
         )
         await self._publish(record, until=start + marks.have)
-        sources = cut_sources(roster.stages[index], _records(await node.state(start + marks.cut)), number)
+        sources = cut_sources(roster.stages[index], records_of(await node.state(start + marks.cut)), number)
         have = await self._collect(sources, number, held, until=start + marks.have - 1)
         record = replace(record, phase=Phase.HAVE, have=have)
         await self._publish(record, until=start + marks.length)
-        listed = accepted(sources, _records(await node.state(start + marks.have)), number)
+        listed = accepted(sources, records_of(await node.state(start + marks.have)), number)
         included = node.identity.hotkey in {source.hotkey for source in listed}
         await self._merge(listed, number, held, included=included, until=start + marks.length - 1)
         record = replace(record, phase=Phase.DONE, weights=digest_of(self.public))
@@ -232,17 +230,10 @@ class RoundMachine:
         node = self._node
         start = (await node.chain.finalized()).number
         for block in range(start, start + self._manifest.round.length):
-            records = _records(await node.state(block))
-            digests = Counter(
-                record.weights
-                for holder in holders
-                if (record := records.get(holder.hotkey)) is not None
-                and record.round == number - 1
-                and record.phase is Phase.DONE
-            )
-            if not digests or digests.most_common(1)[0][1] * 2 <= len(holders):
+            records = records_of(await node.state(block))
+            agreed = agreed_weights([holder.hotkey for holder in holders], records, number - 1)
+            if agreed is None:
                 continue
-            agreed = digests.most_common(1)[0][0]
             for holder in holders:
                 try:
                     state = await fetch_public(node, holder.hotkey, number, self.parameters)
@@ -301,7 +292,3 @@ def traffic(node: Node) -> Traffic:
         merge=received.get("payload", 0),
         evidence=sum(received.get(route, 0) for route in ("evidence", "window", "unit", "weights")),
     )
-
-
-def _records(state: ChainState) -> dict[str, Record | None]:
-    return {neuron.hotkey: Record.decode(neuron.record) for neuron in state.neurons}

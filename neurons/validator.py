@@ -14,7 +14,6 @@ import asyncio
 import logging
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,9 +46,9 @@ from subnet.messages import (
     flat,
 )
 from subnet.metagraph import ChainState
-from subnet.swarm.merge import accepted, cut_sources
+from subnet.swarm.merge import accepted, agreed_weights, cut_sources
 from subnet.swarm.record import Phase, Record, bind_roots
-from subnet.swarm.roster import Roster
+from subnet.swarm.roster import Roster, records_of
 from subnet.transport.errors import TransportError
 from subnet.transport.synapse import HEADER_LIMIT, tensor_bytes
 from subnet.trust.audit import UnitTensors, Verdict, correctness, replay, select_units, select_windows
@@ -108,7 +107,7 @@ class Auditor:
         marks, rules = node.loaded.manifest.round, node.loaded.manifest.audit
         state = await node.state(start + marks.cut)
         seed = await node.seed(start + marks.cut + rules.seed_delay, "orion/audit/1")
-        records = {neuron.hotkey: Record.decode(neuron.record) for neuron in state.neurons}
+        records = records_of(state)
         members = [hotkey for stage in roster.stages for hotkey in stage]
         tables = await asyncio.gather(*(self._evidence(hotkey, roster, records.get(hotkey)) for hotkey in members))
         evidence = {hotkey: table for hotkey, table in zip(members, tables, strict=True) if table is not None}
@@ -188,11 +187,14 @@ class Auditor:
         """Verdicts on one miner's units. What was not served counts as failed here, in this validator's own score."""
         node, rules = self._node, self._node.loaded.manifest.audit
         stage, verdicts = self._stages[index], []
+        loaded: torch.Tensor | None = None
         for case in cases:
             if case.theta is None or case.tensors is None:
                 verdicts.append(Verdict(case.leaf, False, math.inf, case.problem))
                 continue
-            assign_flat(stage, case.theta)
+            if case.theta is not loaded:  # units of one window share its weights
+                assign_flat(stage, case.theta)
+                loaded = case.theta
             targets = node.corpus.sample(case.leaf.sample)[:, 1:] if node.plans[index].is_last else None
             accumulation = node.loaded.manifest.optimizer.accumulation
             verdicts.append(
@@ -336,20 +338,15 @@ class Auditor:
                 await self._take_theta(index, listed, roster.round + 1, agreed)
 
     async def _records(self, block: int) -> dict[str, Record | None]:
-        state = await self._node.state(block)
-        return {neuron.hotkey: Record.decode(neuron.record) for neuron in state.neurons}
+        return records_of(await self._node.state(block))
 
     async def _agreed(self, replicas: Sequence[str], number: int, block: int) -> bytes | None:
         """What most of the merge's sources committed as the weights after round `number`, from `block` on."""
         for later in range(0, self._node.loaded.manifest.round.close, AGREE_STEP):
             records = await self._records(block + later)
-            digests = Counter(
-                record.weights
-                for hotkey in replicas
-                if (record := records.get(hotkey)) is not None and record.round == number and record.phase is Phase.DONE
-            )
-            if digests and digests.most_common(1)[0][1] * 2 > len(replicas):
-                return digests.most_common(1)[0][0]
+            agreed = agreed_weights(replicas, records, number)
+            if agreed is not None:
+                return agreed
         return None
 
     async def _take_theta(self, index: int, replicas: Sequence[str], number: int, agreed: bytes) -> None:

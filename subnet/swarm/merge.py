@@ -12,6 +12,7 @@ construction, on any device.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,17 @@ def accepted(sources: Sequence[Source], records: Mapping[str, Record | None], nu
             votes[index] += (record.have >> index) & 1
     listed = tuple(source for source in sources if votes[source.index] * 2 > len(sources))
     return listed if voters * 2 > len(sources) and len(listed) * 2 > len(sources) else ()
+
+
+def agreed_weights(holders: Sequence[str], records: Mapping[str, Record | None], number: int) -> bytes | None:
+    """The digest that more than half of `holders` committed for the weights after round `number`, if there is one."""
+    digests = Counter(
+        record.weights
+        for hotkey in holders
+        if (record := records.get(hotkey)) is not None and record.round == number and record.phase is Phase.DONE
+    )
+    digest, votes = digests.most_common(1)[0] if digests else (None, 0)
+    return digest if votes * 2 > len(holders) else None
 
 
 def mean(deltas: Sequence[torch.Tensor]) -> torch.Tensor:

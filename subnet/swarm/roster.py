@@ -56,6 +56,11 @@ class Roster:
         return hashlib.sha256(b"orion/roster/1" + text.encode()).digest()[:ROSTER_DIGEST_BYTES]
 
 
+def records_of(state: ChainState) -> dict[str, Record | None]:
+    """Every neuron's record by hotkey; None for those whose commitment is something else."""
+    return {neuron.hotkey: Record.decode(neuron.record) for neuron in state.neurons}
+
+
 def candidates(state: ChainState, run: bytes, *, fresh_from: int = 0) -> dict[str, Candidate]:
     """The valid neurons of `state` for the run, by hotkey. A record older than `fresh_from` is no sign of life."""
     valid: dict[str, Candidate] = {}

@@ -153,8 +153,20 @@ class OptimizerSection(_Section):
         return OuterConfig(lr=self.outer_lr, momentum=self.outer_momentum)
 
 
+class MergeSection(_Section):
+    """What a merge sends and how."""
+
+    codec: Literal["topk2bit", "int8", "bf16"]
+    """`topk2bit` goes to everybody (all-gather) with error feedback; the others through the pair-shard butterfly."""
+    decay: Annotated[float, Field(gt=0, le=1)]
+    """What is left per round of a contribution that error feedback holds back."""
+
+
 class RoundSection(_Section):
-    """Deadlines of a round, in blocks after its first block (design: §8, the chain is the coordinator)."""
+    """Deadlines of a round, in blocks after its first block (design: §8, the chain is the coordinator).
+
+    With `merge` beyond `length` a round's merge goes on while the next round trains.
+    """
 
     count: Annotated[int, Field(ge=0)]
     """Rounds in the run; 0 means without end."""
@@ -165,17 +177,31 @@ class RoundSection(_Section):
     """Payload and evidence roots must be on chain."""
     have: Positive
     """Bitmaps of the payloads each replica holds must be on chain."""
+    merge: Positive
+    """Digests of merged shards must be on chain; the new public state is taken over from here on."""
     length: Positive
-    """The next round begins; the digest of its weights must be on chain."""
+    """The next round begins."""
     linger: Positive
     """After the last round miners still serve evidence for this many blocks."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        marks = (self.close, self.cut, self.have, self.length)
+        marks = (self.close, self.cut, self.have, self.merge)
         if any(a >= b for a, b in pairwise(marks)):
-            raise ValueError(f"round deadlines must rise: close < cut < have < length, got {marks}")
+            raise ValueError(f"round deadlines must rise: close < cut < have < merge, got {marks}")
+        if not self.close <= self.length:
+            raise ValueError(f"round.close {self.close} is after round.length {self.length}: lower it")
+        if not self.merge < self.length + self.close:
+            raise ValueError(
+                f"round.merge {self.merge} is not before the next round's close, {self.length + self.close}: "
+                "lower it or lengthen the round"
+            )
         return self
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether a round's merge goes on while the next round trains."""
+        return self.merge > self.length
 
 
 class AuditSection(_Section):
@@ -203,6 +229,7 @@ class Manifest(_Section):
     swarm: SwarmSection
     data: DataSection
     optimizer: OptimizerSection
+    merge: MergeSection
     round: RoundSection
     audit: AuditSection
     score: ScoreSection
@@ -210,6 +237,11 @@ class Manifest(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.model.config()
+        if self.merge.codec == "topk2bit" and self.optimizer.outer_momentum != 0:
+            raise ValueError(
+                f"optimizer.outer_momentum is {self.optimizer.outer_momentum}, but codec topk2bit has error feedback "
+                "in its place: set it to 0 or choose codec int8 or bf16"
+            )
         if self.data.sequence > self.model.context:
             raise ValueError(
                 f"data.sequence {self.data.sequence} is longer than model.context {self.model.context}: lower it"

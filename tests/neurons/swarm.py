@@ -27,6 +27,7 @@ from subnet.manifest import (
     DataSection,
     LoadedManifest,
     Manifest,
+    MergeSection,
     ModelSection,
     OptimizerSection,
     RoundSection,
@@ -109,7 +110,8 @@ def manifest(
             outer_lr=1.0,
             outer_momentum=0.0,
         ),
-        round=RoundSection(count=1, close=11, cut=12, have=13, length=14, linger=1),
+        merge=MergeSection(codec="bf16", decay=0.95),
+        round=RoundSection(count=1, close=11, cut=12, have=13, merge=14, length=14, linger=1),
         audit=AuditSection(seed_delay=1, windows=1, units=8, tolerance=1e-4),
         score=ScoreSection(rounds=3),
     )

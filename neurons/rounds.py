@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import CheckpointInfo, save
-from model.stage import assign_flat, flatten, unflatten
+from model.stage import flatten, unflatten
 from neurons.archive import Archive, RoundArchive
 from neurons.node import CHAIN_STALL, Node, NodeError
 from neurons.pipeline import StageWorker
@@ -222,8 +222,7 @@ class RoundMachine:
         else:
             self.public = await self._take_public(listed, number + 1)
         weights = rebase(flatten(self._stage), before, self.public, included=included)
-        assign_flat(self._stage, weights)
-        self._worker.engine.weights_replaced()
+        self._worker.engine.replace_weights(weights)
 
     async def _take_public(self, holders: Sequence[Source], number: int) -> Merged:
         """The public state at the start of round `number` from a sibling, as most of the siblings' records say."""

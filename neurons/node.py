@@ -15,12 +15,14 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 
+from model.accounting import stage_parameters
 from model.config import ConfigError
 from model.data import Corpus, DataError, ShardEntry
 from model.split import StagePlan, split
@@ -141,6 +143,12 @@ class Node:
                 telemetry=telemetry,
                 _stack=stack.pop_all(),
             )
+
+    @cached_property
+    def parameters(self) -> tuple[int, ...]:
+        """Parameters of each stage."""
+        config = self.loaded.manifest.model.config()
+        return tuple(stage_parameters(config, plan) for plan in self.plans)
 
     async def __aenter__(self) -> Self:
         return self

@@ -309,7 +309,7 @@ async def validate(node: Node) -> None:
         await auditor.follow(roster, block)
         await auditor.validate(number + 1)
         number += 1
-        roster = await node.next_roster(roster, manifest.round_start(start, number))
+        roster = await node.next_roster()
     node.telemetry.emit(NodeFinished(rounds=number))
 
 

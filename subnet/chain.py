@@ -432,7 +432,9 @@ class BittensorChain:
         block_hash = (await self.finalized()).hash
 
         async def read(pallet: str, name: str, *keys: object) -> object:
-            return await self._read(what, lambda: self._substrate.query(pallet, name, list(keys), block_hash=block_hash))
+            return await self._read(
+                what, lambda: self._substrate.query(pallet, name, list(keys), block_hash=block_hash)
+            )
 
         epoch = int(cast("int", await read("SubtensorModule", "SubnetEpochIndex", self.netuid)))
         usage = cast("Mapping[str, int] | None", await read("Commitments", "UsedSpaceOf", self.netuid, hotkey))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import bittensor as bt
 import pytest
@@ -63,21 +62,20 @@ async def record_at(chain: BittensorChain, block: int) -> bytes | None:
     return (await chain.state_at(block)).neurons[1].record
 
 
-class Losing:
-    """Makes a node lose the next extrinsic that it takes: it answers as always, and forgets."""
+class Submissions:
+    """What a node is sent. `lost`: it loses the first, though it answers as always."""
 
-    def __init__(self, local: LocalChain, patch: pytest.MonkeyPatch) -> None:
-        self.lost: list[bytes] = []
-        self.happened = asyncio.Event()
+    def __init__(self, local: LocalChain, patch: pytest.MonkeyPatch, *, lost: bool = False) -> None:
+        self.seen: list[bytes] = []
+        self.first = asyncio.Event()
         take = local.chain.submit
 
-        def lose(raw: bytes) -> Extrinsic:
-            patch.setattr(local.chain, "submit", take)
-            self.lost.append(raw)
-            self.happened.set()
-            return parse(local.chain.codec, raw)
+        def submit(raw: bytes) -> Extrinsic:
+            self.seen.append(raw)
+            self.first.set()
+            return parse(local.chain.codec, raw) if lost and len(self.seen) == 1 else take(raw)
 
-        patch.setattr(local.chain, "submit", lose)
+        patch.setattr(local.chain, "submit", submit)
 
 
 # two fields -----------------------------------------------------------------------------------------
@@ -99,10 +97,10 @@ async def test_a_later_record_without_digests_has_none(miner: BittensorChain) ->
 async def test_digests_that_are_too_long_are_refused_before_anything_is_sent(
     local: LocalChain, miner: BittensorChain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = Losing(local, monkeypatch)
+    sent = Submissions(local, monkeypatch)
     with pytest.raises(ChainRefused, match=r"record of 3 \+ 136 bytes: the chain takes 128 in a field"):
         await miner.publish(b"abc", bytes(136))
-    assert sent.lost == []
+    assert sent.seen == []
 
 
 # order and time -------------------------------------------------------------------------------------
@@ -113,7 +111,7 @@ async def test_what_is_published_together_lands_in_the_order_of_the_calls(miner:
         miner.publish(b"first"), miner.serve_axon(Endpoint("127.0.0.1", 8_000)), miner.publish(b"second", b"digests")
     )
     states = [await miner.state_at(block) for block in range(first, second + 1)]
-    served = [state.head.number for state in states if state.neurons[1].endpoint is not None][0]
+    served = next(state.head.number for state in states if state.neurons[1].endpoint is not None)
     assert first < served < second
     assert await record_at(miner, second - 1) == b"first"
     assert await record_at(miner, second) == b"second"
@@ -122,25 +120,25 @@ async def test_what_is_published_together_lands_in_the_order_of_the_calls(miner:
 async def test_a_deadline_that_is_past_is_refused_before_anything_is_sent(
     local: LocalChain, miner: BittensorChain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = Losing(local, monkeypatch)
+    sent = Submissions(local, monkeypatch)
     past = (await miner.finalized()).number - 1
     with pytest.raises(ChainRefused, match=rf"block {past} is too near the finalized block .*publish earlier"):
         await miner.publish(b"late", until_block=past)
-    assert sent.lost == []
+    assert sent.seen == []
 
 
 async def test_a_record_whose_era_is_over_cannot_land(
     local: LocalChain, miner: BittensorChain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = await miner.publish(b"before")
-    node = Losing(local, monkeypatch)
+    node = Submissions(local, monkeypatch, lost=True)
     until = (await miner.finalized()).number + 8
     task = asyncio.create_task(miner.publish(b"for one phase", until_block=until))
-    await node.happened.wait()
+    await node.first.wait()
     task.cancel()
     await miner.wait_for_block(until, timeout=TIMEOUT)
-    with pytest.raises(RpcError, match="ancient birth block|bad signature"):
-        local.chain.submit(node.lost[0])
+    with pytest.raises(RpcError, match=r"ancient birth block|bad signature"):
+        local.chain.submit(node.seen[0])
     head = await miner.wait_for_block(until + 2, timeout=TIMEOUT)
     assert await record_at(miner, head.number) == b"before"
     assert block <= until
@@ -150,10 +148,10 @@ async def test_a_record_that_is_lost_holds_up_the_next_until_its_era_is_over(
     local: LocalChain, miner: BittensorChain, wallet: bt.Wallet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with connected(local.url, wallet, timeout=1.0) as chain:
-        node = Losing(local, monkeypatch)
+        node = Submissions(local, monkeypatch, lost=True)
         until = (await chain.finalized()).number + 8
         lost = asyncio.create_task(chain.publish(b"lost", until_block=until))
-        await node.happened.wait()
+        await node.first.wait()
         behind = asyncio.create_task(chain.publish(b"behind it"))
         with pytest.raises(ChainUnreachable, match="no answer within"):
             await lost
@@ -168,10 +166,10 @@ async def test_a_record_cannot_be_overtaken_by_the_one_after_it(
     after = local.chain.next_nonce
     with monkeypatch.context() as patch:
         patch.setattr(local.chain, "next_nonce", lambda who: after(who) + 1)
+        node = Submissions(local, patch)
         until = (await miner.finalized()).number + 16
         old = asyncio.create_task(miner.publish(b"old", until_block=until))
-        while not local.chain.pending():  # noqa: ASYNC110 - the pool has no event for this
-            await asyncio.sleep(0.001)
+        await node.first.wait()
         old.cancel()
     block = await miner.publish(b"new")
     head = await miner.wait_for_block(max(block, until) + 2, timeout=TIMEOUT)
@@ -190,12 +188,12 @@ async def test_nonces_are_read_anew_after_a_reconnection(
 
 
 async def test_a_connection_lost_in_mid_publication_does_not_stop_the_next(
-    local: LocalChain, miner: BittensorChain, wallet: bt.Wallet
+    local: LocalChain, miner: BittensorChain, wallet: bt.Wallet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with proxied(local) as (url, drop), connected(url, wallet) as chain:
+        node = Submissions(local, monkeypatch)
         cut_off = asyncio.create_task(chain.publish(b"cut off"))
-        while not local.chain.pending():  # noqa: ASYNC110 - the pool has no event for this
-            await asyncio.sleep(0.001)
+        await node.first.wait()
         drop()
         behind = await chain.publish(b"behind it")
         assert await record_at(chain, behind) == b"behind it"
@@ -221,11 +219,11 @@ async def test_the_space_of_an_epoch_is_accounted(
         for count in range(1, 12):
             await chain.publish(bytes(128), bytes(128))
             assert (await chain.space()).used == 100 + count * 256
-        sent = Losing(local, monkeypatch)
+        sent = Submissions(local, monkeypatch)
         full = r"counts as 256 bytes, and 2916 of the 3100 of epoch 0 are used; wait for the next epoch, block 600"
         with pytest.raises(ChainRefused, match=full):
             await chain.publish(bytes(128), bytes(128))
-        assert sent.lost == []
+        assert sent.seen == []
         monkeypatch.undo()
         await chain.publish(bytes(128))
         assert (await chain.space()).used == 100 + 11 * 256 + 128

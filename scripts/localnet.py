@@ -21,7 +21,7 @@ from scripts.churn import Churn, Named, to_start
 from scripts.faults import FaultError, FaultPlan
 from scripts.live import View, grid, weights
 from scripts.locks import Lock, StillRunning, claim_run, lock_path
-from scripts.nodes import NodeProcess, start_chain, start_server, stop_nodes, stop_server
+from scripts.nodes import NodeProcess, start_chain, start_server, stop_nodes, stop_server, wait_for_server
 from scripts.options import LocalnetError, LocalnetOptions, check_options, claim_folder
 from scripts.resume import CHAIN_FILE, RunFile, read_run
 from scripts.summary import summary, write_summary
@@ -118,7 +118,8 @@ class _Run:
 
     def whole(self) -> int:
         start_server()
-        self._start_chain()
+        if self.saved is None:
+            self._start_chain()  # of a run that goes on, blocks that pass before its nodes run are lost to it
         from model.accounting import total_parameters  # noqa: PLC0415 - torch is imported while others start
         from model.config import ConfigError, preset  # noqa: PLC0415
 
@@ -255,13 +256,15 @@ class _Run:
             manifest = load_manifest(self.out / "manifest.toml").manifest
         except ManifestError as error:
             raise LocalnetError(str(error)) from error
-        self.url = self._wait_for_chain()
         self.tally = Tally(manifest.tokens_per_microbatch)
         for name, stamped in self.follower.read():
             self.tally.add(name, stamped)
         self.tally.news.clear()
         names = to_start(self._first(), self._joiners(), self.tally)
         self.churn = self._churn(self.tally, Path(saved.data))
+        wait_for_server()
+        self._start_chain()
+        self.url = self._wait_for_chain()
         self.churn.resumed(self.tally.round)
         view.say(
             f"{self._elapsed():6.1f} s  chain {self.url} goes on; the run stood in round {self.tally.round}; "

@@ -37,6 +37,17 @@ def start_server() -> None:
     signal.signal(signal.SIGINT, previous)
 
 
+def wait_for_server() -> None:
+    """Until the fork server has imported everything: a node then starts at once."""
+    process = _CONTEXT.Process(target=_nothing)
+    process.start()
+    process.join()
+
+
+def _nothing() -> None:
+    """What a process does that is only waited for."""
+
+
 def stop_server() -> None:
     """End the fork server, also in the middle of its imports, so that nothing outlives the command."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)

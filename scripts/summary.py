@@ -40,7 +40,7 @@ def summary(
         "tokens_per_second": round(tally.tokens_per_second, 1),
         "seconds_to_first_step": None if tally.first_step is None else round(tally.first_step - started_at, 2),
         "wall_seconds": round(wall_seconds, 2),
-        "seconds_dead": round(tally.still, 2),
+        "seconds_dead": round(tally.still + tally.pause, 2),
         "loss": {
             "first": _mean(tally.losses[:ENDS]),
             "last": _mean(tally.losses[-ENDS:]),

@@ -155,7 +155,9 @@ class Tally:
     last_merge: float | None = None
     last_event: float | None = None
     still: float = 0.0
-    """Seconds after the first step in which the run was dead, until it was resumed."""
+    """Seconds after the first step in which the run was dead, from its last event until it was resumed."""
+    pause: float = 0.0
+    """The same, after which nothing has been done yet."""
     merges: dict[tuple[int, int], set[str]] = field(default_factory=dict)
     """Digests of the public weights by (round, stage): one each when replicas are bit-identical."""
     finished: set[str] = field(default_factory=set)
@@ -285,7 +287,7 @@ class Tally:
         if event.action == "resume":
             self.churn.resumed += 1
             if self.first_step is not None and self.last_event is not None:
-                self.still += max(0.0, time - self.last_event)
+                self.pause += max(0.0, time - self.last_event)
             self.recoveries = [replace(recovery, waiting=set()) for recovery in self.recoveries]
             return
         if event.action in {"kill", "freeze"}:
@@ -341,10 +343,16 @@ class Tally:
         if event.sample in number.done:
             return
         number.done.add(event.sample)
+        self._go_on()
         number.loss += event.loss
         self.completed += 1
         self.losses.append(event.loss)
         self.recent.append((time, event.loss))
+
+    def _go_on(self) -> None:
+        """Something was done: a pause before it lies inside the time that rates are taken over."""
+        self.still += self.pause
+        self.pause = 0.0
 
     def _closed(self, name: str, time: float, event: TrainingClosed) -> None:
         miner = self.miner(name)
@@ -365,6 +373,7 @@ class Tally:
         if event.included and not event.void:  # else its contribution carries over
             miner.unmerged = {number: units for number, units in miner.unmerged.items() if number > event.round}
         miner.merging.append(Span(event.round, time - event.seconds, time))
+        self._go_on()
         self.last_merge = max(self.last_merge or time, time)
         self.merges.setdefault((event.round, event.stage), set()).add(event.weights)
         if event.void:

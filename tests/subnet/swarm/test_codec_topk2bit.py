@@ -94,6 +94,14 @@ def test_encoding_is_the_same_every_time_and_block_by_block() -> None:
         assert torch.equal(CODEC.decode(CODEC.encode(delta[start:end]), end - start), whole[start:end])
 
 
+def test_the_layout_is_fixed() -> None:
+    delta = torch.zeros(130)
+    delta[3], delta[70], delta[129] = -1.0, 2.0, 1.0
+    payload = bytes.fromhex("803f 0040  15  831100  09")  # levels 1 and 2, spans 0 1 2, lows 3 6 1, codes 1 2 0
+    assert CODEC.encode(delta) == payload
+    assert torch.equal(CODEC.decode(payload, 130), delta)
+
+
 def parts(count: int) -> tuple[bytearray, int, int, int]:
     """A payload and where its highs, lows and codes begin."""
     delta = torch.from_numpy(np.random.default_rng(1).standard_t(3, count).astype(np.float32))

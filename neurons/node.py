@@ -32,7 +32,7 @@ from neurons.history import History, HistoryError, lag
 from neurons.telemetry import NodeFailed, NodeStarted, RecordPublished, Telemetry
 from subnet.chain import BittensorChain, Chain, ChainError
 from subnet.identity import Identity, IdentityError
-from subnet.manifest import LoadedManifest, ManifestError, check_announced, load_manifest
+from subnet.manifest import LoadedManifest, ManifestError, check_announced, check_space, load_manifest
 from subnet.messages import RosterRequest, Shapes
 from subnet.metagraph import ChainState, Endpoint
 from subnet.swarm import snapshot
@@ -141,6 +141,7 @@ class Node:
             state = await chain.state_at((await chain.finalized()).number)
             authority = state.by_hotkey(manifest.run.authority)
             check_announced(loaded, authority.record if authority else None)
+            check_space(manifest, state.tempo, (await chain.space()).limit)
             if state.by_hotkey(identity.hotkey) is None:
                 raise NodeError(
                     f"hotkey {identity.hotkey} is not registered on netuid {config.netuid}: run "

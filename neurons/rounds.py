@@ -100,6 +100,7 @@ class RoundMachine:
             work=len(evidence.leaves),
             root=bind_roots(held.payload_root, evidence.root),
             roster=roster.digest,
+            weights=digest_of(self.public),
         )
         await self._publish(record, until=start + marks.have)
         sources = cut_sources(roster.stages[index], records_of(await node.state(start + marks.cut)), number)

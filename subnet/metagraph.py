@@ -53,6 +53,8 @@ class Neuron:
     dividends: float
     record: bytes | None
     record_block: int | None
+    shards: bytes = b""
+    """The second field of that commitment, b"" if it has none."""
 
 
 @dataclass(frozen=True, slots=True)

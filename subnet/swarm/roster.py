@@ -58,14 +58,14 @@ class Roster:
 
 def records_of(state: ChainState) -> dict[str, Record | None]:
     """Every neuron's record by hotkey; None for those whose commitment is something else."""
-    return {neuron.hotkey: Record.decode(neuron.record) for neuron in state.neurons}
+    return {neuron.hotkey: Record.decode(neuron.record, neuron.shards) for neuron in state.neurons}
 
 
 def candidates(state: ChainState, run: bytes, *, fresh_from: int = 0) -> dict[str, Candidate]:
     """The valid neurons of `state` for the run, by hotkey. A record older than `fresh_from` is no sign of life."""
     valid: dict[str, Candidate] = {}
     for neuron in state.neurons:
-        record = Record.decode(neuron.record)
+        record = Record.decode(neuron.record, neuron.shards)
         if (
             neuron.endpoint is not None
             and not ipaddress.ip_address(neuron.endpoint.ip).is_unspecified

@@ -1,12 +1,14 @@
 """The chain decides what counts; arithmetic is pinned; a void round loses nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model.optimizer import OuterConfig
 from subnet.swarm.codec import codec_of
 from subnet.swarm.merge import Merged, accepted, apply, cut_sources, mean, rebase
-from subnet.swarm.record import MAX_HAVE, Phase, Record, bind_roots
+from subnet.swarm.record import MAX_HAVE, Flags, Phase, Record, bind_roots
 
 REPLICAS = ("a", "b", "c")
 OUTER = OuterConfig(lr=0.7, momentum=0.9)
@@ -22,14 +24,19 @@ def test_record_layout_is_fixed_and_small() -> None:
         run=b"run-0001",
         round=2**32 - 1,
         phase=Phase.DONE,
+        flags=Flags.LEAVING,
         work=7,
         root=b"\xff" * 32,
         roster=b"\x80" * 15,
         weights=b"\x01" * 32,
         have=2**MAX_HAVE - 1,
+        shards=b"\x02" * 128,
     )
-    assert len(full.encode()) <= 128
-    assert Record.decode(full.encode()) == full
+    assert len(full.encode()) == 108
+    assert Record.decode(full.encode(), full.shards) == full
+    assert Record.decode(full.encode()) == replace(full, shards=b"")
+    for odd in (b"\x02" * 9, b"\x02" * 136):
+        assert Record.decode(full.encode(), odd) == replace(full, shards=b"")
     for other in (
         None,
         b"",
@@ -39,6 +46,12 @@ def test_record_layout_is_fixed_and_small() -> None:
         full.encode()[:3] + b"\x09" + full.encode()[4:],
     ):
         assert Record.decode(other) is None
+
+
+def test_a_record_tells_how_many_rounds_its_weights_hold_and_whether_its_owner_leaves() -> None:
+    assert [record(phase, number=4).held for phase in Phase] == [4, 4, 4, 5]
+    assert not record(Phase.CUT).leaving
+    assert replace(record(Phase.CUT), flags=Flags.LEAVING | 0x80).leaving
 
 
 def test_late_or_foreign_records_are_no_sources() -> None:

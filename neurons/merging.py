@@ -136,8 +136,8 @@ class Outcome:
 
     public: Merged
     """The next public state; where it is `incomplete`, what could not be had keeps its old value."""
-    record: Record
-    """As last published."""
+    record: Record | None
+    """As last published; None of who only watched."""
     listed: tuple[Source, ...]
     """The sources that the chain counts; none if the round is void."""
     merged: tuple[range, ...]
@@ -166,7 +166,7 @@ class Outcome:
 
 async def merge(
     terms: Terms,
-    record: Record,
+    record: Record | None,
     public: Merged,
     desk: Desk,
     *,
@@ -176,7 +176,9 @@ async def merge(
 ) -> Outcome:
     """Play one round's merge to its end. `record` is this replica's, with the round's `work`; `public` is θ_r.
 
-    `desk` holds this replica's contribution and must be served from now on. Raises `ButterflyError`.
+    `desk` holds this replica's contribution and must be served from now on. Without a `record` nothing is published:
+    so a joiner or a validator watches a merge, and so a replica ends one that it was too late for. Raises
+    `ButterflyError`.
     """
     kind = _AllGather if terms.gathers else _Butterfly
     return await kind(terms, record, public, desk, board, exchange, offload).play()
@@ -188,7 +190,7 @@ class _Merge:
     def __init__(
         self,
         terms: Terms,
-        record: Record,
+        record: Record | None,
         public: Merged,
         desk: Desk,
         board: Board,
@@ -213,7 +215,8 @@ class _Merge:
     async def play(self) -> Outcome:
         marks, terms = self._marks, self._terms
         try:
-            await self._publish(replace(self._record, phase=Phase.CUT, root=self._desk.root), until=marks.cut)
+            root = self._desk.root or bytes(32)
+            await self._publish(lambda record: replace(record, phase=Phase.CUT, root=root), until=marks.cut)
             sources = cut_sources(terms.replicas, await self._board.records_at(marks.cut), terms.number)
             return await self._merge(sources)
         finally:
@@ -224,9 +227,10 @@ class _Merge:
     async def _merge(self, sources: Sequence[Source]) -> Outcome:
         raise NotImplementedError
 
-    async def _publish(self, record: Record, *, until: int) -> None:
-        self._record = record
-        await self._board.publish(record, until=until)
+    async def _publish(self, change: Callable[[Record], Record], *, until: int) -> None:
+        if self._record is not None:
+            self._record = change(self._record)
+            await self._board.publish(self._record, until=until)
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -254,7 +258,7 @@ class _Merge:
         collecting = {source.hotkey: self._start(self._collect(source, wanted)) for source in sources}
         await self._until(self._marks.have - self._marks.margin, collecting.values())
         have = sum(1 << source.index for source in sources if source.hotkey in self._whole)
-        await self._publish(replace(self._record, phase=Phase.HAVE, have=have), until=self._marks.have)
+        await self._publish(lambda record: replace(record, phase=Phase.HAVE, have=have), until=self._marks.have)
         records = await self._board.records_at(self._marks.have)
         return collecting, accepted(sources, records, self._terms.number), records
 
@@ -347,7 +351,7 @@ class _Butterfly(_Merge):
     def __init__(
         self,
         terms: Terms,
-        record: Record,
+        record: Record | None,
         public: Merged,
         desk: Desk,
         board: Board,
@@ -377,7 +381,8 @@ class _Butterfly(_Merge):
         taking = {shard: self._start(self._take(shard)) for shard in shards if shard not in mine}
         await self._until(marks.merge - marks.margin, merging)
         digests = (self._computed[shard].digest if shard in self._computed else NO_DIGEST for shard in mine)
-        await self._publish(replace(self._record, shards=b"".join(digests)), until=marks.merge)
+        shards_said = b"".join(digests)
+        await self._publish(lambda record: replace(record, shards=shards_said), until=marks.merge)
         judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
         self._truth.update((shard, digest) for shard in shards if (digest := judged[shard].accepted) is not None)
         settling = [self._start(self._settle(shard, taking.get(shard))) for shard in self._truth]

@@ -14,22 +14,22 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
-from model.stage import build_stage, flatten, unflatten
+from model.stage import Stage, build_stage, flatten, unflatten
 from neurons.archive import Archive
 from neurons.exchange import Desk
+from neurons.library import Library
 from neurons.merging import Marks, Outcome, Terms, merge
 from neurons.node import CHAIN_STALL, Node
 from neurons.pipeline import DEPTH_LIMIT_PER_STAGE, StageWorker
 from neurons.replica import Replica
 from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
-from neurons.vault import Vault, stage_file
 from neurons.wire import DendriteExchange
 from subnet.swarm.codec import DeltaError, codec_of, no_residual, reach
 from subnet.swarm.merge import Merged
@@ -47,15 +47,7 @@ MARGIN = 3
 
 
 class BehindError(Exception):
-    """This replica lacks the public state it would have to train from: one line that says which."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """What a replica put into a round's merge."""
-
-    desk: Desk
-    evidence: Evidence
+    """This replica lacks the public state it would have to go on from: one line that says which."""
 
 
 class ChainBoard:
@@ -77,28 +69,286 @@ class ChainBoard:
         return await self._node.seed(block, "orion/pairs/1")
 
 
-class RoundMachine:
-    """One replica of one stage, round after round. `replica` is what it holds, `worker` what trains."""
+def merge_terms(node: Node, roster: Roster, stage: int, *, secret: bytes, end: int | None = None) -> Terms:
+    """What the merge of `roster`'s round is played by at a stage; `end` is the last block to get its result by."""
+    manifest = node.loaded.manifest
+    marks, codec = manifest.round, codec_of(manifest.merge.codec)
+    optimizer, stretch = manifest.optimizer, reach(codec, manifest.merge.decay)
 
-    def __init__(self, node: Node, stage: int, *, archive: Archive, library: Library, vault: Vault) -> None:
+    def limit(work: int) -> float:
+        return stretch * STEP_BOUND * optimizer.lr * (1 + work / optimizer.accumulation)
+
+    after = roster.block + marks.merge
+    return Terms(
+        number=roster.round,
+        replicas=roster.stages[stage],
+        count=node.parameters[stage],
+        marks=Marks(
+            cut=roster.block + marks.cut,
+            have=roster.block + marks.have,
+            merge=after if end is None else max(after, end),
+            end=max(after + (marks.merge - marks.have), end or 0),
+            margin=min(MARGIN, (marks.merge - marks.have) // 2),
+        ),
+        codec=codec,
+        outer=optimizer.outer(),
+        limit=limit,
+        secret=secret,
+    )
+
+
+class RoundMachine:
+    """One replica of one stage, round after round: `worker` trains, `replica` is what it holds in between."""
+
+    def __init__(self, node: Node, stage: int, *, archive: Archive, library: Library, keeper: Keeper) -> None:
         self._node = node
         self._manifest = node.loaded.manifest
         self._archive = archive
         self._library = library
-        self._vault = vault
-        self._codec = codec_of(self._manifest.merge.codec)
+        self._keeper = keeper
+        self.codec = codec_of(self._manifest.merge.codec)
         self.stage = stage
         self.worker = build_worker(node, stage)
-        theta = flatten(self._stage)
-        momentum = torch.empty(0) if self._codec.error_feedback else torch.zeros_like(theta)
-        self.replica = Replica(
-            Merged(theta, momentum), 0, no_residual(self._codec, theta.numel(), self._manifest.merge.decay)
-        )
+        theta = flatten(self.engine.stage)
+        momentum = torch.empty(0) if self.codec.error_feedback else torch.zeros_like(theta)
+        feedback = no_residual(self.codec, theta.numel(), self._manifest.merge.decay)
+        self.replica = Replica(Merged(theta, momentum), 0, feedback)
         self.digest = NO_WEIGHTS
-        """Of the public state held; zero before `hold` has been called."""
+        """Of the public state held; zero until `serve` has been called."""
         self._merges: dict[int, asyncio.Task[None]] = {}
         self._secret = secrets.token_bytes(32)
 
     @property
-    def _stage(self) -> torch.nn.Module:
-        return self.worker.engine.stage
+    def engine(self) -> StageEngine:
+        return self.worker.engine
+
+    @property
+    def overlapped(self) -> bool:
+        return self._manifest.round.overlapped
+
+    @property
+    def state_record(self) -> Record:
+        """What this node says between merges: which public state it holds."""
+        return Record(
+            run=self._node.loaded.run_id, round=self.replica.held, phase=Phase.READY, weights=self.digest
+        )
+
+    async def serve(self) -> None:
+        """Offer the public state held to others, and know its digest."""
+        self.digest = await self._library.put(self.replica.held, self.replica.public)
+
+    def adopt(self, public: Merged, held: int) -> None:
+        """Go on from a public state that came from elsewhere."""
+        self.replica.replaced(public, held)
+        self.engine.replace_weights(public.theta)
+
+    # -- a round ------------------------------------------------------------------------------------------------------
+
+    async def play(self, roster: Roster) -> None:
+        """Train the round and put its contribution into the merge, which may go on afterwards.
+
+        Raises `BehindError` if the merge before did not bring the state that this round's cut is taken from.
+        """
+        number = roster.round
+        self._node.telemetry.emit(
+            RoundStarted(
+                round=number,
+                block=roster.block,
+                stage=self.stage,
+                replicas=[len(stage) for stage in roster.stages],
+                roster=roster.digest.hex(),
+            )
+        )
+        before = self._node.history.roster(number - 1)
+        if self.overlapped and before is not None and self.replica.held == number - 1:
+            self.watch(before)
+        evidence = await self._train(roster)
+        await self.settle(number - 1)
+        if self.replica.held != number:
+            raise BehindError(f"stage {self.stage} needs the state after {number} rounds, has {self.replica.held}")
+        await self._cut(roster, evidence)
+        if not self.overlapped:
+            await self.settle(number)
+
+    async def _train(self, roster: Roster) -> Evidence:
+        node, close = self._node, roster.block + self._manifest.round.close
+        seed = await node.seed(roster.block, "orion/route/1")
+        self.worker.begin(roster.round, roster, seed, self._archive.open(roster.round))
+        drive = None
+        if self.worker.plan.is_first:
+            closing_at = await self._time_of(close)
+            drive = asyncio.create_task(self.worker.drive(closing_at=closing_at))
+        try:
+            await node.wait(close)
+        finally:
+            self.worker.stop()
+            if drive is not None:
+                await drive
+        _, evidence = await self.worker.close()
+        return evidence
+
+    async def _time_of(self, block: int) -> float:
+        """When `block` will be finalized, by the loop's clock, at the pace of the last blocks."""
+        chain = self._node.chain
+        head = await chain.finalized()
+        before = await chain.wait_for_block(max(1, head.number - PACE_BLOCKS), timeout=CHAIN_STALL)
+        pace = (head.timestamp_ms - before.timestamp_ms) / 1000 / max(1, head.number - before.number)
+        return asyncio.get_running_loop().time() + (block - head.number) * pace
+
+    async def _cut(self, roster: Roster, evidence: Evidence) -> None:
+        """Fix this replica's contribution, re-base its weights on public state, and start the merge."""
+        held = self._archive.open(roster.round)
+        terms = self._terms(roster)
+        delta = self.replica.pseudo_gradient(flatten(self.engine.stage))
+        try:
+            pieces, sent, feedback = await asyncio.to_thread(terms.contribution, delta, self.replica.feedback)
+        except DeltaError as error:
+            log.error("round %d: %s", roster.round, error)  # noqa: TRY400 - the line is for a person
+            self.engine.replace_weights(self.replica.base)
+            self.watch(roster)
+            return
+        self.engine.replace_weights(self.replica.cut(roster.round, sent, feedback))
+        held.evidence, held.desk = evidence, Desk(self._node.identity.hotkey, pieces, evidence=evidence.root)
+        await self._keeper.keep_cut(self, roster.round, pieces, evidence)
+        record = replace(self.state_record, round=roster.round, work=len(evidence.leaves))
+        self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, record))
+
+    def _terms(self, roster: Roster, *, end: int | None = None) -> Terms:
+        return merge_terms(self._node, roster, self.stage, secret=self._secret, end=end)
+
+    # -- merges -------------------------------------------------------------------------------------------------------
+
+    def watch(self, roster: Roster, *, desk: Desk | None = None, end: int | None = None) -> None:
+        """Follow the merge of `roster`'s round without a say in it, unless it is being followed.
+
+        `desk` holds an own contribution that is on chain already; `end` gives a merge that is past its marks more time.
+        """
+        if roster.round in self._merges:
+            return
+        held = self._archive.open(roster.round)
+        held.desk = desk or held.desk or Desk(self._node.identity.hotkey)
+        terms = self._terms(roster, end=end)
+        self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, None))
+
+    def resume_merge(self, roster: Roster, desk: Desk, record: Record) -> None:
+        """Go on with a contribution from before a restart."""
+        held = self._archive.open(roster.round)
+        held.desk = desk
+        self._merges[roster.round] = asyncio.create_task(self._merge(roster, self._terms(roster), desk, record))
+
+    async def settle(self, number: int) -> None:
+        """Wait until the merge of round `number`, if there is one, has been taken over."""
+        task = self._merges.get(number)
+        if task is not None:
+            await task
+        for old in [key for key in self._merges if key < number]:
+            del self._merges[old]
+
+    async def settle_all(self) -> None:
+        for task in list(self._merges.values()):
+            await task
+
+    async def _merge(self, roster: Roster, terms: Terms, desk: Desk, record: Record | None) -> None:
+        """One round's merge, from its cut to the weights."""
+        node, loop = self._node, asyncio.get_running_loop()
+        start = loop.time()
+        exchange = DendriteExchange(
+            node.dendrite, node.neighbours.endpoints.get, run=node.loaded.run_id, number=roster.round
+        )
+        outcome = await merge(terms, record, self.replica.public, desk, board=ChainBoard(node), exchange=exchange)
+        after = outcome.public
+        if outcome.incomplete:
+            found = await self._keeper.public_state(self, roster, outcome)
+            if found is None:
+                log.warning("round %d: stage %d could not get what was merged", roster.round, self.stage)
+                return
+            after = found
+        change = await asyncio.to_thread(self.replica.merged, after, outcome.taken)
+        await self.worker.change_weights(change)
+        await self.serve()
+        self._report(roster, outcome, loop.time() - start)
+        await self._checkpoint()
+        if record is not None:
+            done = replace(self.state_record, round=roster.round, phase=Phase.DONE)
+            await node.publish(done, until=terms.marks.end + self._manifest.round.close)
+        else:
+            await node.publish(self.state_record)
+
+    def _report(self, roster: Roster, outcome: Outcome, seconds: float) -> None:
+        node = self._node
+        for kind, found in (("refused", outcome.refused), ("forged", outcome.forged)):
+            for hotkey, reason in found.items():
+                node.telemetry.emit(
+                    MergeFault(round=roster.round, stage=self.stage, hotkey=hotkey, fault=kind, reason=reason)
+                )
+        for hotkey, shards in outcome.liars.items():
+            reason = f"published another digest than the recomputed one for shards {', '.join(map(str, shards))}"
+            node.telemetry.emit(
+                MergeFault(round=roster.round, stage=self.stage, hotkey=hotkey, fault="liar", reason=reason)
+            )
+        node.telemetry.emit(
+            MergedEvent(
+                round=roster.round,
+                stage=self.stage,
+                sources=len(outcome.listed),
+                included=outcome.included,
+                void=not outcome.listed,
+                weights=self.digest.hex(),
+                seconds=round(seconds, 3),
+                carried=sum(map(len, outcome.carried)) if outcome.listed else 0,
+                received=sum(outcome.received.values()),
+            )
+        )
+        node.telemetry.emit(traffic(node))
+
+    async def _checkpoint(self) -> None:
+        """The public state on this node's disk or object store, before anybody is told that it is held."""
+        tensors = unflatten(self.engine.stage, self.replica.public.theta)
+        tensors |= {"outer.momentum": self.replica.public.momentum}
+        place = await self._keeper.keep_stage(self.stage, self.replica.held, tensors, self.engine.version)
+        if place is not None:
+            self._node.telemetry.emit(CheckpointWritten(round=self.replica.held, stage=self.stage, path=place))
+
+    async def shut_down(self) -> None:
+        """Stop training and merging, at once."""
+        for task in self._merges.values():
+            task.cancel()
+        await asyncio.gather(*self._merges.values(), return_exceptions=True)
+        self.worker.shut_down()
+
+
+def build_worker(node: Node, stage: int) -> StageWorker:
+    """A stage's worker, with the weights every replica starts from."""
+    manifest = node.loaded.manifest
+    config = manifest.model.config()
+    plan = node.plans[stage]
+    engine = StageEngine(
+        build_stage(config, plan, manifest.run.seed),
+        manifest.optimizer.inner(),
+        plan,
+        n_total_params=total_parameters(config, plan.count),
+        accumulation=manifest.optimizer.accumulation,
+        recompute=Recompute.KEEP,
+        capacity=2 * DEPTH_LIMIT_PER_STAGE * plan.count,
+    )
+    return StageWorker(
+        identity=node.identity,
+        loaded=node.loaded,
+        engine=engine,
+        corpus=node.corpus,
+        dendrite=node.dendrite,
+        endpoint_of=node.neighbours.endpoint,
+        telemetry=node.telemetry,
+    )
+
+
+def traffic(node: Node) -> Traffic:
+    """Bytes sent so far by kind: requests through the dendrite, replies through the axon."""
+    sent = {route: counter.sent for route, counter in node.dendrite.counters.items()}
+    received = {route: counter.received for route, counter in node.dendrite.counters.items()}
+    return Traffic(
+        forward=sent.get("forward", 0),
+        backward=sent.get("backward", 0),
+        merge=sum(received.get(route, 0) for route in ("leaves", "payload", "shard")),
+        evidence=sum(received.get(route, 0) for route in ("evidence", "window", "unit", "weights")),
+    )

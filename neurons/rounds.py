@@ -25,6 +25,7 @@ from neurons.node import CHAIN_STALL, Node, NodeError
 from neurons.pipeline import StageWorker
 from neurons.telemetry import CheckpointWritten, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
+from neurons.vault import stage_file
 from subnet.chain import ChainError
 from subnet.messages import Payload, PayloadRequest, PublicPart, WeightsRequest, flat, table
 from subnet.swarm import codec
@@ -263,7 +264,7 @@ class RoundMachine:
 
 
 def checkpoint_path(out: Path, stage: int, number: int) -> Path:
-    return out / "checkpoints" / f"stage-{stage:02d}" / f"round-{number:05d}.safetensors"
+    return out / stage_file(stage, number)
 
 
 async def fetch_public(node: Node, holder: str, number: int, parameters: int) -> Merged:

@@ -116,7 +116,8 @@ def open_store(address: str, *, deadline: float = DEADLINE) -> Store:
         seconds = timedelta(seconds=deadline)
         store = from_url(
             address,
-            client_options={"read_timeout": seconds, "timeout": timedelta(days=1)},
+            # A plain http endpoint is used only if the environment names one.
+            client_options={"allow_http": True, "read_timeout": seconds, "timeout": timedelta(days=1)},
             retry_config={"retry_timeout": seconds},
         )
     except (BaseError, ValueError) as error:

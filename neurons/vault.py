@@ -160,8 +160,8 @@ class Vault:
             raise StoreContentError(f"{self.place(name)} is not what was just put there: {error}") from error
         if written.digest != encoded.digest or not written.size == size == encoded.size:
             raise StoreContentError(
-                f"{self.place(name)} holds content {written.digest.hex()[:16]}… where {encoded.digest.hex()[:16]}… was "
-                "just put: does another replica with other weights write there?"
+                f"{self.place(name)} holds {size} bytes of content {written.digest.hex()[:16]}… where {encoded.size} "
+                f"of {encoded.digest.hex()[:16]}… were just put: does another replica with other weights write there?"
             )
         self._refused.discard(name)
         try:
@@ -173,13 +173,18 @@ class Vault:
     async def _load(self, folder: str, number: int, check: Check | None) -> dict[str, Tensor]:
         name = f"{folder}/{_round_file(number)}"
         place = self.place(name)
-        tensors, info = await self._store.load(name, self._manifest_hash, folder)
-        if info.round != number:
-            raise CheckpointMismatchError(
-                f"checkpoint {place} is of round {info.round}, not of {number}: put the right file in its place"
-            )
-        if check is not None and (reason := await asyncio.to_thread(check, number, tensors)):
-            raise CheckpointMismatchError(f"checkpoint {place} is sound but not the one wanted: {reason}")
+        try:
+            tensors, info = await self._store.load(name, self._manifest_hash, folder)
+            if info.round != number:
+                raise CheckpointMismatchError(
+                    f"checkpoint {place} is of round {info.round}, not of {number}: put the right file in its place"
+                )
+            if check is not None and (reason := await asyncio.to_thread(check, number, tensors)):
+                raise CheckpointMismatchError(f"checkpoint {place} is sound but not the one wanted: {reason}")
+        except CheckpointError:
+            self._refused.add(name)
+            raise
+        self._refused.discard(name)
         return tensors
 
     async def _newest(
@@ -191,7 +196,6 @@ class Vault:
             try:
                 return number, await self._load(folder, number, check)
             except CheckpointError as error:
-                self._refused.add(f"{folder}/{_round_file(number)}")
                 self._report(f"passed over: {error}")
         return None
 

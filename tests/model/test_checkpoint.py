@@ -7,12 +7,17 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import (
+    CheckpointContentError,
     CheckpointCorruptError,
     CheckpointInfo,
     CheckpointMismatchError,
     CheckpointMissingError,
     content_digest,
+    dumps,
+    header_length,
     load,
+    loads,
+    read_header,
     save,
 )
 
@@ -110,3 +115,35 @@ def test_the_digest_sees_name_dtype_shape_and_data() -> None:
     ]
     assert len({content_digest(variant) for variant in variants}) == len(variants)
     assert content_digest(dict(reversed(base.items()))) == content_digest(base)
+
+
+def test_memory_and_file_are_one_format(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    digest = save(path, _tensors(), _INFO, subject="stage 1")
+    data = dumps(_tensors(), _INFO, subject="stage 1")
+    assert data == path.read_bytes()
+    tensors, info = loads(data, _RUN, subject="stage 1")
+    assert info == _INFO
+    assert content_digest(tensors) == digest
+    header = read_header("c", data[: header_length(data)])
+    assert (header.info, header.subject, header.digest, header.size) == (_INFO, "stage 1", digest, len(data))
+    for position in range(0, len(data), 11):
+        altered = data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :]
+        with pytest.raises((CheckpointCorruptError, CheckpointMismatchError)):
+            loads(altered, _RUN, subject="stage 1")
+        with pytest.raises(CheckpointCorruptError):
+            loads(data[:position], _RUN)
+
+
+def test_one_files_place_is_not_anothers(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save(path, _tensors(), _INFO, subject="stage 1")
+    assert load(path, manifest_hash=_RUN)[1] == _INFO
+    with pytest.raises(CheckpointMismatchError, match=r"c\.safetensors is of 'stage 1', not of 'stage 2'"):
+        load(path, manifest_hash=_RUN, subject="stage 2")
+
+
+def test_a_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointContentError, match=r"'a' is torch\.complex64; a checkpoint takes float64"):
+        save(tmp_path / "c.safetensors", {"a": torch.zeros(1, dtype=torch.complex64)}, _INFO)
+    assert list(tmp_path.iterdir()) == []

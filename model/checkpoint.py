@@ -11,15 +11,15 @@ pieces for whoever writes it elsewhere; `read_header` tells what a file is from 
 import fcntl
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_bytes
 from torch import Tensor
 
 FORMAT = "orion-checkpoint-2"
@@ -38,6 +38,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _FIELDS = ("format", "content_digest", "manifest_hash", "round", "version", "subject")
 _FALL_BACK = "use an older checkpoint or fetch the weights from a peer"
 
@@ -164,15 +165,38 @@ def dumps(tensors: Mapping[str, Tensor], info: CheckpointInfo, *, subject: str =
 
 
 def loads(
-    data: bytes, manifest_hash: str, *, subject: str | None = None, name: str = "in memory"
+    data: bytes | bytearray, manifest_hash: str, *, subject: str | None = None, name: str = "in memory"
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
-    """`load` for bytes; `name` is what errors call them."""
+    """`load` for bytes; `name` is what errors call them. Tensors share the memory of a bytearray."""
     header = read_header(name, data)
+    if header.size != len(data):
+        raise CheckpointCorruptError(f"checkpoint {name} has {len(data)} bytes of {header.size}: {_FALL_BACK}")
+    start = header_length(data)
+    held = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)[start:]
+    tensors = {}
     try:
-        tensors: dict[str, Tensor] = load_bytes(data)
-    except SafetensorError as error:
+        for key, entry in json.loads(data[8:start]).items():
+            if key == "__metadata__":
+                continue
+            dtype, shape = _BY_NAME[entry["dtype"]], [int(length) for length in entry["shape"]]
+            first, last = (int(offset) for offset in entry["data_offsets"])
+            if (
+                (start + first) % dtype.itemsize
+                or min(first, *shape, 0) < 0
+                or last - first != math.prod(shape) * dtype.itemsize
+            ):
+                raise ValueError(f"'{key}' has impossible bounds")
+            tensors[str(key)] = held[first:last].view(dtype).reshape(shape)
+    except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(name, error) from error
-    return _proven(name, tensors, header, manifest_hash, subject)
+    found = content_digest(tensors)
+    if found != header.digest:
+        raise CheckpointCorruptError(
+            f"checkpoint {name} has content {found.hex()[:16]}… where its header says {header.digest.hex()[:16]}…: "
+            f"{_FALL_BACK}"
+        )
+    check_owner(name, header, manifest_hash=manifest_hash, subject=subject)
+    return tensors, header.info
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], info: CheckpointInfo, *, subject: str = "") -> bytes:
@@ -230,21 +254,21 @@ def load(path: Path, *, manifest_hash: str, subject: str | None = None) -> tuple
     if not path.is_file():
         raise CheckpointMissingError(f"checkpoint {path} does not exist: give the path of a saved checkpoint")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
+        # Read, not mapped: what is proven must stay so when the file is changed in its place.
+        data = bytearray(path.stat().st_size)
+        with path.open("rb") as file:
+            del data[_fill(file, data) :]
+    except OSError as error:
         raise _unreadable(str(path), error) from error
-    header = _parse(str(path), metadata, size=path.stat().st_size)
-    return _proven(str(path), tensors, header, manifest_hash, subject)
+    return loads(data, manifest_hash, subject=subject, name=str(path))
 
 
-def header_length(first: bytes) -> int:
+def header_length(first: bytes | bytearray) -> int:
     """Bytes from the start of a file that `read_header` needs, from its first eight."""
     return 8 + int.from_bytes(first[:8], "little")
 
 
-def read_header(name: str, first: bytes) -> Header:
+def read_header(name: str, first: bytes | bytearray) -> Header:
     """What the file that begins with `first` says about itself. Raises `CheckpointCorruptError`."""
     end = header_length(first)
     if len(first) < 8 or end > min(len(first), HEADER_LIMIT):
@@ -282,19 +306,6 @@ def _parse(name: str, metadata: Mapping[str, str], *, size: int) -> Header:
     return header
 
 
-def _proven(
-    name: str, tensors: dict[str, Tensor], header: Header, manifest_hash: str, subject: str | None
-) -> tuple[dict[str, Tensor], CheckpointInfo]:
-    found = content_digest(tensors)
-    if found != header.digest:
-        raise CheckpointCorruptError(
-            f"checkpoint {name} has content {found.hex()[:16]}… where its header says {header.digest.hex()[:16]}…: "
-            f"{_FALL_BACK}"
-        )
-    check_owner(name, header, manifest_hash=manifest_hash, subject=subject)
-    return tensors, header.info
-
-
 def check_owner(name: str, header: Header, *, manifest_hash: str, subject: str | None) -> None:
     """Raises `CheckpointMismatchError` unless the file is of this run and, if given, of this subject."""
     info = header.info
@@ -307,6 +318,15 @@ def check_owner(name: str, header: Header, *, manifest_hash: str, subject: str |
         raise CheckpointMismatchError(
             f"checkpoint {name} is of '{header.subject}', not of '{subject}': put the right file in its place"
         )
+
+
+def _fill(file: BinaryIO, data: bytearray) -> int:
+    """Reads into `data` until it is full or the file ends; returns how many bytes came."""
+    came = 0
+    with memoryview(data) as view:
+        while came < len(data) and (count := file.readinto(view[came : came + PIECE])):  # type: ignore[attr-defined]
+            came += count
+    return came
 
 
 def _unreadable(name: str, error: Exception) -> CheckpointCorruptError:

@@ -232,7 +232,7 @@ class Bucket:
             raise CheckpointCorruptError(
                 f"checkpoint {place} came as {len(data)} bytes where the store promised {size}: use an older one"
             )
-        return await asyncio.to_thread(checkpoint.loads, bytes(data), manifest_hash, subject=subject, name=place)
+        return await asyncio.to_thread(checkpoint.loads, data, manifest_hash, subject=subject, name=place)
 
     async def delete(self, name: str) -> None:
         try:

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit or not at all, and a failed write or read harms nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,39 @@ def test_a_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointContentError, match=r"'a' is torch\.complex64; a checkpoint takes float64"):
         save(tmp_path / "c.safetensors", {"a": torch.zeros(1, dtype=torch.complex64)}, _INFO)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_proven_stays_so_when_the_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    digest = save(path, _tensors(), _INFO)
+    tensors, _ = load(path, manifest_hash=_RUN)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert content_digest(tensors) == digest
+
+
+def test_others_read_the_file_too(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    save(tmp_path / "c.safetensors", _tensors(), _INFO)
+    assert content_digest(load_file(tmp_path / "c.safetensors")) == content_digest(_tensors())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]},
+        {"dtype": "F33", "shape": [3], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": 3, "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0]},
+        [],
+    ],
+)
+def test_a_header_with_impossible_bounds_is_refused(entry: object) -> None:
+    good = dumps({"a": torch.ones(3)}, _INFO)
+    header = json.loads(good[8 : header_length(good)])
+    text = json.dumps(header | {"a": entry}).encode()
+    with pytest.raises(CheckpointCorruptError):
+        loads(len(text).to_bytes(8, "little") + text + good[header_length(good) :], _RUN)

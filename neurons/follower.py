@@ -23,8 +23,8 @@ from neurons.states import after_merge, newest_claims, take
 from neurons.telemetry import Validated
 from neurons.wire import DendriteExchange
 from subnet.swarm.codec import Codec, codec_of
-from subnet.swarm.merge import Merged
-from subnet.swarm.roster import Roster
+from subnet.swarm.merge import Merged, cut_sources
+from subnet.swarm.roster import Roster, records_of
 from subnet.trust.ledger import Evidence
 
 log = logging.getLogger("orion.neurons.follower")
@@ -47,7 +47,7 @@ class RoundStart:
     def weights(self, hotkey: str, evidence: Evidence) -> dict[int, torch.Tensor]:
         """What the replica's first window of the round must have, by version; empty if not known here."""
         stage = self.roster.stage_of(hotkey)
-        if stage not in self.base or hotkey not in self.known or not evidence.windows:
+        if stage is None or stage not in self.base or hotkey not in self.known or not evidence.windows:
             return {}
         theta = self.base[stage]
         if hotkey in self.sent:
@@ -105,7 +105,8 @@ class PublicStates:
         self._before[stage], self._public[stage] = before, after
         self.held[stage] = roster.round + 1
         if terms.gathers:
-            sources = {source.hotkey for source in outcome.listed}
+            at_cut = records_of(await node.state(terms.marks.cut))
+            sources = {source.hotkey for source in cut_sources(terms.replicas, at_cut, terms.number)}
             for hotkey in roster.stages[stage]:
                 held = [desk.piece_of(hotkey, index) for index in range(len(terms.sizes()))]
                 if hotkey not in outcome.refused and all(piece is not None for piece in held):

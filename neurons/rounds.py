@@ -120,6 +120,9 @@ class RoundMachine:
         self.digest = NO_WEIGHTS
         """Of the public state held; zero until `serve` has been called."""
         self._merges: dict[int, asyncio.Task[None]] = {}
+        self._voting: set[int] = set()
+        """Rounds in whose merge this replica has a say."""
+        self._announcing: asyncio.Task[None] | None = None
         self._kept: KeptCut | None = None
         self._secret = secrets.token_bytes(32)
 
@@ -183,6 +186,8 @@ class RoundMachine:
         before = self._node.history.roster(number - 1)
         if self.overlapped and before is not None and self.replica.held == number - 1:
             self.watch(before)
+        if number - 1 not in self._voting:  # else the records of that merge are this round's sign of life
+            self._announcing = asyncio.create_task(self._node.publish(self.state_record))
         evidence = await self._train(roster)
         await self.settle(number - 1)
         if self.replica.held != number:
@@ -234,6 +239,7 @@ class RoundMachine:
         optimizer = {name: tensor for name, tensor in self.engine.state().items() if not name.startswith(WEIGHTS)}
         await self._keeper.keep_cut(self.stage, roster.round, self.replica, pieces, evidence, optimizer)
         record = replace(self.state_record, round=roster.round, work=len(evidence.leaves))
+        self._voting = {roster.round}
         self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, record))
 
     def _terms(self, roster: Roster, *, end: int | None = None) -> Terms:
@@ -266,6 +272,7 @@ class RoundMachine:
         )
         if block < terms.marks.have - terms.marks.margin:
             record = replace(self.state_record, round=roster.round, work=len(cut.evidence.leaves))
+            self._voting = {roster.round}
             self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, record))
         else:
             self.watch(roster, end=block + terms.marks.merge - terms.marks.have)
@@ -348,9 +355,10 @@ class RoundMachine:
 
     async def shut_down(self) -> None:
         """Stop training and merging, at once."""
-        for task in self._merges.values():
+        tasks = [*self._merges.values(), *([self._announcing] if self._announcing is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._merges.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self.worker.shut_down()
 
 

@@ -108,12 +108,9 @@ def _print(explained: Explained) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("uid", "hotkey", "standing", "stage", "since round", "strikes", "why"):
         table.add_column(column, overflow="fold" if column == "why" else "ellipsis")
-    present = {neuron.hotkey for neuron in explained.state.neurons}
-    rows = [(str(neuron.uid), neuron.hotkey) for neuron in explained.state.neurons]
-    rows += [("-", member.hotkey) for member in roster.table if member.hotkey not in present]
-    for uid, hotkey in rows:
-        number, why = explained.reasons.get(hotkey, (roster.round, "never valid"))
-        table.add_row(uid, hotkey, *_row(roster.member(hotkey), number), why)
+    for neuron in explained.state.neurons:  # nobody else is ever in a roster
+        number, why = explained.reasons[neuron.hotkey]
+        table.add_row(str(neuron.uid), neuron.hotkey, *_row(roster.member(neuron.hotkey), number), why)
     console.print(table)
 
 

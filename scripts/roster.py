@@ -106,8 +106,8 @@ def _print(explained: Explained) -> None:
         joining = len(roster.joining(stage))
         console.print(f"stage {stage}: {len(replicas)} active, {joining} joining, {_state(anchor)}", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for column in ("uid", "hotkey", "standing", "stage", "since round", "strikes", "why"):
-        table.add_column(column, overflow="fold" if column == "why" else "ellipsis")
+    for column in ("uid", "hotkey", "standing", "stage", "since", "strikes", "why"):
+        table.add_column(column, no_wrap=column == "hotkey", min_width=48 if column == "hotkey" else None)
     for neuron in explained.state.neurons:  # nobody else is ever in a roster
         number, why = explained.reasons[neuron.hotkey]
         table.add_row(str(neuron.uid), neuron.hotkey, *_row(roster.member(neuron.hotkey), number), why)

@@ -106,11 +106,15 @@ def _print(explained: Explained) -> None:
         joining = len(roster.joining(stage))
         console.print(f"stage {stage}: {len(replicas)} active, {joining} joining, {_state(anchor)}", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for column in ("uid", "hotkey", "standing", "stage", "since", "strikes", "why"):
-        table.add_column(column, no_wrap=column == "hotkey", min_width=48 if column == "hotkey" else None)
+    widths = {"uid": 3, "hotkey": 48, "where": 8, "since": 5, "why": None}
+    for column, width in widths.items():
+        table.add_column(column, no_wrap=width is not None, min_width=width, overflow="fold")
     for neuron in explained.state.neurons:  # nobody else is ever in a roster
         number, why = explained.reasons[neuron.hotkey]
-        table.add_row(str(neuron.uid), neuron.hotkey, *_row(roster.member(neuron.hotkey), number), why)
+        member = roster.member(neuron.hotkey)
+        since = number if member is None else member.since
+        struck = f" ({member.strikes} strikes)" if member is not None and member.strikes else ""
+        table.add_row(str(neuron.uid), neuron.hotkey, _where(member), str(since), why + struck)
     console.print(table)
 
 
@@ -118,14 +122,12 @@ def _state(anchor: Anchor) -> str:
     return f"state {anchor.held} {anchor.weights.hex()[:16]}" if anchor.weights != NO_WEIGHTS else "state from the seed"
 
 
-def _row(member: Member | None, number: int) -> tuple[str, str, str, str]:
-    """Standing, stage, since and strikes as text."""
+def _where(member: Member | None) -> str:
     if member is None:
-        return "out", "-", str(number), "-"
-    stage = "-" if member.stage is None else str(member.stage)
+        return "out"
+    where = member.standing.value
+    if member.stage is not None:
+        where = f"{where} {member.stage}"
     if member.moving is not None:
-        stage = f"{stage} → {member.moving}"
-    standing = member.standing.value
-    if member.standing is Standing.BENCH:
-        standing = f"{standing} until {member.until}"
-    return standing, stage, str(member.since), str(member.strikes)
+        where = f"{where} → {member.moving}"
+    return f"{where} until {member.until}" if member.standing is Standing.BENCH else where

@@ -114,14 +114,14 @@ async def test_with_have_beyond_the_round_the_outcome_is_taken_a_round_later(tmp
 
 async def test_every_neuron_is_explained(tmp_path: Path) -> None:
     loaded = load(tmp_path)
-    explained = await explain(loaded, Chain(loaded), until=START + 4 * LENGTH)  # type: ignore[arg-type]
+    explained = await explain(loaded, Chain(loaded).state_at, until=START + 4 * LENGTH)
     assert explained is not None
     reasons = {hotkey[-1]: reason for hotkey, reason in explained.reasons.items()}
     assert set(reasons) == set("01234")
     assert (0, f"there when 2 stages gathered at block {START}") in reasons.values()
     assert reasons["3"][1].startswith("out: no record since")
     assert reasons["4"][1].startswith("holds the state of stage")
-    assert await explain(loaded, Chain(loaded), until=0) is None  # type: ignore[arg-type]
+    assert await explain(loaded, Chain(loaded).state_at, until=0) is None
 
 
 class Peers:

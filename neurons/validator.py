@@ -32,7 +32,7 @@ from neurons.telemetry import (
     Validated,
     WeightsSet,
 )
-from subnet.chain import ChainError, ChainRefused
+from subnet.chain import ChainRefused
 from subnet.identity import verify
 from subnet.messages import (
     EvidenceRequest,
@@ -47,7 +47,7 @@ from subnet.messages import (
 )
 from subnet.metagraph import ChainState
 from subnet.swarm.merge import accepted, agreed_weights, cut_sources
-from subnet.swarm.record import Flags, Phase, Record, bind_roots
+from subnet.swarm.record import Phase, Record, bind_roots
 from subnet.swarm.roster import Roster, records_of
 from subnet.transport.errors import TransportError
 from subnet.transport.synapse import HEADER_LIMIT, tensor_bytes
@@ -399,20 +399,6 @@ class Auditor:
         raise AssertionError("a split always ends with a last stage")
 
 
-async def commit_roster(node: Node, roster: Roster) -> None:
-    """Say on chain which roster this validator computed: a newcomer believes what two thirds of the stake say.
-
-    LEAVING: it wants no stage.
-    """
-    record = Record(
-        run=node.loaded.run_id, round=roster.round, phase=Phase.READY, flags=Flags.LEAVING, roster=roster.digest
-    )
-    try:
-        await node.chain.publish(record.encode())
-    except ChainError as error:
-        log.warning("round %d: roster %s is not on chain: %s", roster.round, roster.digest.hex(), error)
-
-
 async def validate(node: Node) -> None:
     """A validator's whole life in one run."""
     manifest = node.loaded.manifest
@@ -432,7 +418,6 @@ async def validate(node: Node) -> None:
                 roster=roster.digest.hex(),
             )
         )
-        await commit_roster(node, roster)
         await auditor.judge(roster, block)
         await auditor.follow(roster, block)
         await auditor.validate(number + 1)

@@ -57,6 +57,8 @@ def run(tmp_path: Path, corpus: CorpusFiles, cache: Path, monkeypatch: pytest.Mo
         activation_block=1,
         phase_blocks=6,
         corpus=corpus,
+        overlap=False,
+        codec="bf16",
     )
     toy = ModelSection.of(TOY, wire_dtype="bfloat16")
     data = manifest.data.model_copy(update={"sequence": TOY.context})

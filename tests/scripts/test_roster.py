@@ -29,13 +29,13 @@ async def test_the_roster_printed_is_the_one_that_a_node_has(
     async with await Node.open(config, role="miner") as node:
         await node.listen()
         await node.chain.publish(Record(run=loaded.run_id, round=0, phase=Phase.READY).encode())
-        first, start = await node.first_roster()
+        first = await node.enter()
         await node.chain.publish(Record(run=loaded.run_id, round=0, phase=Phase.READY).encode())
         second = await node.next_roster()
         assert second.members == {node.identity.hotkey}
         assert snapshot.kept(config.out / "rosters" / config.name) == [first, second]
 
-        for roster, flags in ((first, ["--at", str(start)]), (second, ["--at", str(second.block + 1)])):
+        for roster, flags in ((first, ["--at", str(first.block)]), (second, ["--at", str(second.block + 1)])):
             assert await asyncio.to_thread(main, ["roster", "--run", str(tmp_path), *flags]) == 0
             shown = capsys.readouterr().out
             assert node.identity.hotkey in shown

@@ -257,8 +257,11 @@ class _Refresh:
         if closed is None:
             return
         voters = [member for member in self._active(stage) if member.since <= closed.round]
-        claims = {member.hotkey: closed.claims.get(member.hotkey, FROM_SEED) for member in voters}
-        anchor = _elect(voters, claims, self._anchors[stage], closed.round)
+        # Of a stage that has just died the last word counts: what was merged then need not be done again.
+        last = [row for row in self._previous.table if row.stage == stage and row.standing is Standing.ACTIVE]
+        witnesses = voters if self._active(stage) else [row for row in last if row.since <= closed.round]
+        claims = {member.hotkey: closed.claims.get(member.hotkey, FROM_SEED) for member in witnesses}
+        anchor = _elect(witnesses, claims, self._anchors[stage], closed.round)
         if anchor is None:
             return
         self._anchors[stage] = anchor

@@ -260,6 +260,15 @@ def test_who_returns_with_the_state_of_a_dark_stage_counts_at_once() -> None:
     assert step(before, around(4, {2: holding(STATE), 3: holding(STATE)})).members == before.members
 
 
+def test_the_last_word_of_a_stage_that_died_is_its_anchor() -> None:
+    before = roster(*FOUR, anchor=Anchor(ROUND - 1, b"v" * 32))
+    died = step(before, around(4, gone=[2, 3]), outcome(before, void=[1], silent=[2, 3]))
+    assert died.stages[1] == ()
+    assert died.anchors == (STATE, STATE)
+    nothing = dataclasses.replace(outcome(before), claims=dict.fromkeys((name(0), name(1)), STATE))
+    assert step(before, around(4, gone=[2, 3]), nothing).anchors == (STATE, before.anchors[1])
+
+
 def test_a_dark_stage_restarts_from_the_newest_state_its_joiners_have() -> None:
     before = roster(*FOUR[:2], joining(2, 1), joining(3, 1))
     older, oldest = Anchor(ROUND - 1, b"o" * 32), Anchor(ROUND - 2, b"p" * 32)

@@ -15,14 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from model.checkpoint import CheckpointError
-from model.stage import unflatten
-from neurons.exchange import Desk
 from neurons.node import Node
-from neurons.replica import Contribution, Replica
+from neurons.replica import Replica
 from neurons.stores import StoreError
 from neurons.vault import Vault, stage_file
-from subnet.swarm.codec import Feedback
-from subnet.swarm.merge import Merged
 from subnet.trust.ledger import Evidence
 
 log = logging.getLogger("orion.neurons.keeper")
@@ -40,9 +36,6 @@ class KeptCut:
     evidence: Evidence
     optimizer: Mapping[str, torch.Tensor]
 
-    def desk(self, hotkey: str) -> Desk:
-        return Desk(hotkey, self.pieces, evidence=self.evidence.root)
-
 
 class Keeper:
     """A miner's checkpoints. What cannot be written is said and costs nothing else."""
@@ -51,9 +44,7 @@ class Keeper:
         self._hotkey = node.identity.hotkey
         self._vault = vault
 
-    async def keep_stage(
-        self, stage: int, held: int, tensors: Mapping[str, torch.Tensor], version: int
-    ) -> str | None:
+    async def keep_stage(self, stage: int, held: int, tensors: Mapping[str, torch.Tensor], version: int) -> str | None:
         """Write a public state; where it lies, None if it could not be written."""
         try:
             await self._vault.put_stage(stage, held, tensors, version)
@@ -88,7 +79,9 @@ class Keeper:
         except (StoreError, CheckpointError) as error:
             log.error("the cut of round %d is not kept: %s", number, error)  # noqa: TRY400 - a line for a person
 
-    async def stage_state(self, stage: int, *, at_most: int | None = None) -> tuple[int, dict[str, torch.Tensor]] | None:
+    async def stage_state(
+        self, stage: int, *, at_most: int | None = None
+    ) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The newest public state of a stage that is sound."""
         try:
             return await self._vault.newest(stage, at_most=at_most)

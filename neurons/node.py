@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -75,6 +75,10 @@ class Neighbourhood:
         self.roster = roster
         self.relocate(state)
 
+    def endpoint(self, hotkey: str) -> str | None:
+        """Where a hotkey's axon is, None if it serves none."""
+        return self.endpoints.get(hotkey)
+
     def relocate(self, state: ChainState) -> None:
         """Who is registered and where, as of the newest state seen: who was restarted may have another address."""
         if state.head.number <= self._block:
@@ -115,6 +119,8 @@ class Node:
     _stack: AsyncExitStack
     flags: int = 0
     """What all records of this node say, see `subnet.swarm.record.Flags`."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why the last refresh moved whom."""
 
     def __post_init__(self) -> None:
         self.history = History(self.loaded, self.state)
@@ -268,9 +274,10 @@ class Node:
 
     async def next_roster(self) -> Roster:
         """The recurrence at the first block of the next round."""
-        roster = (await self.history.step()).roster
-        await self._enter(roster)
-        return roster
+        refreshed = await self.history.step()
+        self.reasons = refreshed.reasons
+        await self._enter(refreshed.roster)
+        return refreshed.roster
 
     async def _enter(self, roster: Roster) -> None:
         """Keep the roster before anything is done by it, and let in who is in it."""

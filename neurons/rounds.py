@@ -20,18 +20,20 @@ import torch
 
 from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
-from model.stage import Stage, build_stage, flatten, unflatten
+from model.stage import build_stage, flatten, unflatten
 from neurons.archive import Archive
 from neurons.exchange import Desk
+from neurons.keeper import Keeper, KeptCut
 from neurons.library import Library
 from neurons.merging import Marks, Outcome, Terms, merge
 from neurons.node import CHAIN_STALL, Node
 from neurons.pipeline import DEPTH_LIMIT_PER_STAGE, StageWorker
 from neurons.replica import Replica
+from neurons.states import after_merge
 from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from neurons.wire import DendriteExchange
-from subnet.swarm.codec import DeltaError, codec_of, no_residual, reach
+from subnet.swarm.codec import DeltaError, Feedback, codec_of, no_residual, reach
 from subnet.swarm.merge import Merged
 from subnet.swarm.record import Phase, Record
 from subnet.swarm.roster import NO_WEIGHTS, Roster, records_of
@@ -39,6 +41,8 @@ from subnet.trust.ledger import Evidence
 
 log = logging.getLogger("orion.neurons.rounds")
 
+WEIGHTS = "weights."
+"""Prefix of the weights in an engine's state; they follow from the public state and the contribution."""
 PACE_BLOCKS = 10
 STEP_BOUND = 8.0
 """An Adam-like step moves a weight by about its rate; a payload that claims this many times more is refused."""
@@ -116,6 +120,7 @@ class RoundMachine:
         self.digest = NO_WEIGHTS
         """Of the public state held; zero until `serve` has been called."""
         self._merges: dict[int, asyncio.Task[None]] = {}
+        self._kept: KeptCut | None = None
         self._secret = secrets.token_bytes(32)
 
     @property
@@ -129,9 +134,11 @@ class RoundMachine:
     @property
     def state_record(self) -> Record:
         """What this node says between merges: which public state it holds."""
-        return Record(
-            run=self._node.loaded.run_id, round=self.replica.held, phase=Phase.READY, weights=self.digest
-        )
+        return Record(run=self._node.loaded.run_id, round=self.replica.held, phase=Phase.READY, weights=self.digest)
+
+    def ready_for(self, roster: Roster) -> bool:
+        """Whether the public state held is the one that a replica of this round trains from."""
+        return self.replica.held >= roster.round - self.overlapped
 
     async def serve(self) -> None:
         """Offer the public state held to others, and know its digest."""
@@ -141,6 +148,20 @@ class RoundMachine:
         """Go on from a public state that came from elsewhere."""
         self.replica.replaced(public, held)
         self.engine.replace_weights(public.theta)
+
+    def restore(self, cut: KeptCut) -> None:
+        """Go on from what was written down at a cut, as far as it belongs to the public state held."""
+        self.replica.feedback = Feedback(cut.residual, self.replica.feedback.decay)
+        if cut.round == self.replica.held:
+            self.replica.cut(cut.round, cut.sent, self.replica.feedback)
+            self._kept = cut
+        weights = unflatten(self.engine.stage, self.replica.base)
+        self.engine.load_state({**cut.optimizer, **{WEIGHTS + name: tensor for name, tensor in weights.items()}})
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """In the order of the flat vectors."""
+        return sorted(name for name, _ in self.engine.stage.named_parameters())
 
     # -- a round ------------------------------------------------------------------------------------------------------
 
@@ -206,10 +227,12 @@ class RoundMachine:
             log.error("round %d: %s", roster.round, error)  # noqa: TRY400 - the line is for a person
             self.engine.replace_weights(self.replica.base)
             self.watch(roster)
+            await self._node.publish(self.state_record)
             return
         self.engine.replace_weights(self.replica.cut(roster.round, sent, feedback))
         held.evidence, held.desk = evidence, Desk(self._node.identity.hotkey, pieces, evidence=evidence.root)
-        await self._keeper.keep_cut(self, roster.round, pieces, evidence)
+        optimizer = {name: tensor for name, tensor in self.engine.state().items() if not name.startswith(WEIGHTS)}
+        await self._keeper.keep_cut(self.stage, roster.round, self.replica, pieces, evidence, optimizer)
         record = replace(self.state_record, round=roster.round, work=len(evidence.leaves))
         self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, record))
 
@@ -218,23 +241,38 @@ class RoundMachine:
 
     # -- merges -------------------------------------------------------------------------------------------------------
 
-    def watch(self, roster: Roster, *, desk: Desk | None = None, end: int | None = None) -> None:
+    def watch(self, roster: Roster, *, end: int | None = None) -> None:
         """Follow the merge of `roster`'s round without a say in it, unless it is being followed.
 
-        `desk` holds an own contribution that is on chain already; `end` gives a merge that is past its marks more time.
+        `end` gives a merge that is past its marks time up to that block.
         """
         if roster.round in self._merges:
             return
         held = self._archive.open(roster.round)
-        held.desk = desk or held.desk or Desk(self._node.identity.hotkey)
+        held.desk = held.desk or Desk(self._node.identity.hotkey)
         terms = self._terms(roster, end=end)
         self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, None))
 
-    def resume_merge(self, roster: Roster, desk: Desk, record: Record) -> None:
-        """Go on with a contribution from before a restart."""
+    def resume_merge(self, roster: Roster, block: int) -> None:
+        """Go on with the contribution from before a restart, at `block`: with a say while there is time to vote."""
+        cut, self._kept = self._kept, None
+        if cut is None or self.replica.pending is None or self.replica.pending.round != roster.round:
+            return
+        terms = self._terms(roster)
         held = self._archive.open(roster.round)
-        held.desk = desk
-        self._merges[roster.round] = asyncio.create_task(self._merge(roster, self._terms(roster), desk, record))
+        held.evidence, held.desk = (
+            cut.evidence,
+            Desk(self._node.identity.hotkey, cut.pieces, evidence=cut.evidence.root),
+        )
+        if block < terms.marks.have - terms.marks.margin:
+            record = replace(self.state_record, round=roster.round, work=len(cut.evidence.leaves))
+            self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, record))
+        else:
+            self.watch(roster, end=block + terms.marks.merge - terms.marks.have)
+
+    def forget(self, number: int) -> None:
+        """A merge that brought nothing may be tried again."""
+        self._merges.pop(number, None)
 
     async def settle(self, number: int) -> None:
         """Wait until the merge of round `number`, if there is one, has been taken over."""
@@ -258,7 +296,8 @@ class RoundMachine:
         outcome = await merge(terms, record, self.replica.public, desk, board=ChainBoard(node), exchange=exchange)
         after = outcome.public
         if outcome.incomplete:
-            found = await self._keeper.public_state(self, roster, outcome)
+            until = roster.block + self._manifest.round.length + self._manifest.round.close
+            found = await after_merge(node, roster, self.stage, until=until, momentum=not self.codec.error_feedback)
             if found is None:
                 log.warning("round %d: stage %d could not get what was merged", roster.round, self.stage)
                 return
@@ -269,10 +308,8 @@ class RoundMachine:
         self._report(roster, outcome, loop.time() - start)
         await self._checkpoint()
         if record is not None:
-            done = replace(self.state_record, round=roster.round, phase=Phase.DONE)
-            await node.publish(done, until=terms.marks.end + self._manifest.round.close)
-        else:
-            await node.publish(self.state_record)
+            done = replace(record, phase=Phase.DONE, weights=self.digest)
+            await node.publish(done, until=roster.block + self._manifest.round.length + self._manifest.round.close)
 
     def _report(self, roster: Roster, outcome: Outcome, seconds: float) -> None:
         node = self._node

@@ -44,9 +44,7 @@ def claims(records: Mapping[str, Record | None], hotkeys: Sequence[str], *, run:
 async def newest_claims(node: Node, roster: Roster, stage: int, *, at_most: int) -> list[Claim]:
     """The claims of the stage's other replicas and joiners at the newest finalized block."""
     state = await node.state((await node.chain.finalized()).number)
-    others = [
-        hotkey for hotkey in (*roster.stages[stage], *roster.joining(stage)) if hotkey != node.identity.hotkey
-    ]
+    others = [hotkey for hotkey in (*roster.stages[stage], *roster.joining(stage)) if hotkey != node.identity.hotkey]
     return claims(records_of(state), others, run=node.loaded.run_id, at_most=at_most)
 
 
@@ -56,9 +54,7 @@ async def take(node: Node, stage: int, claim: Claim, *, momentum: bool) -> Merge
     for turn in range(TURNS * len(claim.holders)):
         holder = claim.holders[turn % len(claim.holders)]
         try:
-            found = await fetch_public(
-                node, holder, claim.held, parameters=count, momentum=count if momentum else 0
-            )
+            found = await fetch_public(node, holder, claim.held, parameters=count, momentum=count if momentum else 0)
         except TransportError as error:
             log.debug("state %d of stage %d from %s: %s", claim.held, stage, holder, error)
             await asyncio.sleep(PAUSE)
@@ -69,9 +65,7 @@ async def take(node: Node, stage: int, claim: Claim, *, momentum: bool) -> Merge
     return None
 
 
-async def after_merge(
-    node: Node, roster: Roster, stage: int, *, until: int, momentum: bool
-) -> Merged | None:
+async def after_merge(node: Node, roster: Roster, stage: int, *, until: int, momentum: bool) -> Merged | None:
     """The state after the merge of `roster`'s round, as most of the stage's replicas say; None up to block `until`."""
     replicas = roster.stages[stage]
     block = (await node.chain.finalized()).number

@@ -13,8 +13,8 @@
   Votes for the state at that round's start go before older ones, so a stuck replica holds nobody up; a tie goes to
   the group whose eldest has counted longest.
 * ACTIVE with another state than the anchor → JOIN at the same stage.
-* JOIN → ACTIVE once its record says the anchor, or what most of the stage's replicas say at this block; not within two
-  rounds → BENCH, if a replica that voted was there to fetch from.
+* JOIN → ACTIVE once its record says the anchor, or what most of the replicas that are further than the anchor say at
+  this block; not within two rounds → BENCH, if a replica that voted was there to fetch from.
 * WAIT, in the order of H(block hash ‖ hotkey), fills the stage with the fewest holders (JOIN and ACTIVE); the lowest
   stage breaks ties; at most max(1, ACTIVE) join a stage at once.
 * A stage with fewer than two holders pulls one per refresh from the fullest that has at least two more: a joiner if
@@ -279,16 +279,18 @@ class _Refresh:
         """Joiners who are ready count; those who took too long make room."""
         active = self._active(stage)
         sources = {member.hotkey for member in active} & (self._closed.voted if self._closed is not None else set())
-        said = Counter(self._claim(member.hotkey) for member in active)
-        current, votes = said.most_common(1)[0] if said else (FROM_SEED, 0)
-        targets = [self._anchors[stage]]
-        if votes * 2 > len(active) and current.weights != NO_WEIGHTS:
-            targets.append(current)
+        anchor = self._anchors[stage]
+        targets = [anchor]
+        said = [self._claim(member.hotkey) for member in active]
+        newer = Counter(claim for claim in said if anchor.held < claim.held <= self._round)
+        for claim, votes in newer.most_common(1):
+            if votes * 2 > newer.total() and claim.weights != NO_WEIGHTS:
+                targets.append(claim)
         for member in self._joining(stage):
             if member.since == self._round:
                 continue
             claim = self._claim(member.hotkey)
-            if claim in targets or (not active and _holds(claim, self._anchors[stage])):
+            if claim in targets or (not active and _holds(claim, anchor)):
                 self._put(member, Standing.ACTIVE, f"holds the state of stage {stage}", stage=stage)
             elif sources and self._round - member.since >= JOIN_ROUNDS:
                 self._bench(member, f"not ready for stage {stage} within {JOIN_ROUNDS} rounds")

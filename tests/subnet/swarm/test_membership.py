@@ -193,6 +193,11 @@ def test_a_joiner_counts_once_it_holds_the_state() -> None:
     newer = Anchor(ROUND + 1, b"n" * 32)
     ahead = step(before, around(5, {0: holding(newer), 1: holding(newer), 4: holding(newer)}))
     assert ahead.state_of(name(4)) is Standing.ACTIVE
+    half = step(before, around(5, {0: holding(newer), 4: holding(newer)}))
+    assert half.state_of(name(4)) is Standing.ACTIVE
+    other = Anchor(ROUND + 1, b"m" * 32)
+    split = step(before, around(5, {0: holding(newer), 1: holding(other), 4: holding(newer)}))
+    assert split.state_of(name(4)) is Standing.JOIN
     for wrong in (Anchor(ROUND, b"x" * 32), Anchor(0, NO_WEIGHTS), newer):
         assert step(before, around(5, {4: holding(wrong)})).state_of(name(4)) is Standing.JOIN
 

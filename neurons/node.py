@@ -153,6 +153,11 @@ class Node:
                     f"hotkey {identity.hotkey} is not registered on netuid {config.netuid}: run "
                     f"`btcli subnets register --netuid {config.netuid} -w {config.wallet} -H {config.hotkey}`"
                 )
+            if identity.hotkey == manifest.run.authority:
+                raise NodeError(
+                    f"hotkey {identity.hotkey} is the run's authority, whose commitment names the manifest and "
+                    "would be lost under a node's record: give --hotkey another one"
+                )
             neighbours = Neighbourhood()
             axon = Axon(
                 Admission(identity.hotkey, allow=neighbours.allow, now_ns=time.time_ns),

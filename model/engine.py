@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.optimizer import OptimizerConfig, build_optimizer, clip_bound, gradient_norm, learning_rate
 from model.split import StagePlan
-from model.stage import Stage
+from model.stage import Stage, assign_flat
 
 
 class EngineError(RuntimeError):
@@ -55,7 +55,7 @@ class Recompute(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One optimizer step: the version after it, its rate, the gradient's norm before clipping, what was
+    """One optimizer step: the weight version after it, its rate, the gradient's norm before clipping, what was
     done."""
 
     version: int
@@ -98,6 +98,8 @@ class StageEngine:
         self.recompute = recompute
         self.capacity = capacity
         self._version = 0
+        self._steps = 0
+        self._used = False
         self._units: dict[Hashable, _Unit] = {}
         self._accumulated = 0
         self._config = optimizer_config
@@ -106,8 +108,14 @@ class StageEngine:
 
     @property
     def version(self) -> int:
-        """Optimizer steps done; names the weights that the next forward will use."""
+        """Names the weights that the next unit will use: one more after each step, and after each replacement of
+        weights that a unit was computed with."""
         return self._version
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done; what the learning rate is a function of."""
+        return self._steps
 
     @property
     def units_accumulated(self) -> int:
@@ -132,6 +140,7 @@ class StageEngine:
                 f"{len(self._units)} units are open and capacity is {self.capacity}: "
                 "wait for a backward or raise capacity"
             )
+        self._used = True
         if self.recompute is Recompute.FULL:
             out = replay_forward(self.stage, x)
             self._units[key] = _Unit(x)
@@ -158,6 +167,7 @@ class StageEngine:
             raise EngineError(
                 f"gradient of unit {key} is {g.dtype} {tuple(g.shape)}; {self.stage.dtype} {shape} is needed"
             )
+        self._used = True
         leaf = _leaf(unit.x) if unit.leaf is None else unit.leaf
         y = self.stage(leaf) if unit.y is None else unit.y
         torch.autograd.backward(y, g)
@@ -176,6 +186,7 @@ class StageEngine:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(f"loss of unit {key} is {value}: drop the unit and check its input")
+        self._used = True
         torch.autograd.backward(loss / self.accumulation)
         self._accumulated += 1
         return value, leaf.grad
@@ -197,7 +208,7 @@ class StageEngine:
             raise EngineError("no unit has been accumulated since the last step: run a backward first")
         gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
         norm = gradient_norm(gradients)
-        lr = learning_rate(self._config, self._version)
+        lr = learning_rate(self._config, self._steps)
         if not math.isfinite(norm):
             self.discard_gradients()
             return StepReport(version=self._version, lr=lr, grad_norm=norm, clipped=False, finite=False)
@@ -210,7 +221,9 @@ class StageEngine:
         self._optimizer.step()
         self.discard_gradients()
         self._drop_graphs()
+        self._steps += 1
         self._version += 1
+        self._used = False
         return StepReport(version=self._version, lr=lr, grad_norm=norm, clipped=clipped, finite=True)
 
     def discard_gradients(self) -> None:
@@ -218,14 +231,25 @@ class StageEngine:
         self._optimizer.zero_grad(set_to_none=True)
         self._accumulated = 0
 
-    def weights_replaced(self) -> None:
-        """Must follow any change of the weights from outside (a merge): kept graphs no longer belong to
-        them."""
+    def replace_weights(self, flat: Tensor) -> int:
+        """Takes over weights from outside (a merge) at a step boundary; `flat` is fp32 (n,) as `flatten` gives.
+
+        Kept graphs no longer belong to the weights and go. Returns the version that names the new ones. Raises
+        `EngineError` while gradients are accumulated: they belong to the old weights.
+        """
+        if self._accumulated:
+            raise EngineError(
+                f"{self._accumulated} units are accumulated: weights are replaced between steps, step or discard first"
+            )
+        assign_flat(self.stage, flat)
         self._drop_graphs()
+        self._version += self._used
+        self._used = False
+        return self._version
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, optimizer state and version as named tensors, sharing memory with the engine."""
-        tensors = {"version": torch.tensor(self._version)}
+        """Weights, optimizer state, version and steps as named tensors, sharing memory with the engine."""
+        tensors = {"version": torch.tensor(self._version), "steps": torch.tensor(self._steps)}
         for name, parameter in self.stage.named_parameters():
             tensors[f"weights.{name}"] = parameter.detach()
             for field, value in self._optimizer.state.get(parameter, {}).items():
@@ -243,7 +267,8 @@ class StageEngine:
         weights: dict[str, Tensor] = {}
         optimizer: dict[str, dict[str, Tensor]] = {}
         version = int(_take(rest, "version", torch.Size(())))
-        fields = _OPTIMIZER_FIELDS[self._config.kind] if version else ()
+        steps = int(_take(rest, "steps", torch.Size(())))
+        fields = _OPTIMIZER_FIELDS[self._config.kind] if steps else ()
         for name, parameter in self.stage.named_parameters():
             weights[name] = _take(rest, f"weights.{name}", parameter.shape)
             optimizer[name] = {
@@ -265,6 +290,8 @@ class StageEngine:
                     for field, value in optimizer[name].items()
                 }
         self._version = version
+        self._steps = steps
+        self._used = False
         self._units.clear()
         self.discard_gradients()
 

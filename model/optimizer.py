@@ -120,21 +120,33 @@ def outer_step(
     its end. Every product is rounded before it is added, so no device may contract the pair and all
     replicas get equal bits.
     """
-    for name, tensor in (
-        ("theta", theta),
-        ("pseudo-gradient", mean_pseudo_gradient),
-        ("momentum", momentum_buffer),
-    ):
-        if tensor.dtype != torch.float32 or tensor.shape != theta.shape:
-            raise ValueError(
-                f"outer step: {name} is {tensor.dtype} {tuple(tensor.shape)}; float32 {tuple(theta.shape)} is needed"
-            )
+    _check_flat(theta, mean_pseudo_gradient, momentum_buffer)
     decayed = torch.mul(momentum_buffer, config.momentum)
     buffer = torch.add(decayed, mean_pseudo_gradient)
     ahead = torch.mul(buffer, config.momentum)
     direction = torch.add(ahead, mean_pseudo_gradient)
     change = torch.mul(direction, config.lr)
     return torch.sub(theta, change), buffer
+
+
+def plain_step(theta: Tensor, mean_pseudo_gradient: Tensor, config: OuterConfig) -> Tensor:
+    """New θ after a merge without outer momentum, θ' = θ - lr·g; pure, fp32, both inputs of the same shape.
+
+    For codecs with error feedback, which takes the momentum's place (SparseLoCo, arXiv 2508.15706). The product
+    is rounded before it is subtracted, as in `outer_step`. Raises `ValueError` for a momentum above 0.
+    """
+    if config.momentum != 0:
+        raise ValueError(f"outer.momentum is {config.momentum}, a plain outer step has none: set it to 0")
+    _check_flat(theta, mean_pseudo_gradient)
+    return torch.sub(theta, torch.mul(mean_pseudo_gradient, config.lr))
+
+
+def _check_flat(theta: Tensor, pseudo_gradient: Tensor, momentum: Tensor | None = None) -> None:
+    for name, tensor in (("theta", theta), ("pseudo-gradient", pseudo_gradient), ("momentum", momentum)):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != theta.shape):
+            raise ValueError(
+                f"outer step: {name} is {tensor.dtype} {tuple(tensor.shape)}; float32 {tuple(theta.shape)} is needed"
+            )
 
 
 NANO_OPTIMIZER = OptimizerConfig(kind="nadam", lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=20, clip=1.0)

@@ -184,7 +184,7 @@ async def _play(node: Node, machine: RoundMachine, roster: Roster, start: int) -
             )
         await machine.play(current, manifest.round_start(start, number))
         number += 1
-        current = await node.next_roster(current, manifest.round_start(start, number))
+        current = await node.next_roster()
 
 
 def build_worker(node: Node, stage: int) -> StageWorker:

@@ -15,23 +15,29 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 
+from model.accounting import stage_parameters
 from model.config import ConfigError
 from model.data import Corpus, DataError, ShardEntry
 from model.split import StagePlan, split
+from neurons.bootstrap import RosterDesk
 from neurons.config import NeuronConfig, parse
+from neurons.history import History
 from neurons.telemetry import NodeFailed, NodeStarted, Telemetry
 from subnet.chain import BittensorChain, Chain, ChainError
 from subnet.identity import Identity, IdentityError
 from subnet.manifest import LoadedManifest, ManifestError, check_announced, load_manifest
-from subnet.messages import Shapes
+from subnet.messages import RosterRequest, Shapes
 from subnet.metagraph import ChainState, Endpoint
-from subnet.swarm.roster import Roster, advance, gather
+from subnet.swarm import snapshot
+from subnet.swarm.roster import Roster
+from subnet.swarm.snapshot import SnapshotError
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
@@ -44,6 +50,7 @@ CONNECT_TIMEOUT = 30.0
 CHAIN_STALL = 600.0
 """Seconds without the awaited block after which a node gives up on its chain."""
 
+ROSTER_ROUTE = RosterRequest.route
 PUSH_ROUTES = frozenset({"forward", "backward", "input"})
 
 
@@ -58,17 +65,21 @@ class Neighbourhood:
     roster: Roster | None = None
     endpoints: dict[str, str] = field(default_factory=dict)
     validators: frozenset[str] = frozenset()
+    registered: frozenset[str] = frozenset()
 
     def update(self, roster: Roster, state: ChainState) -> None:
         self.roster = roster
         self.endpoints = {neuron.hotkey: neuron.endpoint.url for neuron in state.neurons if neuron.endpoint is not None}
         self.validators = frozenset(neuron.hotkey for neuron in state.neurons if neuron.validator_permit)
+        self.registered = frozenset(neuron.hotkey for neuron in state.neurons)
 
     def allow(self, hotkey: str, route: str) -> None:
-        """Pushes come from roster members; evidence is fetched by them and by permitted validators."""
+        """Pushes come from who counts; the rest is fetched by whoever is in the roster and by permitted validators, the
+        roster itself by anyone registered."""
         if self.roster is None:
             raise Busy("the first roster is not known here yet", "push again after the pause", retry_after=0.2)
-        if hotkey in self.roster.members or (route not in PUSH_ROUTES and hotkey in self.validators):
+        fetches = route not in PUSH_ROUTES and (hotkey in self.validators or self.roster.state_of(hotkey) is not None)
+        if hotkey in self.roster.members or fetches or (route == ROSTER_ROUTE and hotkey in self.registered):
             return
         raise UnknownHotkey(
             f"{hotkey[:60]} may not use {route} in round {self.roster.round}",
@@ -91,6 +102,11 @@ class Node:
     dendrite: Dendrite
     telemetry: Telemetry
     _stack: AsyncExitStack
+
+    def __post_init__(self) -> None:
+        self.history = History(self.loaded, self.state)
+        self._rosters = RosterDesk(self.loaded.run_id)
+        self._rosters.open(self.axon)
 
     @classmethod
     async def open(cls, config: NeuronConfig, *, role: str) -> Node:
@@ -142,6 +158,12 @@ class Node:
                 _stack=stack.pop_all(),
             )
 
+    @cached_property
+    def parameters(self) -> tuple[int, ...]:
+        """Parameters of each stage."""
+        config = self.loaded.manifest.model.config()
+        return tuple(stage_parameters(config, plan) for plan in self.plans)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -174,23 +196,22 @@ class Node:
 
     async def first_roster(self) -> tuple[Roster, int]:
         """Round 0's roster and first block: the first gathering block where enough valid hotkeys are there."""
-        manifest = self.loaded.manifest
-        block = manifest.run.activation_block
-        while True:
-            state = await self.state(block)
-            roster = gather(state, self.loaded.run_id, stages=manifest.swarm.stages, replicas=manifest.swarm.replicas)
-            if roster is not None:
-                self.neighbours.update(roster, state)
-                return roster, block
-            block += manifest.swarm.gather_blocks
+        refreshed = await self.history.begin()
+        assert refreshed is not None  # noqa: S101 - without a last block it goes on until there is one
+        await self._enter(refreshed.roster)
+        return refreshed.roster, refreshed.roster.block
 
-    async def next_roster(self, previous: Roster, block: int) -> Roster:
+    async def next_roster(self) -> Roster:
         """The recurrence at the first block of the next round."""
-        state = await self.state(block)
-        before = block - self.loaded.manifest.round.length
-        roster = advance(previous, state, self.loaded.run_id, fresh_from=before)
-        self.neighbours.update(roster, state)
+        roster = (await self.history.step()).roster
+        await self._enter(roster)
         return roster
+
+    async def _enter(self, roster: Roster) -> None:
+        """Keep the roster before anything is done by it, and let in who is in it."""
+        await asyncio.to_thread(snapshot.write, self.config.out / "rosters" / self.config.name, roster)
+        self._rosters.keep(roster)
+        self.neighbours.update(roster, await self.state(roster.block))
 
 
 def open_corpus(loaded: LoadedManifest, folder: Path) -> Corpus:
@@ -236,6 +257,7 @@ def main(argv: list[str], *, role: str, description: str, body: Callable[[Node],
         ConfigError,
         DataError,
         PortTaken,
+        SnapshotError,
     ) as error:
         log.error("%s", error)  # noqa: TRY400 - the line is for a person; the cause is chained in it
         return 1

@@ -51,8 +51,10 @@ from subnet.trust.ledger import (
 log = logging.getLogger("orion.neurons.pipeline")
 
 R = TypeVar("R")
-StepResult = tuple[StepReport, int, torch.Tensor]
-"""What a step leaves: its report, how many units it took, the weights after it (flat fp32)."""
+StepResult = tuple[StepReport, int, int, torch.Tensor]
+"""What a step leaves: its report, how many units it took, version and weights after it (flat fp32)."""
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""From a replica's weights to others (flat fp32), as a merge wants them."""
 
 RECENT_FLIGHTS = 8
 DRAIN_MARGIN = 1.5
@@ -101,6 +103,7 @@ class StageWorker:
         self._door = Door(identity, loaded, engine.plan, self._delivery)
         self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous)
         self._round: TrainingRound | None = None
+        self._changes: deque[tuple[Change, asyncio.Future[None]]] = deque()
         self._unit_seconds = RecentMean()
         self._flight_seconds: deque[float] = deque(maxlen=RECENT_FLIGHTS)
 
@@ -111,6 +114,8 @@ class StageWorker:
         self._compute.clear()
         self._round = TrainingRound(number, roster, seed, archive)
         self._open_window(self._round, self.engine.version, flatten(self.engine.stage))
+        if self._changes:
+            self._change_when_idle()
         if not self.plan.is_last and not self._synchronous:
             self._spawn(self._round.sends, self._chase(self._round))
         return self._round
@@ -161,7 +166,9 @@ class StageWorker:
             self.engine.drop(key)
         if self.engine.units_accumulated:
             self._enter_step(current, *await self._compute.submit(Lane.BACKWARD, 0, self._step))
-            self._compute.clear()
+        elif self._changes:
+            self._enter_change(await self._compute.submit(Lane.BACKWARD, 0, self._change))
+        self._compute.clear()
         self._telemetry.emit(
             TrainingClosed(
                 round=current.number,
@@ -177,6 +184,13 @@ class StageWorker:
             )
         )
         return current, current.ledger.close()
+
+    async def change_weights(self, change: Change) -> None:
+        """Replace the weights by `change(weights)` at the next step boundary, at once if nothing is accumulated."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changes.append((change, done))
+        self._change_when_idle()
+        await done
 
     def shut_down(self) -> None:
         self._compute.stop()
@@ -416,15 +430,39 @@ class StageWorker:
     def _step(self) -> StepResult:
         units = self.engine.units_accumulated
         report = self.engine.step()
-        return report, units, flatten(self.engine.stage)
+        version, weights = self._change()
+        return report, units, version, weights
 
-    def _enter_step(self, current: TrainingRound, report: StepReport, units: int, weights: torch.Tensor) -> None:
-        self._open_window(current, report.version, weights)
+    def _change(self) -> tuple[int, torch.Tensor]:
+        """On the compute thread, between two steps: take over what merges have left; version and weights after it."""
+        for change, done in tuple(self._changes):
+            self.engine.replace_weights(change(flatten(self.engine.stage)))
+            self._changes.popleft()
+            done.get_loop().call_soon_threadsafe(_answer, done)
+        return self.engine.version, flatten(self.engine.stage)
+
+    def _change_when_idle(self) -> None:
+        """Without gradients in the making the weights may change now; else the next step will do it."""
+
+        def job() -> tuple[int, torch.Tensor] | None:
+            return self._change() if self._changes and not self.engine.units_accumulated else None
+
+        answer = self._compute.submit(Lane.BACKWARD, 0, job)
+        answer.add_done_callback(lambda job: None if job.cancelled() else self._enter_change(job.result()))
+
+    def _enter_change(self, changed: tuple[int, torch.Tensor] | None) -> None:
+        if changed is not None and self._round is not None and self._round.accepting:
+            self._open_window(self._round, *changed)
+
+    def _enter_step(
+        self, current: TrainingRound, report: StepReport, units: int, version: int, weights: torch.Tensor
+    ) -> None:
+        self._open_window(current, version, weights)
         self._telemetry.emit(
             LocalStep(
                 round=current.number,
                 stage=self.plan.index,
-                version=report.version,
+                version=version,
                 units=units,
                 grad_norm=round(report.grad_norm, 6),
                 lr=report.lr,
@@ -563,3 +601,8 @@ class StageWorker:
         tasks.discard(done)
         if not done.cancelled() and done.exception() is not None:
             log.error("a unit at stage %d was lost: %s", self.plan.index, done.exception(), exc_info=done.exception())
+
+
+def _answer(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import CheckpointInfo, save
-from model.stage import assign_flat, flatten, unflatten
+from model.stage import flatten, unflatten
 from neurons.archive import Archive, RoundArchive
 from neurons.node import CHAIN_STALL, Node, NodeError
 from neurons.pipeline import StageWorker
@@ -27,7 +27,8 @@ from neurons.telemetry import CheckpointWritten, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from subnet.chain import ChainError
 from subnet.messages import Payload, PayloadRequest, PublicPart, WeightsRequest, flat, table
-from subnet.swarm import codec
+from subnet.swarm import content
+from subnet.swarm.codec import PayloadError, codec_of
 from subnet.swarm.merge import Merged, Source, accepted, agreed_weights, apply, cut_sources, rebase
 from subnet.swarm.record import Phase, Record, bind_roots
 from subnet.swarm.roster import Roster, records_of
@@ -61,6 +62,7 @@ class RoundMachine:
         self._worker = worker
         self._archive = archive
         self._manifest = node.loaded.manifest
+        self._codec = codec_of(self._manifest.merge.codec)
         self._stage = worker.engine.stage
         theta = flatten(self._stage)
         self.public = Merged(theta, torch.zeros_like(theta))
@@ -87,8 +89,8 @@ class RoundMachine:
         )
         evidence = await self._train(roster, start, held)
         merge_start = loop.time()
-        payload = codec.encode(self.public.theta - flatten(self._stage))
-        held.payload_root = codec.root(payload)
+        payload = self._codec.encode(self.public.theta - flatten(self._stage))
+        held.payload_root = content.root(content.leaves(content.cut(payload)))
         held.payloads[node.identity.hotkey] = (payload, evidence.root)
         held.evidence = evidence
         record = Record(
@@ -98,6 +100,7 @@ class RoundMachine:
             work=len(evidence.leaves),
             root=bind_roots(held.payload_root, evidence.root),
             roster=roster.digest,
+            weights=digest_of(self.public),
         )
         await self._publish(record, until=start + marks.have)
         sources = cut_sources(roster.stages[index], records_of(await node.state(start + marks.cut)), number)
@@ -183,7 +186,7 @@ class RoundMachine:
                     holder,
                     PayloadRequest(run=node.loaded.run_id.hex(), round=number, source=source.hotkey),
                     reply=Payload,
-                    reply_specs={"payload": table(1, codec.payload_bytes(self.parameters))},
+                    reply_specs={"payload": table(1, self._codec.payload_bytes(self.parameters))},
                     deadline=FETCH_DEADLINE,
                 )
                 payload = bytes(tensor_bytes(tensors["payload"]))
@@ -192,13 +195,13 @@ class RoundMachine:
                 log.debug("payload of %s from %s: %s", source.hotkey, holder, error)
                 await asyncio.sleep(FETCH_PAUSE)
                 continue
-            if bind_roots(codec.root(payload), evidence) != source.root:
+            if bind_roots(content.root(content.leaves(content.cut(payload))), evidence) != source.root:
                 log.warning("round %d: what %s serves for %s has another root on chain", number, holder, source.hotkey)
                 await asyncio.sleep(FETCH_PAUSE)
                 continue
             try:
-                codec.decode(payload, self.parameters, limit=self._largest_change(source.work))
-            except codec.PayloadError as error:
+                self._codec.decode(payload, self.parameters, limit=self._largest_change(source.work))
+            except PayloadError as error:
                 log.warning("round %d: %s is left out: %s", number, source.hotkey, error)
                 return
             held.payloads[source.hotkey] = (payload, evidence)
@@ -217,13 +220,12 @@ class RoundMachine:
                 await self._fetch_payload(source, listed, number, held, until=until)
         before = self.public
         if all(source.hotkey in held.payloads for source in listed):
-            deltas = [codec.decode(held.payloads[source.hotkey][0], self.parameters) for source in listed]
+            deltas = [self._codec.decode(held.payloads[source.hotkey][0], self.parameters) for source in listed]
             self.public = apply(before, deltas, self._manifest.optimizer.outer())
         else:
             self.public = await self._take_public(listed, number + 1)
         weights = rebase(flatten(self._stage), before, self.public, included=included)
-        assign_flat(self._stage, weights)
-        self._worker.engine.weights_replaced()
+        self._worker.engine.replace_weights(weights)
 
     async def _take_public(self, holders: Sequence[Source], number: int) -> Merged:
         """The public state at the start of round `number` from a sibling, as most of the siblings' records say."""

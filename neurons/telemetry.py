@@ -105,6 +105,18 @@ class TrainingClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordPublished:
+    """A record of this node is on chain; with it, `epoch_used` of `epoch_limit` bytes of the epoch are used."""
+
+    phase: str
+    round: int
+    block: int
+    bytes: int
+    epoch_used: int
+    epoch_limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class Merged:
     """The round's merge ended; `weights` is the digest of the stage's public weights."""
 
@@ -227,6 +239,7 @@ Event = (
     | MicrobatchStarted
     | MicrobatchDone
     | TrainingClosed
+    | RecordPublished
     | Merged
     | Traffic
     | UnitAudited

@@ -15,14 +15,14 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from model.accounting import stage_flops
 from model.stage import Stage, assign_flat, build_stage, flatten
+from neurons.evidence import FETCH_DEADLINE, Case, EvidenceReader, replay_cases
 from neurons.node import Node, main
-from neurons.rounds import FETCH_DEADLINE, FETCH_PAUSE, public_digest
+from neurons.rounds import FETCH_PAUSE, public_digest
 from neurons.telemetry import (
     MinerScored,
     NodeFinished,
@@ -35,52 +35,27 @@ from neurons.telemetry import (
 from subnet.chain import ChainRefused
 from subnet.identity import verify
 from subnet.messages import (
-    EvidenceRequest,
-    EvidenceTables,
     PublicPart,
-    Tensors,
-    UnitRequest,
     WeightsRequest,
-    WindowRequest,
-    evidence_specs,
     flat,
 )
 from subnet.metagraph import ChainState
 from subnet.swarm.merge import accepted, agreed_weights, cut_sources
-from subnet.swarm.record import Phase, Record, bind_roots
+from subnet.swarm.record import Record
 from subnet.swarm.roster import Roster, records_of
 from subnet.transport.errors import TransportError
-from subnet.transport.synapse import HEADER_LIMIT, tensor_bytes
-from subnet.trust.audit import UnitTensors, Verdict, correctness, replay, select_units, select_windows
+from subnet.transport.synapse import tensor_bytes
+from subnet.trust.audit import Verdict, correctness, select_units, select_windows
 from subnet.trust.ledger import (
-    LEAF_BYTES,
-    WINDOW_BYTES,
-    Direction,
     Evidence,
-    Leaf,
-    LedgerError,
-    Window,
     digest,
-    evidence_root,
 )
 from subnet.trust.scoring import Paid, Score, Settlement, score, settle, weights
 
 log = logging.getLogger("orion.neurons.validator")
 
 THETA_TRIES = 50
-AUDIT_DEADLINE = 20.0
-"""Seconds a miner has to serve everything one validator asks of it in a round."""
 AGREE_STEP = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """One unit to replay: what its miner served, or why it did not."""
-
-    leaf: Leaf
-    theta: torch.Tensor | None
-    tensors: UnitTensors | None
-    problem: str
 
 
 class Auditor:
@@ -90,6 +65,7 @@ class Auditor:
         manifest = node.loaded.manifest
         config = manifest.model.config()
         self._node = node
+        self._reader = EvidenceReader(node)
         self._stages: list[Stage] = [build_stage(config, plan, manifest.run.seed) for plan in node.plans]
         self._theta = [flatten(stage) for stage in self._stages]
         """Public weights of every stage, as last known."""
@@ -109,11 +85,11 @@ class Auditor:
         seed = await node.seed(start + marks.cut + rules.seed_delay, "orion/audit/1")
         records = records_of(state)
         members = [hotkey for stage in roster.stages for hotkey in stage]
-        tables = await asyncio.gather(*(self._evidence(hotkey, roster, records.get(hotkey)) for hotkey in members))
+        tables = await asyncio.gather(*(self._reader.tables(hotkey, roster, records.get(hotkey)) for hotkey in members))
         evidence = {hotkey: table for hotkey, table in zip(members, tables, strict=True) if table is not None}
         # Everything is fetched from all miners at once, so nobody's slowness makes another one late.
         fetched = await asyncio.gather(
-            *(self._fetch(hotkey, roster, table, seed) for hotkey, table in evidence.items())
+            *(self._audit(hotkey, roster, table, seed) for hotkey, table in evidence.items())
         )
         verdicts = {
             hotkey: await asyncio.to_thread(self._replay, roster.stage_of(hotkey) or 0, parts)
@@ -129,85 +105,38 @@ class Auditor:
         )
         await self._set_weights(roster, state, settlement, verdicts)
 
-    async def _evidence(self, hotkey: str, roster: Roster, record: Record | None) -> Evidence | None:
-        """A miner's closed ledger, if it is what its root on chain says; None otherwise, with the reason logged."""
-        if record is None or record.round != roster.round or record.phase < Phase.CUT:
-            log.warning("round %d: %s fixed no evidence on chain in time", roster.round, hotkey)
-            return None
-        node = self._node
-        quota = node.loaded.manifest.data.samples_per_round
-        if record.work > 2 * quota:
-            log.warning("round %d: %s claims %d units, a round has %d", roster.round, hotkey, record.work, 2 * quota)
-            return None
-        try:
-            reply, tensors = await node.dendrite.call(
-                node.neighbours.endpoints.get(hotkey, ""),
-                hotkey,
-                EvidenceRequest(run=node.loaded.run_id.hex(), round=roster.round),
-                reply=EvidenceTables,
-                reply_specs=lambda fields: evidence_specs(record.work, min(fields.windows, record.work)),
-                max_reply_bytes=HEADER_LIMIT + record.work * (LEAF_BYTES + WINDOW_BYTES),
-                deadline=FETCH_DEADLINE,
-            )
-            leaves, windows = tensor_bytes(tensors["leaves"]), tensor_bytes(tensors["windows"])
-            if bind_roots(bytes.fromhex(reply.payload), evidence_root(leaves, windows)) != record.root:
-                raise LedgerError("its evidence does not hash to its root on chain")
-            evidence = Evidence.parse(leaves, windows)
-            first = roster.round * quota
-            evidence.check(stage=roster.stage_of(hotkey) or 0, samples=range(first, first + quota))
-        except (TransportError, LedgerError) as error:
-            log.warning("round %d: no evidence from %s: %s", roster.round, hotkey, error)
-            return None
-        return evidence
-
     # -- audits ---------------------------------------------------------------------------------------------------
 
-    async def _fetch(self, hotkey: str, roster: Roster, evidence: Evidence, seed: bytes) -> list[_Case]:
-        """Weights and tensors of the units the seed picks, within one deadline for the whole miner."""
+    async def _audit(self, hotkey: str, roster: Roster, evidence: Evidence, seed: bytes) -> list[Case]:
+        """Weights and tensors of the units the seed picks in one miner's ledger."""
         rules = self._node.loaded.manifest.audit
-        index = roster.stage_of(hotkey) or 0
-        cases: list[_Case] = []
-        deadline = asyncio.get_running_loop().time() + AUDIT_DEADLINE
-        for window in select_windows(evidence, seed=seed, hotkey=hotkey, count=rules.windows):
-            units = select_units(
-                evidence, window, seed=seed, hotkey=hotkey, validator=self._node.identity.hotkey, count=rules.units
+        validator = self._node.identity.hotkey
+        windows = select_windows(evidence, seed=seed, hotkey=hotkey, count=rules.windows)
+        picks = [
+            (
+                window,
+                select_units(evidence, window, seed=seed, hotkey=hotkey, validator=validator, count=rules.units),
             )
-            try:
-                async with asyncio.timeout_at(deadline):
-                    theta = await self._window_weights(hotkey, roster, evidence, window, index)
-                    served = [await self._unit(hotkey, roster, leaf, index) for leaf in units]
-            except (TransportError, LedgerError, TimeoutError) as error:
-                why = str(error) or f"nothing complete within {AUDIT_DEADLINE:g} s"
-                cases.extend(_Case(leaf, None, None, f"evidence withheld or wrong: {why}") for leaf in units)
-            else:
-                cases.extend(_Case(leaf, theta, tensors, "") for leaf, tensors in zip(units, served, strict=True))
-        return cases
+            for window in windows
+        ]
+        return await self._reader.cases(hotkey, roster, picks, public=self._public(hotkey, roster, evidence))
 
-    def _replay(self, index: int, cases: Sequence[_Case]) -> list[Verdict]:
-        """Verdicts on one miner's units. What was not served counts as failed here, in this validator's own score."""
-        node, rules = self._node, self._node.loaded.manifest.audit
-        stage, verdicts = self._stages[index], []
-        loaded: torch.Tensor | None = None
-        for case in cases:
-            if case.theta is None or case.tensors is None:
-                verdicts.append(Verdict(case.leaf, False, math.inf, case.problem))
-                continue
-            if case.theta is not loaded:  # units of one window share its weights
-                assign_flat(stage, case.theta)
-                loaded = case.theta
-            targets = node.corpus.sample(case.leaf.sample)[:, 1:] if node.plans[index].is_last else None
-            accumulation = node.loaded.manifest.optimizer.accumulation
-            verdicts.append(
-                replay(
-                    stage,
-                    case.leaf,
-                    case.tensors,
-                    targets=targets,
-                    accumulation=accumulation,
-                    tolerance=rules.tolerance,
-                )
-            )
-        return verdicts
+    def _public(self, hotkey: str, roster: Roster, evidence: Evidence) -> dict[int, torch.Tensor]:
+        """The weights a round's first window must start from, where this validator knows them."""
+        index = roster.stage_of(hotkey) or 0
+        if self._known[index] != roster.round or hotkey in self._rebased or not evidence.windows:
+            return {}
+        return {min(window.version for window in evidence.windows): self._theta[index]}
+
+    def _replay(self, index: int, cases: Sequence[Case]) -> list[Verdict]:
+        manifest = self._node.loaded.manifest
+        return replay_cases(
+            self._stages[index],
+            cases,
+            self._node.corpus,
+            accumulation=manifest.optimizer.accumulation,
+            tolerance=manifest.audit.tolerance,
+        )
 
     def _report(self, roster: Roster, verdicts: Mapping[str, Sequence[Verdict]]) -> None:
         for hotkey, found in verdicts.items():
@@ -224,48 +153,6 @@ class Auditor:
                         reason=verdict.reason,
                     )
                 )
-
-    async def _window_weights(
-        self, hotkey: str, roster: Roster, evidence: Evidence, window: Window, index: int
-    ) -> torch.Tensor:
-        """The window's weights as served; a round's first window must start from the public ones."""
-        node = self._node
-        first = min(entry.version for entry in evidence.windows)
-        public = self._known[index] == roster.round and hotkey not in self._rebased
-        if window.version == first and public:
-            if window.weights != digest(tensor_bytes(self._theta[index])):
-                raise LedgerError(f"its first window of round {roster.round} does not start from the public weights")
-            return self._theta[index]
-        _, tensors = await node.dendrite.call(
-            node.neighbours.endpoints.get(hotkey, ""),
-            hotkey,
-            WindowRequest(run=node.loaded.run_id.hex(), round=roster.round, version=window.version),
-            reply=Tensors,
-            reply_specs={"weights": flat(self._theta[index].numel())},
-            deadline=FETCH_DEADLINE,
-        )
-        if digest(tensor_bytes(tensors["weights"])) != window.weights:
-            raise LedgerError(f"the weights of window {window.version} do not hash to its head")
-        return tensors["weights"]
-
-    async def _unit(self, hotkey: str, roster: Roster, leaf: Leaf, index: int) -> UnitTensors:
-        """A unit's tensors, each checked against its leaf; the head's input against the sample itself."""
-        node = self._node
-        backward = leaf.direction is Direction.BACKWARD
-        _, tensors = await node.dendrite.call(
-            node.neighbours.endpoints.get(hotkey, ""),
-            hotkey,
-            UnitRequest(run=node.loaded.run_id.hex(), round=roster.round, sample=leaf.sample, backward=backward),
-            reply=Tensors,
-            reply_specs=node.shapes.unit(node.plans[index], backward=backward),
-            deadline=FETCH_DEADLINE,
-        )
-        for name in ("input", "gradient", "output"):
-            if name in tensors and digest(tensor_bytes(tensors[name])) != getattr(leaf, name):
-                raise LedgerError(f"the {name} of sample {leaf.sample} does not hash to its leaf")
-        if index == 0 and not torch.equal(tensors["input"], node.corpus.sample(leaf.sample)[:, :-1]):
-            raise LedgerError(f"sample {leaf.sample} was trained on other tokens than its own")
-        return UnitTensors(tensors["input"], tensors.get("gradient"), tensors.get("output"))
 
     # -- scores and weights ---------------------------------------------------------------------------------------
 
@@ -422,7 +309,7 @@ async def validate(node: Node) -> None:
         await auditor.follow(roster, block)
         await auditor.validate(number + 1)
         number += 1
-        roster = await node.next_roster(roster, manifest.round_start(start, number))
+        roster = await node.next_roster()
     node.telemetry.emit(NodeFinished(rounds=number))
 
 

@@ -36,6 +36,20 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate.add_argument("--seed", type=int, default=0, help="seed of the draws above temperature 0 (default: 0)")
 
 
+def _add_roster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    roster = commands.add_parser(
+        "roster",
+        help="recompute the roster from the chain and print why each neuron is where it is",
+        description="Replay a run's rosters from round 0 on, from the chain alone; print the one in force at a block.",
+    )
+    roster.add_argument("--at", type=int, default=None, metavar="BLOCK", help="block (default: the newest finalized)")
+    roster.add_argument("--run", type=Path, default=None, help="folder of a local run: manifest.toml and chain.url")
+    roster.add_argument("--network", default=None, help="network name or ws:// URL, with --manifest instead of --run")
+    roster.add_argument("--manifest", type=Path, default=None, help="manifest.toml of the run")
+    roster.add_argument("--netuid", type=int, default=None, help="subnet (default: the manifest's)")
+    roster.add_argument("--archive", default=None, help="ws:// URL to read what the network's nodes have pruned from")
+
+
 def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     localnet = commands.add_parser(
         "localnet",
@@ -94,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     _add_localnet(commands)
     _add_export(commands)
     _add_generate(commands)
+    _add_roster(commands)
     # Its options are the chain's own: `main` hands them over unparsed.
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
@@ -122,6 +137,17 @@ def main(argv: list[str] | None = None) -> int:
             tokens=flags.tokens,
             temperature=flags.temperature,
             seed=flags.seed,
+        )
+    if flags.command == "roster":
+        from scripts.roster import show_roster  # noqa: PLC0415 - heavy, and only for this command
+
+        return show_roster(
+            at=flags.at,
+            run=flags.run,
+            network=flags.network,
+            manifest=flags.manifest,
+            netuid=flags.netuid,
+            archive=flags.archive,
         )
     return _localnet(flags)
 

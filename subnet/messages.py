@@ -16,6 +16,7 @@ from pydantic import Field
 from model.config import ModelConfig
 from model.split import StagePlan
 from subnet.manifest import Manifest
+from subnet.swarm.snapshot import SNAPSHOT_LIMIT
 from subnet.transport.synapse import Synapse, TensorSpec
 from subnet.trust.ledger import LEAF_BYTES, MAX_LOSS, WINDOW_BYTES
 
@@ -122,6 +123,23 @@ class PublicPart(Synapse):
     """Tensor `weights`, fp32 (n,): the part asked for. `other` is the digest of the part that was not."""
 
     other: DigestHex
+
+
+class RosterRequest(Synapse):
+    """The roster with this digest. Most of the permitted stake says on chain which one is in force."""
+
+    route: ClassVar[str] = "roster"
+    run: RunId
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{30}$")]
+
+
+class RosterSnapshot(Synapse):
+    """Tensor `roster`, uint8 (1, size): the encoded roster."""
+
+    size: Annotated[int, Field(gt=0, le=SNAPSHOT_LIMIT)]
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {"roster": table(1, self.size)}
 
 
 class Tensors(Synapse):

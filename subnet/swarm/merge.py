@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.optimizer import OuterConfig, outer_step
+from model.optimizer import OuterConfig, outer_step, plain_step
 from subnet.swarm.record import Phase, Record
 
 
@@ -83,16 +83,23 @@ def mean(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A stage's public state: weights θ (fp32, flat) and outer momentum, equal on every replica."""
+    """A stage's public state, equal on every replica."""
 
     theta: torch.Tensor
+    """Weights, fp32 (n,)."""
     momentum: torch.Tensor
+    """Outer momentum, fp32 (n,), or empty (0,) where the codec's error feedback takes its place."""
 
 
 def apply(state: Merged, deltas: Sequence[torch.Tensor], outer: OuterConfig) -> Merged:
-    """One outer step on the mean pseudo-gradient. No deltas (a void round) leave the state as it is."""
+    """One outer step on the mean pseudo-gradient. No deltas (a void round) leave the state as it is.
+
+    Without a momentum buffer the step is plain; `ValueError` if `outer` asks for momentum all the same.
+    """
     if not deltas:
         return state
+    if not state.momentum.numel():
+        return Merged(plain_step(state.theta, mean(deltas), outer), state.momentum)
     theta, momentum = outer_step(state.theta, mean(deltas), state.momentum, outer)
     return Merged(theta, momentum)
 

@@ -1,12 +1,13 @@
 """The record: the one commitment a neuron keeps on chain, at most 128 bytes, always complete.
 
 The chain stores a single commitment per hotkey and every call replaces the last, so a record carries all that others
-need of its owner and every update is also the heartbeat. Fixed little-endian layout, 107 bytes:
+need of its owner and every update is also the heartbeat. Fixed little-endian layout, 108 bytes:
 
-    magic 3 · phase 1 · run 8 · round 4 · work 4 · root 32 · roster 15 · weights 32 · have 8
+    magic 3 · phase 1 · flags 1 · run 8 · round 4 · work 4 · root 32 · roster 15 · weights 32 · have 8
 
 `root` binds a round's payload and evidence in one hash, see `bind_roots`. `work` counts the leaves under the evidence
-root, so whoever fetches them knows their size before asking.
+root, so whoever fetches them knows their size before asking. Where a merge cuts the weights into shards, their digests
+stand in the commitment's second field, 8 bytes each, at most 16 of them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
-_LAYOUT = struct.Struct("<3sB8sII32s15s32sQ")
-_MAGIC = b"OR1"
+_LAYOUT = struct.Struct("<3sBB8sII32s15s32sQ")
+_MAGIC = b"OR2"
 ROSTER_DIGEST_BYTES = 15
+SHARD_DIGEST_BYTES = 8
+SHARDS_LIMIT = 128
 MAX_HAVE = 64
 
 
@@ -26,41 +29,83 @@ class Phase(IntEnum):
     """How far its owner has come in `round`; each phase's record also holds what the earlier ones fixed."""
 
     READY = 0
-    """Serving an axon, waiting for or training in the round."""
+    """Serving an axon; holds the public state at the start of the round, or none yet."""
     CUT = 1
     """`root` and `work` are fixed."""
     HAVE = 2
     """`have` names the payloads held, by index of their sources in the stage's roster order."""
     DONE = 3
-    """`weights` is the digest of the next round's weights."""
+    """The round is merged: `weights` is the public state at the start of the next."""
+
+
+class Flags(IntFlag):
+    LEAVING = 1
+    """Its owner wants out at the next roster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
+    """What one hotkey says of itself. `run` 8 bytes, `root` and `weights` 32, `roster` 15."""
+
     run: bytes
     round: int
     phase: Phase
+    flags: int = 0
     work: int = 0
     root: bytes = bytes(32)
     roster: bytes = bytes(ROSTER_DIGEST_BYTES)
     weights: bytes = bytes(32)
+    """Digest of the public state its owner holds now, in every phase; zero while it holds none."""
     have: int = 0
+    shards: bytes = b""
+    """Digests of merged shards, `SHARD_DIGEST_BYTES` each, from the commitment's second field."""
+
+    @property
+    def leaving(self) -> bool:
+        return bool(self.flags & Flags.LEAVING)
+
+    @property
+    def held(self) -> int:
+        """Rounds merged into the public state behind `weights`."""
+        return self.round + 1 if self.phase is Phase.DONE else self.round
 
     def encode(self) -> bytes:
+        """The fixed layout, 108 bytes; `shards` travels beside it."""
         return _LAYOUT.pack(
-            _MAGIC, self.phase, self.run, self.round, self.work, self.root, self.roster, self.weights, self.have
+            _MAGIC,
+            self.phase,
+            self.flags,
+            self.run,
+            self.round,
+            self.work,
+            self.root,
+            self.roster,
+            self.weights,
+            self.have,
         )
 
     @classmethod
-    def decode(cls, raw: bytes | None) -> Record | None:
-        """The record in `raw`, or None when these bytes are something else (another subnet's, a human's)."""
+    def decode(cls, raw: bytes | None, shards: bytes = b"") -> Record | None:
+        """The record in `raw`, or None when these bytes are something else (another subnet's, a human's).
+
+        A second field that is no row of shard digests is nobody's, and read as empty.
+        """
         if raw is None or len(raw) != _LAYOUT.size or not raw.startswith(_MAGIC):
             return None
-        _, phase, run, number, work, root, roster, weights, have = _LAYOUT.unpack(raw)
+        _, phase, flags, run, number, work, root, roster, weights, have = _LAYOUT.unpack(raw)
         if phase > Phase.DONE:
             return None
         return cls(
-            run=run, round=number, phase=Phase(phase), work=work, root=root, roster=roster, weights=weights, have=have
+            run=run,
+            round=number,
+            phase=Phase(phase),
+            flags=flags,
+            work=work,
+            root=root,
+            roster=roster,
+            weights=weights,
+            have=have,
+            shards=shards if len(shards) <= SHARDS_LIMIT and len(shards) % SHARD_DIGEST_BYTES == 0 else b"",
         )
 
 

@@ -23,7 +23,7 @@ from model.engine import (
 )
 from model.optimizer import OptimizerConfig
 from model.split import split
-from model.stage import StageInputError, build_stage, weights_digest
+from model.stage import StageInputError, build_stage, flatten, weights_digest
 
 _CONFIG = ModelConfig(vocab=64, hidden=32, layers=4, heads=4, kv_heads=2, ffn=48, context=16)
 _FORM_A = replace(_CONFIG, boundary=BoundaryConfig(form=BoundaryForm.A, width=8))
@@ -123,13 +123,30 @@ def test_weights_replaced_from_outside_drop_the_graphs() -> None:
     x, _ = _batch(0)
     for engine in (keep, full):
         y = engine.forward(0, x)
-        with torch.no_grad():
-            for parameter in engine.stage.parameters():
-                parameter.mul_(1.5)
-        engine.weights_replaced()
+        assert engine.replace_weights(flatten(engine.stage) * 1.5) == 1
         engine.backward(0, torch.ones_like(y))
     pairs = zip(keep.stage.parameters(), full.stage.parameters(), strict=True)
     assert all(torch.equal(a.grad, b.grad) for a, b in pairs)  # type: ignore[arg-type]
+
+
+def test_a_version_names_one_set_of_weights_and_steps_count_on() -> None:
+    """A version is used up by a unit, not by a replacement: no window between two versions stays empty."""
+    head, tail = _engines(_FORM_A, 2, optimizer=replace(_ADAMW, warmup_steps=4))
+    weights = flatten(tail.stage)
+    assert [tail.replace_weights(weights * factor) for factor in (2, 3)] == [0, 0]
+    x, targets = _batch(0)
+    y = head.forward(0, x)
+    tail.tail(0, y, targets)
+    with pytest.raises(EngineError, match="1 units are accumulated"):
+        tail.replace_weights(weights)
+    report = tail.step()
+    assert (report.version, tail.replace_weights(weights)) == (1, 1)
+    tail.tail(1, y, targets)
+    tail.discard_gradients()
+    assert (tail.replace_weights(weights), tail.steps) == (2, 1)
+    tail.tail(2, y, targets)
+    assert tail.step().lr == pytest.approx(2 / 4 * _ADAMW.lr)
+    assert (tail.version, tail.steps) == (3, 2)
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))

@@ -16,6 +16,7 @@ from model.optimizer import (
     gradient_norm,
     learning_rate,
     outer_step,
+    plain_step,
 )
 from model.split import split
 from model.stage import build_stage
@@ -47,6 +48,21 @@ def test_the_outer_step_rounds_every_product() -> None:
     expected_momentum = m * mu + g
     assert (momentum.numpy() == expected_momentum).all()
     assert (new.numpy() == t - (expected_momentum * mu + g) * lr).all()
+
+
+def test_the_plain_step_is_sgd_and_rounds_the_product() -> None:
+    theta, gradient = torch.randn(2, 4_097, generator=torch.Generator().manual_seed(1))
+    config = OuterConfig(lr=0.7, momentum=0.0)
+    new = plain_step(theta, gradient, config)
+    assert (new.numpy() == theta.numpy() - gradient.numpy() * torch.tensor(0.7).numpy()).all()
+    assert torch.equal(new, outer_step(theta, gradient, torch.zeros_like(theta), config)[0])
+
+
+def test_the_plain_step_has_no_momentum() -> None:
+    with pytest.raises(ValueError, match=r"outer\.momentum is 0\.9"):
+        plain_step(torch.zeros(4), torch.zeros(4), OuterConfig(momentum=0.9))
+    with pytest.raises(ValueError, match="pseudo-gradient is torch.float32"):
+        plain_step(torch.zeros(4), torch.zeros(5), OuterConfig(momentum=0.0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -145,9 +145,7 @@ class Swarm:
             for member in (Member(f"miner-{stage}-{replica}") for stage in range(stages) for replica in range(replicas))
         }
         hotkeys = list(self.members)
-        self.roster = Roster(
-            0, tuple(tuple(sorted(hotkeys[s * replicas : (s + 1) * replicas])) for s in range(stages)), ()
-        )
+        self.roster = Roster.of([hotkeys[s * replicas : (s + 1) * replicas] for s in range(stages)])
         self.endpoints: dict[str, str] = {}
         self.rounds: dict[str, RoundArchive] = {}
         self._synchronous = synchronous

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from model.config import BoundaryConfig, BoundaryForm
 from model.split import split
-from model.stage import assign_flat, build_stage
+from model.stage import assign_flat, build_stage, flatten
 from neurons.training import OpenInput
 from subnet.identity import verify
 from subnet.messages import Accepted, Backward, Forward
@@ -37,37 +37,63 @@ async def close_all(swarm: Swarm) -> dict[str, Evidence]:
     return {hotkey: (await member.worker.close())[1] for hotkey, member in swarm.members.items()}
 
 
+def assert_every_unit_replays(swarm: Swarm, evidence: dict[str, Evidence]) -> None:
+    """With the weights of its window, as an auditor would."""
+    config = swarm.loaded.manifest.model.config()
+    plans = split(config, swarm.loaded.manifest.swarm.stages)
+    for hotkey, table in evidence.items():
+        parsed = Evidence.parse(*table.tables())
+        assert parsed.root == table.root
+        plan, held = plans[swarm.roster.stage_of(hotkey)], swarm.rounds[hotkey]
+        stage = build_stage(config, plan, 0)
+        for window in select_windows(parsed, seed=b"s", hotkey=hotkey, count=99):
+            assert digest(tensor_bytes(held.windows[window.version])) == window.weights
+            assign_flat(stage, held.windows[window.version])
+            for leaf in select_units(parsed, window, seed=b"s", hotkey=hotkey, validator="v", count=99):
+                verdict = replay(
+                    stage,
+                    leaf,
+                    held.units[leaf.key],
+                    targets=swarm.corpus.sample(leaf.sample)[:, 1:] if plan.is_last else None,
+                    accumulation=swarm.loaded.manifest.optimizer.accumulation,
+                    tolerance=1e-4,
+                )
+                assert verdict.passed, verdict
+
+
 async def test_everything_done_is_paid_and_replays(tmp_path: Path) -> None:
     async with swarm_of(tmp_path) as swarm:
         heads = swarm.stage(0)
         await asyncio.gather(*(head.worker.drive(limit=12) for head in heads))
         evidence = await close_all(swarm)
-        run, plan = swarm.loaded.run_id, split(swarm.loaded.manifest.model.config(), 3)
-
-        settlement = settle(run, swarm.roster, evidence, verify, first_sample=0)
+        settlement = settle(swarm.loaded.run_id, swarm.roster, evidence, verify, first_sample=0)
         assert len(settlement.pathways) == 24
         for hotkey, paid in settlement.paid.items():
             assert paid.forward + paid.backward == paid.claimed, hotkey
         assert len({path.hotkeys for path in settlement.pathways}) > 2
 
+        assert_every_unit_replays(swarm, evidence)
+
+
+async def test_weights_that_change_in_mid_round_change_between_steps(tmp_path: Path) -> None:
+    """As a merge does while the next round trains: every unit still replays with the weights of its window."""
+    async with swarm_of(tmp_path, stages=3, replicas=1) as swarm:
+        drive = asyncio.create_task(swarm.stage(0)[0].worker.drive(limit=24))
+        before = {hotkey: flatten(member.worker.engine.stage) for hotkey, member in swarm.members.items()}
+        for factor in (0.99, 1.01):
+            await asyncio.gather(
+                *(member.worker.change_weights(lambda w, f=factor: w * f) for member in swarm.members.values())
+            )
+        await asyncio.wait_for(drive, 40)
+        evidence = await close_all(swarm)
+        for hotkey, member in swarm.members.items():
+            waiting = asyncio.create_task(member.worker.change_weights(lambda _, w=before[hotkey]: w))
+            await asyncio.wait_for(waiting, 10)
+            assert torch.equal(flatten(member.worker.engine.stage), before[hotkey])
+        assert_every_unit_replays(swarm, evidence)
+        quota = swarm.loaded.manifest.data.samples_per_round
         for hotkey, table in evidence.items():
-            parsed = Evidence.parse(*table.tables())
-            assert parsed.root == table.root
-            index = swarm.roster.stage_of(hotkey)
-            stage = build_stage(swarm.loaded.manifest.model.config(), plan[index], 0)
-            for window in select_windows(parsed, seed=b"s", hotkey=hotkey, count=99):
-                assert digest(tensor_bytes(swarm.rounds[hotkey].windows[window.version])) == window.weights
-                assign_flat(stage, swarm.rounds[hotkey].windows[window.version])
-                for leaf in select_units(parsed, window, seed=b"s", hotkey=hotkey, validator="v", count=99):
-                    verdict = replay(
-                        stage,
-                        leaf,
-                        swarm.rounds[hotkey].units[leaf.key],
-                        targets=swarm.corpus.sample(leaf.sample)[:, 1:] if plan[index].is_last else None,
-                        accumulation=swarm.loaded.manifest.optimizer.accumulation,
-                        tolerance=1e-4,
-                    )
-                    assert verdict.passed, verdict
+            table.check(stage=swarm.roster.stage_of(hotkey), samples=range(quota))
 
 
 async def test_wire_carries_the_boundary_and_a_bounded_header(tmp_path: Path) -> None:

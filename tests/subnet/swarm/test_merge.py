@@ -1,15 +1,18 @@
 """The chain decides what counts; arithmetic is pinned; a void round loses nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model.optimizer import OuterConfig
-from subnet.swarm import codec
+from subnet.swarm.codec import codec_of
 from subnet.swarm.merge import Merged, accepted, apply, cut_sources, mean, rebase
-from subnet.swarm.record import MAX_HAVE, Phase, Record, bind_roots
+from subnet.swarm.record import MAX_HAVE, Flags, Phase, Record, bind_roots
 
 REPLICAS = ("a", "b", "c")
 OUTER = OuterConfig(lr=0.7, momentum=0.9)
+PLAIN = OuterConfig(lr=0.7, momentum=0.0)
 
 
 def record(phase: Phase, *, number: int = 4, root: bytes = b"r" * 32, have: int = 0) -> Record:
@@ -21,14 +24,19 @@ def test_record_layout_is_fixed_and_small() -> None:
         run=b"run-0001",
         round=2**32 - 1,
         phase=Phase.DONE,
+        flags=Flags.LEAVING,
         work=7,
         root=b"\xff" * 32,
         roster=b"\x80" * 15,
         weights=b"\x01" * 32,
         have=2**MAX_HAVE - 1,
+        shards=b"\x02" * 128,
     )
-    assert len(full.encode()) <= 128
-    assert Record.decode(full.encode()) == full
+    assert len(full.encode()) == 108
+    assert Record.decode(full.encode(), full.shards) == full
+    assert Record.decode(full.encode()) == replace(full, shards=b"")
+    for odd in (b"\x02" * 9, b"\x02" * 136):
+        assert Record.decode(full.encode(), odd) == replace(full, shards=b"")
     for other in (
         None,
         b"",
@@ -38,6 +46,12 @@ def test_record_layout_is_fixed_and_small() -> None:
         full.encode()[:3] + b"\x09" + full.encode()[4:],
     ):
         assert Record.decode(other) is None
+
+
+def test_a_record_tells_how_many_rounds_its_weights_hold_and_whether_its_owner_leaves() -> None:
+    assert [record(phase, number=4).held for phase in Phase] == [4, 4, 4, 5]
+    assert not record(Phase.CUT).leaving
+    assert replace(record(Phase.CUT), flags=Flags.LEAVING | 0x80).leaving
 
 
 def test_late_or_foreign_records_are_no_sources() -> None:
@@ -76,14 +90,29 @@ def test_reduction_is_in_the_order_given() -> None:
     assert torch.equal(mean(deltas), expected)
 
 
-def test_replicas_land_on_the_same_bits() -> None:
-    generator = torch.Generator().manual_seed(3)
+@pytest.mark.parametrize(
+    ("name", "outer", "momentum"), [("bf16", OUTER, 1000), ("int8", OUTER, 1000), ("topk2bit", PLAIN, 0)]
+)
+def test_replicas_land_on_the_same_bits(name: str, outer: OuterConfig, momentum: int) -> None:
+    generator, codec = torch.Generator().manual_seed(3), codec_of(name)
     theta = torch.randn(1000, generator=generator)
-    state = Merged(theta, torch.zeros(1000))
+    state = Merged(theta, torch.zeros(momentum))
     payloads = [codec.encode(torch.randn(1000, generator=generator) * 1e-2) for _ in range(3)]
-    results = [apply(state, [codec.decode(payload, 1000) for payload in payloads], OUTER) for _ in range(2)]
+    results = [apply(state, [codec.decode(payload, 1000) for payload in payloads], outer) for _ in range(2)]
     assert torch.equal(results[0].theta, results[1].theta)
+    assert results[0].momentum.numel() == momentum
+    assert not torch.equal(results[0].theta, theta)
     assert torch.equal(rebase(theta + 1, state, results[0], included=True), results[0].theta)
+
+
+def test_without_a_momentum_buffer_the_step_is_plain() -> None:
+    state = Merged(torch.tensor([1.0, 2.0]), torch.zeros(0))
+    after = apply(state, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 4.0])], OuterConfig(lr=0.5, momentum=0.0))
+    assert torch.equal(after.theta, torch.tensor([0.75, 1.0]))
+    assert after.momentum.numel() == 0
+    with pytest.raises(ValueError, match=r"outer\.momentum is 0\.9"):
+        apply(state, [torch.ones(2)], OUTER)
+    assert apply(state, [], OUTER) is state
 
 
 def test_void_round_carries_contributions_over() -> None:
@@ -101,14 +130,7 @@ def test_excluded_replica_keeps_its_own_progress() -> None:
     assert torch.equal(rebase(torch.ones(8), state, after, included=False), torch.full((8,), 1.5))
 
 
-def test_payload_is_checked() -> None:
-    payload = codec.encode(torch.tensor([1.0, 2.0]))
-    assert len(payload) == codec.payload_bytes(2)
-    with pytest.raises(codec.PayloadError, match="5 parameters"):
-        codec.decode(payload, 5)
-    with pytest.raises(codec.PayloadError, match="NaN"):
-        codec.decode(codec.encode(torch.tensor([1.0, float("nan")])), 2)
-    with pytest.raises(codec.PayloadError, match="reaches 2, a round"):
-        codec.decode(payload, 2, limit=1.5)
-    assert codec.root(payload) != codec.root(payload[:-1] + b"\x00\x00")
-    assert bind_roots(codec.root(payload), b"e" * 32) != bind_roots(codec.root(payload), b"f" * 32)
+def test_a_commitment_binds_payload_and_evidence() -> None:
+    payload, evidence = b"p" * 32, b"e" * 32
+    bound = bind_roots(payload, evidence)
+    assert bound not in (bind_roots(b"q" * 32, evidence), bind_roots(payload, b"f" * 32), bind_roots(evidence, payload))

@@ -40,7 +40,7 @@ def _add_roster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     roster = commands.add_parser(
         "roster",
         help="recompute the roster from the chain and print why each neuron is where it is",
-        description="Replay a run's rosters from round 0 on, from the chain alone; print the one in force at a block.",
+        description="Replay a run's rosters from round 0 on, from the chain alone, and print the one of a block.",
     )
     roster.add_argument("--at", type=int, default=None, metavar="BLOCK", help="block (default: the newest finalized)")
     roster.add_argument("--run", type=Path, default=None, help="folder of a local run: manifest.toml and chain.url")

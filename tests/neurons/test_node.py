@@ -55,6 +55,7 @@ async def publish_run(url: str, folder: Path) -> tuple[NeuronConfig, LoadedManif
         manifest=folder / "manifest.toml",
         data=folder / "data",
         out=folder / "out",
+        checkpoints=str(folder / "out"),
         name="miner",
         host="127.0.0.1",
         announce="127.0.0.1",

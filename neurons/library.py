@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
@@ -70,7 +71,8 @@ class Library:
 async def fetch_public(node: Node, holder: str, held: int, *, parameters: int, momentum: int) -> Merged:
     """A stage's public state as `holder` serves it; the caller checks its digest. Raises `TransportError`."""
     parts = {}
-    for part, count in (("theta", parameters), ("momentum", momentum)):
+    wanted: tuple[tuple[Literal["theta", "momentum"], int], ...] = (("theta", parameters), ("momentum", momentum))
+    for part, count in wanted:
         _, tensors = await node.dendrite.call(
             node.neighbours.endpoints.get(holder, ""),
             holder,

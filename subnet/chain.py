@@ -101,9 +101,6 @@ class Chain(Protocol):
     async def space(self) -> Space:
         """What this hotkey has published in this epoch, and may."""
 
-    async def space(self) -> Space:
-        """What this hotkey has published in this epoch, and may."""
-
     async def set_weights(self, weights: Mapping[int, float]) -> int:
         """Set this hotkey's weights, uid to any non-negative number. Returns the block that includes them."""
 

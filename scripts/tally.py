@@ -212,12 +212,8 @@ class Tally:
                     f"{name} has stage {event.stage} with {event.held} rounds in it: {event.bytes / 1e6:,.1f} MB "
                     f"from {event.sources} source(s) in {event.seconds:.1f} s"
                 )
-            case LocalStep(round=number, units=units):
-                miner = self.miner(name)
-                miner.steps += 1
-                miner.units += units
-                miner.unmerged[number] = miner.unmerged.get(number, 0) + units
-                self.first_step = min(self.first_step or stamped.time, stamped.time)
+            case LocalStep() as event:
+                self._stepped(name, stamped.time, event)
             case MicrobatchStarted(round=number, sample=sample):
                 self._start((number, sample))
             case MicrobatchDone() as event:
@@ -337,6 +333,13 @@ class Tally:
             self.round = event.round
             grid = " ".join(str(replicas) for replicas in event.replicas)
             self.news.append(f"round {event.round} begins at block {event.block}: replicas per stage {grid}")
+
+    def _stepped(self, name: str, time: float, event: LocalStep) -> None:
+        miner = self.miner(name)
+        miner.steps += 1
+        miner.units += event.units
+        miner.unmerged[event.round] = miner.unmerged.get(event.round, 0) + event.units
+        self.first_step = min(self.first_step or time, time)
 
     def _start(self, key: Sample) -> None:
         number = self.rounds.setdefault(key[0], RoundTally())

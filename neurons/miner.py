@@ -30,8 +30,6 @@ from subnet.swarm.roster import Roster, Standing
 log = logging.getLogger("orion.neurons.miner")
 
 STATES = {Standing.WAIT: "waiting", Standing.JOIN: "joining", Standing.ACTIVE: "active", Standing.BENCH: "benched"}
-LATE_BLOCKS = 10
-"""A miner that starts so many blocks into a round sits the rest of it out: its siblings have its work already."""
 
 
 class Miner:
@@ -59,9 +57,10 @@ class Miner:
             cut = await self._keeper.last_cut()
             if cut is not None:
                 await self._take_stage(cut.stage)
-            await node.publish(self._record())
+            announced = await node.publish(self._record())
             roster = await node.enter()
-            late = (await node.chain.finalized()).number > roster.block + LATE_BLOCKS
+            # Who was not there when the round began sits the rest of it out: its siblings have its work already.
+            late = announced is None or announced > roster.block
             while not self._over(roster):
                 await self._live(roster, late=late)
                 late = False

@@ -221,11 +221,11 @@ class Node:
         block_hash = await self.chain.block_hash(block)
         return hashlib.sha256(purpose.encode() + bytes.fromhex(block_hash.removeprefix("0x"))).digest()
 
-    async def publish(self, record: Record, *, until: int | None = None) -> None:
+    async def publish(self, record: Record, *, until: int | None = None) -> int | None:
         """Put a record on chain, with what each of them says: the newest roster, and what this node wants.
 
-        Deadlines are kept by reading the chain at their block, so a late record costs this round's part, not the node;
-        `until` only keeps it out of later phases.
+        Returns the block that includes it, None if it missed its deadline. Deadlines are kept by reading the chain at
+        their block, so a late record costs this round's part, not the node; `until` only keeps it out of later phases.
         """
         newest = self.history.newest
         record = replace(
@@ -236,7 +236,7 @@ class Node:
             space = await self.chain.space()
         except ChainError as error:
             log.warning("record of round %d (%s) missed block %s: %s", record.round, record.phase.name, until, error)
-            return
+            return None
         self.telemetry.emit(
             RecordPublished(
                 phase=record.phase.name.lower(),
@@ -247,6 +247,7 @@ class Node:
                 epoch_limit=space.limit,
             )
         )
+        return block
 
     async def enter(self) -> Roster:
         """The roster in force: from this node's disk if it has been here lately, from peers if the run has begun, else

@@ -122,7 +122,7 @@ class RoundMachine:
         self._merges: dict[int, asyncio.Task[None]] = {}
         self._voting: set[int] = set()
         """Rounds in whose merge this replica has a say."""
-        self._announcing: asyncio.Task[None] | None = None
+        self._announcing: asyncio.Task[int | None] | None = None
         self._kept: KeptCut | None = None
         self._secret = secrets.token_bytes(32)
 
@@ -355,7 +355,9 @@ class RoundMachine:
 
     async def shut_down(self) -> None:
         """Stop training and merging, at once."""
-        tasks = [*self._merges.values(), *([self._announcing] if self._announcing is not None else [])]
+        tasks: list[asyncio.Task[object]] = [*self._merges.values()]
+        if self._announcing is not None:
+            tasks.append(self._announcing)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -46,8 +46,9 @@ def local_manifest(
 ) -> Manifest:
     """A manifest for a swarm on one machine.
 
-    A round begins every `round_blocks` blocks; the three phases of its merge (CUT, HAVE, new weights) have
-    `phase_blocks` each. With `overlap` they lie in the next round, without it at the end of the round itself.
+    A round begins every `round_blocks` blocks; the phases of its merge (CUT, HAVE, MERGE) have `phase_blocks` each. With
+    `overlap` they lie in the next round, without it at the end of the round itself, and a fourth one is for the record
+    of the new state.
     """
     config = preset(model)
     inner = INNER.get(model, DEFAULT_INNER)
@@ -87,14 +88,13 @@ def local_manifest(
 
 
 def _round(count: int, length: int, phase: int, *, overlap: bool) -> RoundSection:
-    end = length + 3 * phase if overlap else length
+    merge = length + 3 * phase if overlap else length - phase
     return RoundSection(
         count=count,
-        close=length - LAST_STEP_BLOCKS if overlap else length - 3 * phase,
-        cut=end - 2 * phase,
-        have=end - phase,
-        merge=end,
+        close=length - LAST_STEP_BLOCKS if overlap else length - 4 * phase,
+        cut=merge - 2 * phase,
+        have=merge - phase,
+        merge=merge,
         length=length,
-        # Counted from the end of the last round; its audits come after its merge.
-        linger=end - length + 4 * phase,
+        linger=4 * phase,
     )

@@ -43,6 +43,7 @@ class Miner:
         self._pushes = PushDesk()
         self._machine: RoundMachine | None = None
         self._joiner: Joiner | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._state = ""
 
     async def run(self) -> None:
@@ -76,6 +77,7 @@ class Miner:
         if not self._node.flags & Flags.LEAVING:
             log.info("leaving at the end of the round")
             self._node.flags |= Flags.LEAVING
+            self._leaving = asyncio.create_task(self._node.say_again())
 
     def _record(self) -> Record:
         if self._machine is not None:
@@ -120,7 +122,7 @@ class Miner:
         stage = member.stage if member is not None else None
         if f"{state} {stage}" != self._state:
             self._state = f"{state} {stage}"
-            reason = self._node.reasons.get(self._node.identity.hotkey, "")
+            reason = self._node.reasons.get(self._node.identity.hotkey, "no roster has seen it yet")
             self._node.telemetry.emit(StateChanged(round=roster.round, state=state, stage=stage, reason=reason))
 
     async def _take_stage(self, stage: int) -> tuple[RoundMachine, Joiner]:

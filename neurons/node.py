@@ -121,6 +121,7 @@ class Node:
     """What all records of this node say, see `subnet.swarm.record.Flags`."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Why the last refresh moved whom."""
+    _said: Record | None = None
 
     def __post_init__(self) -> None:
         self.history = History(self.loaded, self.state)
@@ -227,6 +228,7 @@ class Node:
         Returns the block that includes it, None if it missed its deadline. Deadlines are kept by reading the chain at
         their block, so a late record costs this round's part, not the node; `until` only keeps it out of later phases.
         """
+        self._said = record
         newest = self.history.newest
         record = replace(
             record, flags=record.flags | self.flags, roster=newest.digest if newest is not None else record.roster
@@ -248,6 +250,11 @@ class Node:
             )
         )
         return block
+
+    async def say_again(self) -> None:
+        """Put the last record on chain once more: what all of them say has changed."""
+        if self._said is not None:
+            await self.publish(self._said)
 
     async def enter(self) -> Roster:
         """The roster in force: from this node's disk if it has been here lately, from peers if the run has begun, else

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 
 from model.accounting import stage_parameters
@@ -42,6 +43,7 @@ from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Busy, PortTaken, UnknownHotkey
+from subnet.transport.shaping import Link, Shaper
 from subnet.wallets import load_wallet
 
 log = logging.getLogger("orion.neurons.node")
@@ -134,13 +136,15 @@ class Node:
                     f"`btcli subnets register --netuid {config.netuid} -w {config.wallet} -H {config.hotkey}`"
                 )
             neighbours = Neighbourhood()
+            shaper = None if config.link is None else open_link(config.link, identity.hotkey)
             axon = Axon(
                 Admission(identity.hotkey, allow=neighbours.allow, now_ns=time.time_ns),
                 host=config.host,
                 port=config.port,
+                shaper=shaper,
             )
             stack.push_async_callback(axon.stop)
-            dendrite = Dendrite(identity, now_ns=time.time_ns)
+            dendrite = Dendrite(identity, now_ns=time.time_ns, shaper=shaper)
             await stack.enter_async_context(dendrite)
             return cls(
                 role=role,
@@ -212,6 +216,13 @@ class Node:
         await asyncio.to_thread(snapshot.write, self.config.out / "rosters" / self.config.name, roster)
         self._rosters.keep(roster)
         self.neighbours.update(roster, await self.state(roster.block))
+
+
+def open_link(link: Link, hotkey: str) -> Shaper:
+    """The emulated link of this node; what it loses is a function of the hotkey and of what is sent."""
+    seed = int.from_bytes(hashlib.sha256(b"orion/link/1" + hotkey.encode()).digest(), "little")
+    log.info("emulated link: %s", link)
+    return Shaper(link, np.random.default_rng(seed))
 
 
 def open_corpus(loaded: LoadedManifest, folder: Path) -> Corpus:

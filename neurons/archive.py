@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from subnet.swarm.merge import Merged
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import Evidence, UnitKey
 
@@ -19,8 +18,6 @@ from subnet.trust.ledger import Evidence, UnitKey
 class RoundArchive:
     """One round of one replica. Tensors are as they crossed the wire; weights are flat fp32."""
 
-    public: Merged
-    """The stage's public state at the start of the round."""
     units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
     windows: dict[int, torch.Tensor] = field(default_factory=dict)
     evidence: Evidence | None = None
@@ -36,9 +33,9 @@ class Archive:
         self._keep = keep
         self._rounds: dict[int, RoundArchive] = {}
 
-    def open(self, number: int, public: Merged) -> RoundArchive:
+    def open(self, number: int) -> RoundArchive:
         """Start a round's archive and forget those too old to be asked for."""
-        self._rounds[number] = RoundArchive(public)
+        self._rounds[number] = RoundArchive()
         for old in [held for held in self._rounds if held <= number - self._keep]:
             del self._rounds[old]
         return self._rounds[number]

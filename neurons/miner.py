@@ -19,6 +19,7 @@ from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
 from model.stage import build_stage
 from neurons.archive import Archive, RoundArchive
+from neurons.library import Library
 from neurons.node import Node, NodeError, main
 from neurons.pipeline import DEPTH_LIMIT_PER_STAGE, StageWorker
 from neurons.rounds import RoundMachine, traffic
@@ -31,11 +32,9 @@ from subnet.messages import (
     InputRequest,
     Payload,
     PayloadRequest,
-    PublicPart,
     RunSynapse,
     Tensors,
     UnitRequest,
-    WeightsRequest,
     WindowRequest,
 )
 from subnet.swarm.record import Phase, Record
@@ -43,8 +42,7 @@ from subnet.swarm.roster import Roster
 from subnet.transport.axon import Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Busy, Dropped, Unavailable, UnknownRun
-from subnet.transport.synapse import tensor_bytes
-from subnet.trust.ledger import Direction, UnitKey, digest
+from subnet.trust.ledger import Direction, UnitKey
 
 log = logging.getLogger("orion.neurons.miner")
 
@@ -63,7 +61,6 @@ class EvidenceDesk:
         axon.serve(EvidenceRequest, self.tables, specs=NO_SPECS)
         axon.serve(WindowRequest, self.window, specs=NO_SPECS)
         axon.serve(UnitRequest, self.unit, specs=NO_SPECS)
-        axon.serve(WeightsRequest, self.weights, specs=NO_SPECS)
 
     def _held(self, request: RunSynapse) -> RoundArchive:
         if request.run != self._node.loaded.run_id.hex():
@@ -111,11 +108,6 @@ class EvidenceDesk:
         tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
         return Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
-    async def weights(self, _caller: str, request: WeightsRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        public = self._held(request).public
-        part, other = (public.theta, public.momentum) if request.part == "theta" else (public.momentum, public.theta)
-        return PublicPart(other=digest(tensor_bytes(other)).hex()), {"weights": part}
-
 
 class PushDesk:
     """Routes pushes to the worker, once the roster has given this node a stage."""
@@ -144,6 +136,8 @@ async def mine(node: Node) -> None:
     archive = Archive()
     desk = EvidenceDesk(node, archive)
     desk.open()
+    library = Library(node.loaded.run_id)
+    library.open(node.axon)
     pushes = PushDesk()
     node.axon.serve(Forward, pushes.forward, specs={"y": node.shapes.boundary})
     node.axon.serve(Backward, pushes.backward, specs={"g": node.shapes.boundary})
@@ -159,15 +153,13 @@ async def mine(node: Node) -> None:
         )
     worker = build_worker(node, stage)
     pushes.worker = worker
-    machine = RoundMachine(node, worker, archive)
+    machine = RoundMachine(node, worker, archive, library)
     try:
         await _play(node, machine, roster, start)
     finally:
         worker.shut_down()
     await machine.settle()
     rounds = manifest.round.count
-    # The state after the last round is served like any round's start.
-    archive.open(rounds, machine.public)
     await node.wait(manifest.round_start(start, rounds) + manifest.round.linger)
     node.telemetry.emit(traffic(node))
     node.telemetry.emit(NodeFinished(rounds=rounds))

@@ -10,7 +10,6 @@ a replica that lacks a listed payload takes the merged weights from a sibling, c
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,20 +20,23 @@ import torch
 from model.checkpoint import CheckpointInfo, save
 from model.stage import flatten, unflatten
 from neurons.archive import Archive, RoundArchive
+from neurons.download import DownloadError, download
+from neurons.library import Library
 from neurons.node import CHAIN_STALL, Node, NodeError
 from neurons.pipeline import StageWorker
 from neurons.telemetry import CheckpointWritten, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from subnet.chain import ChainError
-from subnet.messages import Payload, PayloadRequest, PublicPart, WeightsRequest, flat, table
+from subnet.messages import Payload, PayloadRequest, table
 from subnet.swarm import content
 from subnet.swarm.codec import PayloadError, codec_of
 from subnet.swarm.merge import Merged, Source, accepted, agreed_weights, apply, cut_sources, rebase
+from subnet.swarm.public import counts_of
 from subnet.swarm.record import Phase, Record, bind_roots
 from subnet.swarm.roster import Roster, records_of
 from subnet.transport.errors import TransportError
 from subnet.transport.synapse import tensor_bytes
-from subnet.trust.ledger import Evidence, digest
+from subnet.trust.ledger import Evidence
 
 log = logging.getLogger("orion.neurons.rounds")
 
@@ -45,27 +47,20 @@ STEP_BOUND = 8.0
 """An Adam-like step moves a weight by about its rate; a payload that claims this many times more is refused."""
 
 
-def public_digest(theta: bytes, momentum: bytes) -> bytes:
-    """A stage's public state in one hash, from the digests of its weights and its outer momentum."""
-    return hashlib.sha256(b"orion/public/1" + theta + momentum).digest()
-
-
-def digest_of(state: Merged) -> bytes:
-    return public_digest(digest(tensor_bytes(state.theta)), digest(tensor_bytes(state.momentum)))
-
-
 class RoundMachine:
     """One replica's rounds. `public` is what every replica of the stage holds alike."""
 
-    def __init__(self, node: Node, worker: StageWorker, archive: Archive) -> None:
+    def __init__(self, node: Node, worker: StageWorker, archive: Archive, library: Library) -> None:
         self._node = node
         self._worker = worker
         self._archive = archive
+        self._library = library
         self._manifest = node.loaded.manifest
         self._codec = codec_of(self._manifest.merge.codec)
         self._stage = worker.engine.stage
         theta = flatten(self._stage)
-        self.public = Merged(theta, torch.zeros_like(theta))
+        self._counts = counts_of(theta.numel(), self._codec)
+        self.public = Merged(theta, torch.zeros(self._counts["momentum"]))
         self._announcing: asyncio.Task[None] | None = None
 
     @property
@@ -77,7 +72,8 @@ class RoundMachine:
         node, marks = self._node, self._manifest.round
         loop = asyncio.get_running_loop()
         number, index = roster.round, self._worker.plan.index
-        held = self._archive.open(number, self.public)
+        held = self._archive.open(number)
+        weights = await self._library.keep(number, self.public)
         node.telemetry.emit(
             RoundStarted(
                 round=number,
@@ -100,7 +96,7 @@ class RoundMachine:
             work=len(evidence.leaves),
             root=bind_roots(held.payload_root, evidence.root),
             roster=roster.digest,
-            weights=digest_of(self.public),
+            weights=weights,
         )
         await self._publish(record, until=start + marks.have)
         sources = cut_sources(roster.stages[index], records_of(await node.state(start + marks.cut)), number)
@@ -110,7 +106,8 @@ class RoundMachine:
         listed = accepted(sources, records_of(await node.state(start + marks.have)), number)
         included = node.identity.hotkey in {source.hotkey for source in listed}
         await self._merge(listed, number, held, included=included, until=start + marks.length - 1)
-        record = replace(record, phase=Phase.DONE, weights=digest_of(self.public))
+        weights = await self._library.keep(number + 1, self.public)
+        record = replace(record, phase=Phase.DONE, weights=weights)
         # The next round need not wait for this one: nobody reads it before its first windows are audited.
         self._announcing = asyncio.create_task(self._publish(record, until=start + marks.length + marks.close))
         await self._checkpoint(number + 1)
@@ -121,7 +118,7 @@ class RoundMachine:
                 sources=len(listed),
                 included=included,
                 void=not listed,
-                weights=digest_of(self.public).hex(),
+                weights=weights.hex(),
                 seconds=round(loop.time() - merge_start, 3),
             )
         )
@@ -236,14 +233,20 @@ class RoundMachine:
             agreed = agreed_weights([holder.hotkey for holder in holders], records, number - 1)
             if agreed is None:
                 continue
-            for holder in holders:
-                try:
-                    state = await fetch_public(node, holder.hotkey, number, self.parameters)
-                except TransportError as error:
-                    log.debug("public weights from %s: %s", holder.hotkey, error)
-                    continue
-                if digest_of(state) == agreed:
-                    return state
+            try:
+                fetched = await download(
+                    node.dendrite,
+                    node.neighbours.endpoints.get,
+                    sources=[holder.hotkey for holder in holders],
+                    run=node.loaded.run_id,
+                    held=number,
+                    agreed=agreed,
+                    counts=self._counts,
+                )
+            except DownloadError as error:
+                log.warning("%s", error)
+                continue
+            return fetched.state
         raise NodeError(
             f"stage {self._worker.plan.index} has no sibling that serves the weights of round {number}: "
             "restart this miner to join again"
@@ -268,22 +271,6 @@ def checkpoint_path(out: Path, stage: int, number: int) -> Path:
     return out / "checkpoints" / f"stage-{stage:02d}" / f"round-{number:05d}.safetensors"
 
 
-async def fetch_public(node: Node, holder: str, number: int, parameters: int) -> Merged:
-    """A stage's public state as `holder` serves it; the caller checks its digest. Raises `TransportError`."""
-    parts = {}
-    for part in ("theta", "momentum"):
-        _, tensors = await node.dendrite.call(
-            node.neighbours.endpoints.get(holder, ""),
-            holder,
-            WeightsRequest(run=node.loaded.run_id.hex(), round=number, part=part),
-            reply=PublicPart,
-            reply_specs={"weights": flat(parameters)},
-            deadline=FETCH_DEADLINE,
-        )
-        parts[part] = tensors["weights"]
-    return Merged(parts["theta"], parts["momentum"])
-
-
 def traffic(node: Node) -> Traffic:
     """Bytes sent so far by kind: requests through the dendrite, replies through the axon."""
     sent = {route: counter.sent for route, counter in node.dendrite.counters.items()}
@@ -292,5 +279,5 @@ def traffic(node: Node) -> Traffic:
         forward=sent.get("forward", 0),
         backward=sent.get("backward", 0),
         merge=received.get("payload", 0),
-        evidence=sum(received.get(route, 0) for route in ("evidence", "window", "unit", "weights")),
+        evidence=sum(received.get(route, 0) for route in ("evidence", "window", "unit", "tree", "piece")),
     )

@@ -20,9 +20,9 @@ import torch
 
 from model.accounting import stage_flops
 from model.stage import Stage, assign_flat, build_stage, flatten
-from neurons.evidence import FETCH_DEADLINE, Case, EvidenceReader, replay_cases
+from neurons.download import DownloadError, download
+from neurons.evidence import Case, EvidenceReader, replay_cases
 from neurons.node import Node, main
-from neurons.rounds import FETCH_PAUSE, public_digest
 from neurons.telemetry import (
     MinerScored,
     NodeFinished,
@@ -34,27 +34,18 @@ from neurons.telemetry import (
 )
 from subnet.chain import ChainRefused
 from subnet.identity import verify
-from subnet.messages import (
-    PublicPart,
-    WeightsRequest,
-    flat,
-)
 from subnet.metagraph import ChainState
+from subnet.swarm.codec import codec_of
 from subnet.swarm.merge import accepted, agreed_weights, cut_sources
+from subnet.swarm.public import counts_of
 from subnet.swarm.record import Record
 from subnet.swarm.roster import Roster, records_of
-from subnet.transport.errors import TransportError
-from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import Verdict, correctness, select_units, select_windows
-from subnet.trust.ledger import (
-    Evidence,
-    digest,
-)
+from subnet.trust.ledger import Evidence
 from subnet.trust.scoring import Paid, Score, Settlement, score, settle, weights
 
 log = logging.getLogger("orion.neurons.validator")
 
-THETA_TRIES = 50
 AGREE_STEP = 4
 
 
@@ -238,26 +229,21 @@ class Auditor:
 
     async def _take_theta(self, index: int, replicas: Sequence[str], number: int, agreed: bytes) -> None:
         node = self._node
-        for attempt in range(THETA_TRIES):
-            hotkey = replicas[attempt % len(replicas)]
-            try:
-                reply, tensors = await node.dendrite.call(
-                    node.neighbours.endpoints.get(hotkey, ""),
-                    hotkey,
-                    WeightsRequest(run=node.loaded.run_id.hex(), round=number, part="theta"),
-                    reply=PublicPart,
-                    reply_specs={"weights": flat(self._theta[index].numel())},
-                    deadline=FETCH_DEADLINE,
-                )
-            except TransportError as error:
-                log.debug("weights of stage %d from %s: %s", index, hotkey, error)
-                await asyncio.sleep(FETCH_PAUSE)
-                continue
-            if public_digest(digest(tensor_bytes(tensors["weights"])), bytes.fromhex(reply.other)) == agreed:
-                self._theta[index], self._known[index] = tensors["weights"], number
-                return
-            log.warning("weights of stage %d from %s are not what the chain says", index, hotkey)
-        log.warning("nobody served the weights of stage %d at the start of round %d", index, number)
+        try:
+            fetched = await download(
+                node.dendrite,
+                node.neighbours.endpoints.get,
+                sources=replicas,
+                run=node.loaded.run_id,
+                held=number,
+                agreed=agreed,
+                counts=counts_of(self._theta[index].numel(), codec_of(node.loaded.manifest.merge.codec)),
+                parts=("theta",),
+            )
+        except DownloadError as error:
+            log.warning("stage %d: %s", index, error)
+            return
+        self._theta[index], self._known[index] = fetched.tensors["theta"], number
 
     async def validate(self, number: int) -> None:
         """Validation loss of the public weights at the start of round `number`, one stage at a time."""

@@ -10,14 +10,13 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import torch
 
 from model.accounting import total_parameters
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.data import Corpus, ShardEntry
 from model.engine import Recompute, StageEngine
 from model.split import split
-from model.stage import build_stage, flatten
+from model.stage import build_stage
 from neurons.archive import Archive, RoundArchive
 from neurons.pipeline import StageWorker
 from neurons.telemetry import Stamped, Telemetry, read_events
@@ -37,7 +36,6 @@ from subnet.manifest import (
     SwarmSection,
 )
 from subnet.messages import Backward, Forward, InputRequest, Shapes
-from subnet.swarm.merge import Merged
 from subnet.swarm.roster import Roster
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
@@ -194,8 +192,7 @@ class Swarm:
         await member.axon.start()
         self._stack.push_async_callback(member.axon.stop)
         self.endpoints[hotkey] = member.axon.endpoint
-        theta = flatten(engine.stage)
-        held = member.archive.open(0, Merged(theta, torch.zeros_like(theta)))
+        held = member.archive.open(0)
         self.rounds[hotkey] = held
         member.worker.begin(0, self.roster, SEED, held)
 

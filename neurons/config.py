@@ -24,7 +24,9 @@ class NeuronConfig:
     data: Path
     """Folder with the manifest's token shards."""
     out: Path
-    """Folder for events, checkpoints and logs."""
+    """Folder for events and logs."""
+    checkpoints: str
+    """Folder or object store (URL) of the run's checkpoints."""
     name: str
     """Names this node's event log."""
     host: str
@@ -54,7 +56,13 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
         "--manifest", type=Path, required=True, help="the run's manifest.toml, as its authority published it"
     )
     run.add_argument("--data", type=Path, required=True, help="folder with the manifest's token shards")
-    run.add_argument("--out", type=Path, default=Path("runs/node"), help="folder for events and checkpoints")
+    run.add_argument("--out", type=Path, default=Path("runs/node"), help="folder for events and logs")
+    run.add_argument(
+        "--checkpoints",
+        default=None,
+        metavar="URL",
+        help="folder or object store for checkpoints: s3://bucket/run, gs://…, az://… (default: --out)",
+    )
     run.add_argument("--name", default=None, help="name of this node's event log (default: the hotkey's name)")
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="0.0.0.0", help="address the axon listens on (default: all)")  # noqa: S104
@@ -81,6 +89,7 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
         manifest=flags.manifest,
         data=flags.data,
         out=flags.out,
+        checkpoints=flags.checkpoints or str(flags.out),
         name=flags.name or flags.hotkey,
         host=flags.host,
         announce=flags.announce or flags.host,

@@ -46,20 +46,15 @@ class DownloadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A public state, or the parts of it that were asked for, and what it took."""
+    """A public state, and what it took."""
 
-    tensors: dict[Part, torch.Tensor]
-    """fp32 (n,) each."""
+    state: Merged
     received: int
-    """Bytes of pieces that arrived, whether or not they were needed."""
+    """Bytes of leaf hashes and pieces that arrived, whether or not they were needed."""
     sources: tuple[str, ...]
     """Hotkeys that served at least one piece."""
     dropped: dict[str, str]
     """Why a source was given up, by hotkey."""
-
-    @property
-    def state(self) -> Merged:
-        return Merged(self.tensors["theta"], self.tensors["momentum"])
 
 
 async def download(
@@ -71,7 +66,6 @@ async def download(
     held: int,
     agreed: bytes,
     counts: Mapping[Part, int],
-    parts: Sequence[Part] = PARTS,
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Download:
@@ -91,7 +85,7 @@ async def download(
     """
     fetch = _Fetch(dendrite, endpoint_of, sources, StateTreeRequest(run=run.hex(), round=held), dict(counts))
     tree = await fetch.tree(agreed)
-    shelf = _Shelf(tree, {part: counts[part] for part in parts}, folder, agreed)
+    shelf = _Shelf(tree, counts, folder, agreed)
     try:
         missing = await asyncio.to_thread(shelf.open)
         await fetch.pieces(shelf, missing, progress or (lambda _done, _total: None))
@@ -99,7 +93,9 @@ async def download(
         raise DownloadError(
             f"pieces cannot be kept in {folder} ({error.strerror or error}): free space there or give another folder"
         ) from error
-    return Download(shelf.tensors, fetch.received, tuple(fetch.served), fetch.dropped)
+    return Download(
+        Merged(shelf.tensors["theta"], shelf.tensors["momentum"]), fetch.received, tuple(fetch.served), fetch.dropped
+    )
 
 
 def forget(folder: Path) -> None:

@@ -40,6 +40,10 @@ class History:
     def newest(self) -> Roster | None:
         return self._known[max(self._known)] if self._known else None
 
+    def roster(self, number: int) -> Roster | None:
+        """The roster of a round, if it is one of the last two."""
+        return self._known.get(number)
+
     async def begin(self, *, until: int | None = None) -> Refreshed | None:
         """Round 0: the first gathering block where enough valid hotkeys are there, or None up to block `until`."""
         block = self._manifest.run.activation_block

@@ -16,6 +16,8 @@ from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Dropped, MalformedRequest, Unavailable, UnknownRun
 
+KEPT = 2
+
 
 @dataclass(frozen=True, slots=True)
 class _Held:
@@ -26,9 +28,8 @@ class _Held:
 class Library:
     """Keeps and serves the public states with the most rounds merged into them."""
 
-    def __init__(self, run_id: bytes, *, keep: int = 2) -> None:
+    def __init__(self, run_id: bytes) -> None:
         self._run = run_id.hex()
-        self._keep = keep
         self._states: dict[int, _Held] = {}
 
     def open(self, axon: Axon) -> None:
@@ -36,7 +37,11 @@ class Library:
         axon.serve(StateTreeRequest, self.tree, specs=NO_SPECS)
         axon.serve(StatePieceRequest, self.piece, specs=NO_SPECS)
 
-    async def keep(self, held: int, state: Merged) -> bytes:
+    def clear(self) -> None:
+        """Forget everything: this node holds another stage now."""
+        self._states.clear()
+
+    async def put(self, held: int, state: Merged) -> bytes:
         """Hash a state with `held` rounds merged into it, serve it from now on, and return its digest.
 
         Its tensors must not be written to afterwards. Older states than the last few are forgotten.
@@ -44,7 +49,7 @@ class Library:
         known = next((entry.tree for entry in self._states.values() if entry.state is state), None)
         tree = await asyncio.to_thread(PublicTree.of, state) if known is None else known
         self._states[held] = _Held(state, tree)
-        for old in sorted(self._states)[: -self._keep]:
+        for old in sorted(self._states)[:-KEPT]:
             del self._states[old]
         return tree.digest
 

@@ -12,9 +12,9 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -27,16 +27,17 @@ from model.accounting import stage_parameters
 from model.config import ConfigError
 from model.data import Corpus, DataError, ShardEntry
 from model.split import StagePlan, split
-from neurons.bootstrap import RosterDesk
+from neurons.bootstrap import BootstrapError, RosterDesk, join_history
 from neurons.config import NeuronConfig, parse
-from neurons.history import History
-from neurons.telemetry import NodeFailed, NodeStarted, Telemetry
+from neurons.history import History, HistoryError, lag
+from neurons.telemetry import NodeFailed, NodeStarted, RecordPublished, Telemetry
 from subnet.chain import BittensorChain, Chain, ChainError
 from subnet.identity import Identity, IdentityError
-from subnet.manifest import LoadedManifest, ManifestError, check_announced, load_manifest
+from subnet.manifest import LoadedManifest, ManifestError, check_announced, check_space, load_manifest
 from subnet.messages import RosterRequest, Shapes
 from subnet.metagraph import ChainState, Endpoint
 from subnet.swarm import snapshot
+from subnet.swarm.record import Record
 from subnet.swarm.roster import Roster
 from subnet.swarm.snapshot import SnapshotError
 from subnet.transport.admission import Admission
@@ -69,8 +70,22 @@ class Neighbourhood:
     validators: frozenset[str] = frozenset()
     registered: frozenset[str] = frozenset()
 
+    _block: int = -1
+    """Of the newest state seen."""
+
     def update(self, roster: Roster, state: ChainState) -> None:
         self.roster = roster
+        self.relocate(state)
+
+    def endpoint(self, hotkey: str) -> str | None:
+        """Where a hotkey's axon is, None if it serves none."""
+        return self.endpoints.get(hotkey)
+
+    def relocate(self, state: ChainState) -> None:
+        """Who is registered and where, as of the newest state seen: who was restarted may have another address."""
+        if state.head.number <= self._block:
+            return
+        self._block = state.head.number
         self.endpoints = {neuron.hotkey: neuron.endpoint.url for neuron in state.neurons if neuron.endpoint is not None}
         self.validators = frozenset(neuron.hotkey for neuron in state.neurons if neuron.validator_permit)
         self.registered = frozenset(neuron.hotkey for neuron in state.neurons)
@@ -104,6 +119,10 @@ class Node:
     dendrite: Dendrite
     telemetry: Telemetry
     _stack: AsyncExitStack
+    flags: int = 0
+    """What all records of this node say, see `subnet.swarm.record.Flags`."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why the last refresh moved whom."""
 
     def __post_init__(self) -> None:
         self.history = History(self.loaded, self.state)
@@ -130,10 +149,16 @@ class Node:
             state = await chain.state_at((await chain.finalized()).number)
             authority = state.by_hotkey(manifest.run.authority)
             check_announced(loaded, authority.record if authority else None)
+            check_space(manifest, state.tempo, (await chain.space()).limit)
             if state.by_hotkey(identity.hotkey) is None:
                 raise NodeError(
                     f"hotkey {identity.hotkey} is not registered on netuid {config.netuid}: run "
                     f"`btcli subnets register --netuid {config.netuid} -w {config.wallet} -H {config.hotkey}`"
+                )
+            if identity.hotkey == manifest.run.authority:
+                raise NodeError(
+                    f"hotkey {identity.hotkey} is the run's authority, whose commitment names the manifest and "
+                    "would be lost under a node's record: give --hotkey another one"
                 )
             neighbours = Neighbourhood()
             shaper = None if config.link is None else open_link(config.link, identity.hotkey)
@@ -168,6 +193,11 @@ class Node:
         config = self.loaded.manifest.model.config()
         return tuple(stage_parameters(config, plan) for plan in self.plans)
 
+    @property
+    def downloads(self) -> Path:
+        """Folder for what has arrived of a public state."""
+        return self.config.out / "downloads" / self.config.name
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -190,7 +220,9 @@ class Node:
     async def state(self, block: int) -> ChainState:
         """The state at `block`, once it is finalized."""
         await self.wait(block)
-        return await self.chain.state_at(block)
+        state = await self.chain.state_at(block)
+        self.neighbours.relocate(state)
+        return state
 
     async def seed(self, block: int, purpose: str) -> bytes:
         """A seed nobody knew before `block` was made: H(purpose ‖ its hash)."""
@@ -198,24 +230,73 @@ class Node:
         block_hash = await self.chain.block_hash(block)
         return hashlib.sha256(purpose.encode() + bytes.fromhex(block_hash.removeprefix("0x"))).digest()
 
-    async def first_roster(self) -> tuple[Roster, int]:
-        """Round 0's roster and first block: the first gathering block where enough valid hotkeys are there."""
-        refreshed = await self.history.begin()
-        assert refreshed is not None  # noqa: S101 - without a last block it goes on until there is one
-        await self._enter(refreshed.roster)
-        return refreshed.roster, refreshed.roster.block
+    async def publish(self, record: Record, *, until: int | None = None) -> None:
+        """Put a record on chain, with what each of them says: the newest roster, and what this node wants.
 
-    async def next_roster(self) -> Roster:
-        """The recurrence at the first block of the next round."""
-        roster = (await self.history.step()).roster
+        Deadlines are kept by reading the chain at their block, so a late record costs this round's part, not the node;
+        `until` only keeps it out of later phases.
+        """
+        newest = self.history.newest
+        record = replace(
+            record, flags=record.flags | self.flags, roster=newest.digest if newest is not None else record.roster
+        )
+        try:
+            block = await self.chain.publish(record.encode(), record.shards, until_block=until)
+            space = await self.chain.space()
+        except ChainError as error:
+            log.warning("record of round %d (%s) missed block %s: %s", record.round, record.phase.name, until, error)
+            return
+        self.telemetry.emit(
+            RecordPublished(
+                phase=record.phase.name.lower(),
+                round=record.round,
+                block=block,
+                bytes=len(record.encode()) + len(record.shards),
+                epoch_used=space.used,
+                epoch_limit=space.limit,
+            )
+        )
+
+    async def enter(self) -> Roster:
+        """The roster in force: from this node's disk if it has been here, from peers if the run has begun, or the first
+        one, once enough are there."""
+        head = await self.chain.finalized()
+        known = await asyncio.to_thread(snapshot.kept, self._rosters_folder)
+        if len(known) >= lag(self.loaded.manifest.round) or (known and known[-1].round == 0):
+            log.info("going on from the roster of round %d", known[-1].round)
+            self.history = History(self.loaded, self.state, known=known[-2:])
+        else:
+            state = await self.chain.state_at(head.number)
+            try:
+                self.history = await join_history(
+                    self.dendrite, self.loaded, state, self.state, asker=self.identity.hotkey
+                )
+            except BootstrapError as error:
+                log.info("%s; replaying from round 0", error)
+                await self.history.begin()
+        roster = self.history.newest
+        assert roster is not None  # noqa: S101 - all three ways end with one
+        while roster.block + self.loaded.manifest.round.length <= (await self.chain.finalized()).number:
+            roster = (await self.history.step()).roster
         await self._enter(roster)
         return roster
 
+    async def next_roster(self) -> Roster:
+        """The recurrence at the first block of the next round."""
+        refreshed = await self.history.step()
+        self.reasons = refreshed.reasons
+        await self._enter(refreshed.roster)
+        return refreshed.roster
+
     async def _enter(self, roster: Roster) -> None:
         """Keep the roster before anything is done by it, and let in who is in it."""
-        await asyncio.to_thread(snapshot.write, self.config.out / "rosters" / self.config.name, roster)
+        await asyncio.to_thread(snapshot.write, self._rosters_folder, roster)
         self._rosters.keep(roster)
         self.neighbours.update(roster, await self.state(roster.block))
+
+    @property
+    def _rosters_folder(self) -> Path:
+        return self.config.out / "rosters" / self.config.name
 
 
 def open_link(link: Link, hotkey: str) -> Shaper:
@@ -269,6 +350,7 @@ def main(argv: list[str], *, role: str, description: str, body: Callable[[Node],
         DataError,
         PortTaken,
         SnapshotError,
+        HistoryError,
     ) as error:
         log.error("%s", error)  # noqa: TRY400 - the line is for a person; the cause is chained in it
         return 1

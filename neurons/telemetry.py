@@ -127,6 +127,32 @@ class Merged:
     void: bool
     weights: str
     seconds: float
+    carried: int
+    """Values that keep what they were, though the round counts."""
+    received: int
+    """Bytes fetched for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeFault:
+    """What a merge found wrong with a replica: its payload is `refused`, its bytes `forged`, its digest a `liar`'s."""
+
+    round: int
+    stage: int
+    hotkey: str
+    fault: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowChecked:
+    """A joiner computed units of a sibling again before it counts; `error` is the largest relative one."""
+
+    stage: int
+    sibling: str
+    units: int
+    passed: bool
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +267,8 @@ Event = (
     | TrainingClosed
     | RecordPublished
     | Merged
+    | MergeFault
+    | ShadowChecked
     | Traffic
     | UnitAudited
     | Settled

@@ -11,11 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from neurons.history import replay
-from subnet.chain import BittensorChain, Chain, ChainError
+from neurons.history import StateAt, replay
+from subnet.chain import BittensorChain, ChainError
 from subnet.manifest import LoadedManifest, ManifestError, load_manifest
 from subnet.metagraph import ChainState
 from subnet.swarm.roster import NO_WEIGHTS, Anchor, Member, Roster, Standing
@@ -36,14 +33,14 @@ class Explained:
     reasons: dict[str, tuple[int, str]]
 
 
-async def explain(loaded: LoadedManifest, chain: Chain, *, until: int) -> Explained | None:
+async def explain(loaded: LoadedManifest, state_at: StateAt, *, until: int) -> Explained | None:
     """Replay up to block `until`; None if round 0 had not gathered by then."""
     roster: Roster | None = None
     reasons: dict[str, tuple[int, str]] = {}
-    async for refreshed in replay(loaded, chain.state_at, until=until):
+    async for refreshed in replay(loaded, state_at, until=until):
         roster = refreshed.roster
         reasons.update({hotkey: (roster.round, why) for hotkey, why in refreshed.reasons.items()})
-    return Explained(roster, await chain.state_at(roster.block), reasons) if roster is not None else None
+    return Explained(roster, await state_at(roster.block), reasons) if roster is not None else None
 
 
 def show_roster(
@@ -87,7 +84,7 @@ async def _explain(
         until = newest if at is None else at
         if until > newest:
             raise RosterError(f"block {until} is not final, the last one is {newest}: give an earlier --at")
-        explained = await explain(loaded, chain, until=until)
+        explained = await explain(loaded, chain.state_at, until=until)
     finally:
         await chain.close()
     if explained is None:
@@ -100,35 +97,28 @@ async def _explain(
 
 def _print(explained: Explained) -> None:
     roster = explained.roster
-    console = Console()
-    console.print(f"round {roster.round} from block {roster.block}, roster {roster.digest.hex()}", highlight=False)
+    print(f"round {roster.round} from block {roster.block}, roster {roster.digest.hex()}")
     for stage, (replicas, anchor) in enumerate(zip(roster.stages, roster.anchors, strict=True)):
-        joining = len(roster.joining(stage))
-        console.print(f"stage {stage}: {len(replicas)} active, {joining} joining, {_state(anchor)}", highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for column in ("uid", "hotkey", "standing", "stage", "since round", "strikes", "why"):
-        table.add_column(column, overflow="fold" if column == "why" else "ellipsis")
-    present = {neuron.hotkey for neuron in explained.state.neurons}
-    rows = [(str(neuron.uid), neuron.hotkey) for neuron in explained.state.neurons]
-    rows += [("-", member.hotkey) for member in roster.table if member.hotkey not in present]
-    for uid, hotkey in rows:
-        number, why = explained.reasons.get(hotkey, (roster.round, "never valid"))
-        table.add_row(uid, hotkey, *_row(roster.member(hotkey), number), why)
-    console.print(table)
+        print(f"stage {stage}: {len(replicas)} active, {len(roster.joining(stage))} joining, {_state(anchor)}")
+    print(f"{'uid':>5}  {'hotkey':<48}  {'where':<14}  {'since':>5}  why")
+    for neuron in explained.state.neurons:  # nobody else is ever in a roster
+        number, why = explained.reasons[neuron.hotkey]
+        member = roster.member(neuron.hotkey)
+        since = number if member is None else member.since
+        struck = f" ({member.strikes} strikes)" if member is not None and member.strikes else ""
+        print(f"{neuron.uid:>5}  {neuron.hotkey:<48}  {_where(member):<14}  {since:>5}  {why}{struck}")
 
 
 def _state(anchor: Anchor) -> str:
     return f"state {anchor.held} {anchor.weights.hex()[:16]}" if anchor.weights != NO_WEIGHTS else "state from the seed"
 
 
-def _row(member: Member | None, number: int) -> tuple[str, str, str, str]:
-    """Standing, stage, since and strikes as text."""
+def _where(member: Member | None) -> str:
     if member is None:
-        return "out", "-", str(number), "-"
-    stage = "-" if member.stage is None else str(member.stage)
+        return "out"
+    where = member.standing.value
+    if member.stage is not None:
+        where = f"{where} {member.stage}"
     if member.moving is not None:
-        stage = f"{stage} → {member.moving}"
-    standing = member.standing.value
-    if member.standing is Standing.BENCH:
-        standing = f"{standing} until {member.until}"
-    return standing, stage, str(member.since), str(member.strikes)
+        where = f"{where} → {member.moving}"
+    return f"{where} until {member.until}" if member.standing is Standing.BENCH else where

@@ -256,7 +256,12 @@ class BittensorChain:
         """The newest finalized block."""
         if self._lost is not None:
             raise self._lost
-        return await self._head(self._finalized)
+        try:
+            return await self._head(self._finalized)
+        except ChainUnreachable:
+            if not self._heads:
+                raise
+            return self._heads[max(self._heads)]  # its number was heard, the rest of it not
 
     async def wait_for_block(self, number: int, *, timeout: float) -> Head:  # noqa: ASYNC109
         """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""

@@ -74,17 +74,32 @@ class InputRequest(RunSynapse):
     sample: Sample
 
 
-class PayloadRequest(RunSynapse):
-    """The pseudo-gradient of `source`, from whoever holds it."""
+class LeavesRequest(RunSynapse):
+    """The hashes of the pieces of `source`'s payload, from whoever holds them."""
 
-    route: ClassVar[str] = "payload"
+    route: ClassVar[str] = "leaves"
     source: Hotkey
 
 
-class Payload(Synapse):
-    """Tensor `payload`, uint8 (n,). With `evidence` it hashes to the source's root on chain."""
+class PayloadLeaves(Synapse):
+    """Tensor `leaves`, uint8 (pieces, 32). With `evidence` it hashes to the source's root on chain."""
 
     evidence: DigestHex
+
+
+class PayloadRequest(RunSynapse):
+    """One piece of `source`'s payload, from whoever holds it; the answer is tensor `data`, uint8 (bytes,)."""
+
+    route: ClassVar[str] = "payload"
+    source: Hotkey
+    piece: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class ShardRequest(RunSynapse):
+    """The encoded mean change of a merged shard, from one of its holders; the answer is tensor `data`."""
+
+    route: ClassVar[str] = "shard"
+    shard: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class EvidenceRequest(RunSynapse):

@@ -4,16 +4,17 @@
 
 * Not valid, or leaving → OUT. Who has strikes and goes away waits them out on the bench first.
 * ACTIVE and twice in a row in no accepted source list (a live record, dead work) → BENCH for 2^strikes rounds. In a
-  void round nobody is charged, except who cast no vote while at least half of the replicas did: with two replicas one
-  that withholds its bitmap could otherwise void every round unpunished. Strikes are forgotten after four times their
-  bench in one place. The last replica of a stage is never benched.
+  void round nobody is charged, except who cast no vote while at least half of all the run's replicas did: the chain
+  took votes then, and with two replicas one that withholds its bitmap could otherwise void every round unpunished.
+  The last replica of a stage is benched only if it cast no vote. Strikes are forgotten after four times their bench in
+  one place.
 * A stage's *anchor* is the public state that counts: what most of its replicas held, by their own records, at the HAVE
   block of the closed round. That block is chosen because at no other are all of them between the same two merges.
   Votes for the state at that round's start go before older ones, so a stuck replica holds nobody up; a tie goes to
   the group whose eldest has counted longest.
 * ACTIVE with another state than the anchor → JOIN at the same stage.
-* JOIN → ACTIVE once its record says the anchor, or what most of the stage's replicas say at this block; not within two
-  rounds → BENCH, unless there is nobody to fetch from.
+* JOIN → ACTIVE once its record says the anchor, or what most of the replicas that are further than the anchor say at
+  this block; not within two rounds → BENCH, if a replica that voted was there to fetch from.
 * WAIT, in the order of H(block hash ‖ hotkey), fills the stage with the fewest holders (JOIN and ACTIVE); the lowest
   stage breaks ties; at most max(1, ACTIVE) join a stage at once.
 * A stage with fewer than two holders pulls one per refresh from the fullest that has at least two more: a joiner if
@@ -61,23 +62,24 @@ DARK_REFRESHES = 2
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """What the chain says of one closed round, by stage; see `close`."""
+    """What the chain says of one closed round; see `close`."""
 
     round: int
-    replicas: tuple[int, ...]
+    replicas: int
+    """Of all stages."""
     listed: tuple[frozenset[str] | None, ...]
-    """The accepted source list; None where the round was void."""
-    voted: tuple[frozenset[str], ...]
+    """The accepted source list by stage; None where the round was void."""
+    voted: frozenset[str]
     """Who had a bitmap on chain in time."""
     claims: Mapping[str, Anchor]
     """The public state each replica held, by its record at the HAVE block."""
 
     def charged(self, hotkey: str, stage: int) -> bool:
         """Whether the replica did not do its part."""
-        listed, voted = self.listed[stage], self.voted[stage]
+        listed = self.listed[stage]
         if listed is not None:
             return hotkey not in listed
-        return hotkey not in voted and 2 * len(voted) >= self.replicas[stage]
+        return hotkey not in self.voted and 2 * len(self.voted) >= self.replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,27 +92,26 @@ class Refreshed:
 def close(roster: Roster, run: bytes, at_cut: ChainState, at_have: ChainState) -> Closed:
     """The outcome of `roster`'s round from the states at its CUT and HAVE blocks."""
     cut, have = records_of(at_cut), records_of(at_have)
-    listed, voted = [], []
+    listed: list[frozenset[str] | None] = []
+    voted: set[str] = set()
     for replicas in roster.stages:
         sources = cut_sources(replicas, cut, roster.round)
         names = frozenset(source.hotkey for source in accepted(sources, have, roster.round))
         listed.append(names or None)
-        voted.append(
-            frozenset(
-                source.hotkey
-                for source in sources
-                if (record := have.get(source.hotkey)) is not None
-                and record.round == roster.round
-                and record.phase >= Phase.HAVE
-                and record.root == source.root
-            )
+        voted.update(
+            source.hotkey
+            for source in sources
+            if (record := have.get(source.hotkey)) is not None
+            and record.round == roster.round
+            and record.phase >= Phase.HAVE
+            and record.root == source.root
         )
     claims = {
         hotkey: Anchor(record.held, record.weights)
         for hotkey in roster.members
         if (record := have.get(hotkey)) is not None and record.run == run
     }
-    return Closed(roster.round, tuple(map(len, roster.stages)), tuple(listed), tuple(voted), claims)
+    return Closed(roster.round, len(roster.members), tuple(listed), frozenset(voted), claims)
 
 
 def advance(previous: Roster, state: ChainState, run: bytes, *, fresh_from: int, closed: Closed | None) -> Roster:
@@ -244,8 +245,8 @@ class _Refresh:
                 self._rows[member.hotkey] = replace(member, missed=missed, strikes=strikes)
                 if missed >= MISSES:
                     dead.append(self._rows[member.hotkey])
-            if len(dead) < len(present):
-                for member in dead:
+            for member in dead:
+                if len(dead) < len(present) or member.hotkey not in closed.voted:
                     self._bench(member, f"in no source list of stage {stage} for {MISSES} rounds")
 
     # -- public states --------------------------------------------------------------------------------------------
@@ -256,8 +257,11 @@ class _Refresh:
         if closed is None:
             return
         voters = [member for member in self._active(stage) if member.since <= closed.round]
-        claims = {member.hotkey: closed.claims.get(member.hotkey, FROM_SEED) for member in voters}
-        anchor = _elect(voters, claims, self._anchors[stage], closed.round)
+        # Of a stage that has just died the last word counts: what was merged then need not be done again.
+        last = [row for row in self._previous.table if row.stage == stage and row.standing is Standing.ACTIVE]
+        witnesses = voters if self._active(stage) else [row for row in last if row.since <= closed.round]
+        claims = {member.hotkey: closed.claims.get(member.hotkey, FROM_SEED) for member in witnesses}
+        anchor = _elect(witnesses, claims, self._anchors[stage], closed.round)
         if anchor is None:
             return
         self._anchors[stage] = anchor
@@ -274,18 +278,21 @@ class _Refresh:
     def _admit(self, stage: int) -> None:
         """Joiners who are ready count; those who took too long make room."""
         active = self._active(stage)
-        said = Counter(self._claim(member.hotkey) for member in active)
-        current, votes = said.most_common(1)[0] if said else (FROM_SEED, 0)
-        targets = [self._anchors[stage]]
-        if votes * 2 > len(active) and current.weights != NO_WEIGHTS:
-            targets.append(current)
+        sources = {member.hotkey for member in active} & (self._closed.voted if self._closed is not None else set())
+        anchor = self._anchors[stage]
+        targets = [anchor]
+        said = [self._claim(member.hotkey) for member in active]
+        newer = Counter(claim for claim in said if anchor.held < claim.held <= self._round)
+        for claim, votes in newer.most_common(1):
+            if votes * 2 > newer.total() and claim.weights != NO_WEIGHTS:
+                targets.append(claim)
         for member in self._joining(stage):
             if member.since == self._round:
                 continue
             claim = self._claim(member.hotkey)
-            if claim in targets or (not active and _holds(claim, self._anchors[stage])):
+            if claim in targets or (not active and _holds(claim, anchor)):
                 self._put(member, Standing.ACTIVE, f"holds the state of stage {stage}", stage=stage)
-            elif active and self._round - member.since >= JOIN_ROUNDS:
+            elif sources and self._round - member.since >= JOIN_ROUNDS:
                 self._bench(member, f"not ready for stage {stage} within {JOIN_ROUNDS} rounds")
 
     def _relight(self, stage: int) -> None:

@@ -13,7 +13,7 @@ construction, on any device.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,12 +73,17 @@ def agreed_weights(holders: Sequence[str], records: Mapping[str, Record | None],
     return digest if votes * 2 > len(holders) else None
 
 
-def mean(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Plain mean of fp32 pseudo-gradients, summed in the order given (hotkey order), then one multiplication."""
-    total = deltas[0].clone()
-    for delta in deltas[1:]:
-        total = total + delta
-    return total * (1.0 / len(deltas))
+def mean(deltas: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Plain mean of fp32 pseudo-gradients, summed in the order given (hotkey order), then one multiplication.
+
+    Takes them one by one, so no more than two need be in memory. Raises `ValueError` if there are none.
+    """
+    total, count = None, 0
+    for delta in deltas:
+        total, count = delta if total is None else total + delta, count + 1
+    if total is None:
+        raise ValueError("the mean of no pseudo-gradients: a round without sources leaves the state as it is")
+    return total * (1.0 / count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +96,20 @@ class Merged:
     """Outer momentum, fp32 (n,), or empty (0,) where the codec's error feedback takes its place."""
 
 
-def apply(state: Merged, deltas: Sequence[torch.Tensor], outer: OuterConfig) -> Merged:
-    """One outer step on the mean pseudo-gradient. No deltas (a void round) leave the state as it is.
+def step(state: Merged, change: torch.Tensor, outer: OuterConfig) -> Merged:
+    """One outer step on a mean pseudo-gradient, element by element: a shard's step is the shard of the whole's.
 
     Without a momentum buffer the step is plain; `ValueError` if `outer` asks for momentum all the same.
     """
-    if not deltas:
-        return state
     if not state.momentum.numel():
-        return Merged(plain_step(state.theta, mean(deltas), outer), state.momentum)
-    theta, momentum = outer_step(state.theta, mean(deltas), state.momentum, outer)
+        return Merged(plain_step(state.theta, change, outer), state.momentum)
+    theta, momentum = outer_step(state.theta, change, state.momentum, outer)
     return Merged(theta, momentum)
+
+
+def apply(state: Merged, deltas: Sequence[torch.Tensor], outer: OuterConfig) -> Merged:
+    """One outer step on the mean of the pseudo-gradients. None (a void round) leave the state as it is."""
+    return step(state, mean(deltas), outer) if deltas else state
 
 
 def rebase(weights: torch.Tensor, before: Merged, after: Merged, *, included: bool) -> torch.Tensor:

@@ -194,7 +194,7 @@ def defect(neuron: Neuron, run: bytes, *, fresh_from: int = 0) -> str:
         return f"its record of block {neuron.record_block} is older than its registration at {neuron.registered_at}"
     if neuron.record_block < fresh_from:
         return f"no record since block {neuron.record_block}, last refresh {fresh_from}"
-    return "wants no stage" if record.leaving else ""
+    return "wants no stage" if record.stageless else ""
 
 
 def candidates(state: ChainState, run: bytes, *, fresh_from: int = 0) -> dict[str, Record]:

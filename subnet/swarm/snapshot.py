@@ -125,6 +125,9 @@ def write(folder: Path, roster: Roster) -> Path:
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SnapshotError(f"folder {folder} cannot be made ({error.strerror}): choose another --out") from error
+    try:
         with temporary.open("wb") as file:
             file.write(roster.encoded)
             file.flush()
@@ -133,10 +136,11 @@ def write(folder: Path, roster: Roster) -> Path:
         for old in _paths(folder)[:-KEPT]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SnapshotError(
             f"roster {path} cannot be written ({error.strerror}): make room or choose another --out"
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -1,0 +1,543 @@
+"""One round's merge of one stage, as one replica plays it against the chain and the other replicas.
+
+    CUT     roots are on chain; the sources are fixed. Everybody fetches what it needs of them.
+    HAVE    bitmaps are on chain; the list of sources that count is fixed.
+    MERGE   butterfly: digests of merged shards are on chain; which shards are accepted is fixed.
+    end     the last block by which to get what the chain says was merged.
+
+A codec with error feedback is small and goes to everybody, who compute the whole merge themselves (all-gather, done by
+MERGE). The others go through the pair-shard butterfly (`subnet.swarm.butterfly`). Either way what counts is read from
+the chain at the marks, and a source's payload is judged by its content alone, so all replicas decide alike; whoever
+lacks at the last mark what the others have is `incomplete` and takes the public state from a sibling.
+
+Chain and transport are reached through `Board` and `Exchange`; nothing here waits longer than to its mark.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import torch
+
+from model.optimizer import OuterConfig
+from neurons.exchange import PIECES, RECHECK, Courier, Desk, Exchange
+from subnet.swarm import content
+from subnet.swarm.butterfly import (
+    NO_DIGEST,
+    Butterfly,
+    Shard,
+    Verdict,
+    opened,
+    part_of,
+    ranges,
+    recheck,
+    reduce,
+    shard_sources,
+    verdicts,
+)
+from subnet.swarm.codec import Codec, DeltaError, Feedback, PayloadError, compress
+from subnet.swarm.merge import Merged, Source, accepted, cut_sources, mean, step
+from subnet.swarm.record import Phase, Record
+from subnet.transport.errors import TransportError
+
+T = TypeVar("T")
+
+RECHECK_TURNS = 3
+"""Rounds of all holders after which a shard that is only to be judged is let go: nothing waits for it."""
+
+
+class Board(Protocol):
+    """The chain, as far as a merge sees it. Every call ends at the block it names, or soon after."""
+
+    async def publish(self, record: Record, *, until: int) -> None:
+        """Put the record on chain, or give up at block `until`. A missed mark raises nothing: the marks tell."""
+
+    async def records_at(self, block: int) -> Mapping[str, Record | None]:
+        """Every hotkey's record at `block`, once it is final."""
+
+    async def wait(self, block: int) -> None:
+        """Until `block` is final."""
+
+    async def seed(self, block: int) -> bytes:
+        """A public seed that nobody knew before `block`."""
+
+
+class Offload(Protocol):
+    """Runs what keeps a core busy away from the event loop, as `asyncio.to_thread`."""
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The merge's deadlines as block numbers. A record must be on chain at its mark."""
+
+    cut: int
+    have: int
+    merge: int
+    end: int
+    margin: int
+    """Blocks before a mark at which its record is handed to the chain: what finality and inclusion take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a round's merge is played by, equal on all replicas of the stage but for the secret."""
+
+    number: int
+    replicas: tuple[str, ...]
+    """Of the stage, in hotkey order."""
+    count: int
+    """Parameters of the stage."""
+    marks: Marks
+    codec: Codec
+    outer: OuterConfig
+    limit: Callable[[int], float]
+    """Largest magnitude in the payload of so many units of work."""
+    secret: bytes
+    """Chooses the shard to recheck; its owner's alone."""
+    piece_bytes: int = content.PIECE_BYTES
+
+    @property
+    def gathers(self) -> bool:
+        """All-gather, or butterfly."""
+        return self.codec.error_feedback
+
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of a payload's pieces. Raises `ButterflyError`."""
+        if self.gathers:
+            total = self.codec.payload_bytes(self.count)
+            return tuple(min(self.piece_bytes, total - start) for start in range(0, total, self.piece_bytes))
+        return tuple(self.codec.payload_bytes(len(part)) for part in ranges(len(self.replicas), self.count))
+
+    def contribution(
+        self, delta: torch.Tensor, feedback: Feedback
+    ) -> tuple[tuple[bytes | memoryview, ...], torch.Tensor, Feedback]:
+        """The pieces of a pseudo-gradient (fp32 (count,)), what they say (fp32 (count,)), and what stays owed.
+
+        Raises `DeltaError` and `ButterflyError`.
+        """
+        if self.gathers:
+            payload, sent, owed = compress(self.codec, delta, feedback)
+            return content.cut(payload, piece_bytes=self.piece_bytes), sent, owed
+        parts = [delta[part.start : part.stop] for part in ranges(len(self.replicas), self.count)]
+        pieces = tuple(self.codec.encode(part) for part in parts)
+        said = [self.codec.decode(piece, len(part)) for piece, part in zip(pieces, parts, strict=True)]
+        return pieces, torch.cat(said).to(delta.device), feedback
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a merge came to on one replica."""
+
+    public: Merged
+    """The next public state; where it is `incomplete`, what could not be had keeps its old value."""
+    record: Record | None
+    """As last published; None of who only watched."""
+    listed: tuple[Source, ...]
+    """The sources that the chain counts; none if the round is void."""
+    merged: tuple[range, ...]
+    """Where the public state moved."""
+    carried: tuple[range, ...]
+    """Where it keeps its old value."""
+    taken: tuple[range, ...]
+    """Where this replica's contribution is in it. Elsewhere it stays pending."""
+    incomplete: bool
+    """The chain says that more was merged than could be had here: take the public state from a sibling."""
+    refused: Mapping[str, str]
+    """Sources whose payload, or a piece of it, is no valid content, and why. It counts nowhere."""
+    forged: Mapping[str, str]
+    """Replicas that gave bytes of another hash than the one fixed on chain, and which bytes."""
+    liars: Mapping[str, tuple[int, ...]]
+    """Holders that published a digest other than the recomputed one, and of which shards."""
+    received: Mapping[str, int]
+    """Bytes by leg."""
+    sent: Mapping[str, int]
+    """Bytes by leg until now; the desk counts on."""
+
+    @property
+    def included(self) -> bool:
+        return bool(self.taken)
+
+
+async def merge(
+    terms: Terms,
+    record: Record | None,
+    public: Merged,
+    desk: Desk,
+    *,
+    board: Board,
+    exchange: Exchange,
+    offload: Offload = asyncio.to_thread,
+) -> Outcome:
+    """Play one round's merge to its end. `record` is this replica's, with the round's `work`; `public` is θ_r.
+
+    `desk` holds this replica's contribution and must be served from now on. Without a `record` nothing is published:
+    so a joiner or a validator watches a merge, and so a replica ends one that it was too late for. Raises
+    `ButterflyError`.
+    """
+    kind = _AllGather if terms.gathers else _Butterfly
+    return await kind(terms, record, public, desk, board, exchange, offload).play()
+
+
+class _Merge:
+    """What both ways have in common: to CUT, and from there to HAVE."""
+
+    def __init__(
+        self,
+        terms: Terms,
+        record: Record | None,
+        public: Merged,
+        desk: Desk,
+        board: Board,
+        exchange: Exchange,
+        offload: Offload,
+    ) -> None:
+        self._terms = terms
+        self._marks = terms.marks
+        self._record = record
+        self._public = public
+        self._desk = desk
+        self._board = board
+        self._offload = offload
+        self._courier = Courier(exchange, desk, terms.replicas)
+        self._sizes = terms.sizes()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._whole: set[str] = set()
+        """Sources of which all that is wanted is here and valid."""
+        self._refused: dict[str, str] = {}
+        self._liars: dict[str, tuple[int, ...]] = {}
+
+    async def play(self) -> Outcome:
+        marks, terms = self._marks, self._terms
+        try:
+            root = self._desk.root or bytes(32)
+            await self._publish(lambda record: replace(record, phase=Phase.CUT, root=root), until=marks.cut)
+            sources = cut_sources(terms.replicas, await self._board.records_at(marks.cut), terms.number)
+            return await self._merge(sources)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _merge(self, sources: Sequence[Source]) -> Outcome:
+        raise NotImplementedError
+
+    async def _publish(self, change: Callable[[Record], Record], *, until: int) -> None:
+        if self._record is not None:
+            self._record = change(self._record)
+            await self._board.publish(self._record, until=until)
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.append(task)
+        return task
+
+    async def _until(self, block: int, tasks: Iterable[asyncio.Task[None]]) -> None:
+        """Until all tasks are done or `block` is final; raises what a task raised."""
+        awaited = list(tasks)
+        clock = self._start(self._board.wait(block))
+        while not clock.done() and (pending := [task for task in awaited if not task.done()]):
+            await asyncio.wait([*pending, clock], return_when=asyncio.FIRST_COMPLETED)
+        clock.cancel()
+        for task in (*awaited, clock):
+            if task.done() and not task.cancelled():
+                task.result()
+
+    async def _agree(
+        self, sources: Sequence[Source], wanted: Sequence[int]
+    ) -> tuple[dict[str, asyncio.Task[None]], tuple[Source, ...], Mapping[str, Record | None]]:
+        """Fetch the `wanted` pieces of all sources and say at HAVE whose are here.
+
+        Returns the fetches, which go on, the listed sources, and the records at HAVE.
+        """
+        collecting = {source.hotkey: self._start(self._collect(source, wanted)) for source in sources}
+        await self._until(self._marks.have - self._marks.margin, collecting.values())
+        have = sum(1 << source.index for source in sources if source.hotkey in self._whole)
+        await self._publish(lambda record: replace(record, phase=Phase.HAVE, have=have), until=self._marks.have)
+        records = await self._board.records_at(self._marks.have)
+        return collecting, accepted(sources, records, self._terms.number), records
+
+    async def _collect(self, source: Source, wanted: Sequence[int]) -> None:
+        leaves, _ = await self._courier.leaves(source, len(self._sizes))
+        if len(leaves) != len(self._sizes):
+            self._refuse(source, f"payload has {len(leaves)} pieces where the stage's has {len(self._sizes)}")
+            return
+        pieces = await asyncio.gather(
+            *(self._courier.piece(source, leaves[index], index, self._sizes[index]) for index in wanted)
+        )
+        try:
+            await self._offload(lambda: self._check(source, pieces))
+        except PayloadError as error:
+            self._refuse(source, str(error))
+        else:
+            self._whole.add(source.hotkey)
+
+    def _check(self, source: Source, pieces: Sequence[bytes]) -> None:
+        """Raises `PayloadError`."""
+        raise NotImplementedError
+
+    def _refuse(self, source: Source, reason: str) -> None:
+        self._refused.setdefault(source.hotkey, reason)
+
+    def _outcome(
+        self,
+        listed: tuple[Source, ...],
+        public: Merged,
+        *,
+        merged: Iterable[range] = (),
+        taken: Iterable[range] = (),
+        incomplete: bool = False,
+    ) -> Outcome:
+        moved = tuple(merged)
+        marks = [0, *(mark for part in moved for mark in (part.start, part.stop)), self._terms.count]
+        gaps = zip(marks[::2], marks[1::2], strict=True)
+        return Outcome(
+            public=public,
+            record=self._record,
+            listed=listed,
+            merged=moved,
+            carried=tuple(range(start, stop) for start, stop in gaps if start < stop),
+            taken=tuple(taken),
+            incomplete=incomplete,
+            refused=dict(self._refused),
+            forged=dict(self._courier.forged),
+            liars=dict(self._liars),
+            received=dict(self._courier.received),
+            sent=dict(self._desk.sent),
+        )
+
+
+class _AllGather(_Merge):
+    """Everybody fetches everything and computes the whole merge."""
+
+    async def _merge(self, sources: Sequence[Source]) -> Outcome:
+        collecting, listed, _ = await self._agree(sources, range(len(self._sizes)))
+        await self._until(self._marks.merge, [collecting[source.hotkey] for source in listed])
+        valid = [source for source in listed if source.hotkey not in self._refused]
+        if not valid:
+            return self._outcome(listed, self._public)
+        incomplete = any(source.hotkey not in self._whole for source in valid)
+        public = self._public
+        if not incomplete:
+            public = await self._offload(lambda: self._apply(valid))
+        whole = (range(self._terms.count),)
+        mine = any(source.hotkey == self._desk.hotkey for source in valid)
+        return self._outcome(listed, public, merged=whole, taken=whole if mine else (), incomplete=incomplete)
+
+    def _check(self, source: Source, pieces: Sequence[bytes]) -> None:
+        self._terms.codec.decode(b"".join(pieces), self._terms.count, limit=self._terms.limit(source.work))
+
+    def _apply(self, sources: Sequence[Source]) -> Merged:
+        deltas = (self._delta(source) for source in sources)
+        return step(self._public, mean(deltas), self._terms.outer)
+
+    def _delta(self, source: Source) -> torch.Tensor:
+        held = (self._desk.piece_of(source.hotkey, index) for index in range(len(self._sizes)))
+        return self._terms.codec.decode(b"".join(piece for piece in held if piece is not None), self._terms.count)
+
+
+class _Butterfly(_Merge):
+    """Everybody merges the shards it holds and takes the others from their holders."""
+
+    _plan: Butterfly
+    _sources: tuple[tuple[Source, ...], ...]
+    """Who counts in each shard."""
+
+    def __init__(
+        self,
+        terms: Terms,
+        record: Record | None,
+        public: Merged,
+        desk: Desk,
+        board: Board,
+        exchange: Exchange,
+        offload: Offload,
+    ) -> None:
+        super().__init__(terms, record, public, desk, board, exchange, offload)
+        self._computed: dict[int, Shard] = {}
+        """Merged here, from the sources' pieces."""
+        self._given: dict[int, tuple[str, Shard]] = {}
+        """Taken from a holder."""
+        self._truth: dict[int, bytes] = {}
+        """Digests of the accepted shards, once MERGE has come."""
+
+    async def _merge(self, sources: Sequence[Source]) -> Outcome:
+        terms, marks = self._terms, self._marks
+        # The CUT block's own hash is no seed: whoever made that block knew the roots in it.
+        seed = await self._board.seed(marks.cut + 1)
+        self._plan = plan = Butterfly.draw(terms.replicas, terms.count, seed)
+        mine = plan.shards_of(self._desk.hotkey)
+        _, listed, records = await self._agree(sources, mine)
+        if not listed:
+            return self._outcome(listed, self._public)
+        shards = range(len(plan.pairs))
+        self._sources = tuple(shard_sources(plan, shard, listed, records, terms.number) for shard in shards)
+        merging = [self._start(self._hold(shard)) for shard in mine]
+        taking = {shard: self._start(self._take(shard)) for shard in shards if shard not in mine}
+        await self._until(marks.merge - marks.margin, merging)
+        digests = (self._computed[shard].digest if shard in self._computed else NO_DIGEST for shard in mine)
+        shards_said = b"".join(digests)
+        await self._publish(lambda record: replace(record, shards=shards_said), until=marks.merge)
+        judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
+        self._truth.update((shard, digest) for shard in shards if (digest := judged[shard].accepted) is not None)
+        settling = [self._start(self._settle(shard, taking.get(shard))) for shard in self._truth]
+        await self._until(marks.end, [*settling, *self._judging(judged)])
+        return await self._offload(lambda: self._conclude(listed))
+
+    def _check(self, source: Source, pieces: Sequence[bytes]) -> None:
+        for shard, piece in zip(self._plan.shards_of(self._desk.hotkey), pieces, strict=True):
+            self._decode(source, shard, piece)
+
+    def _decode(self, source: Source, shard: int, piece: bytes) -> torch.Tensor:
+        """Raises `PayloadError`."""
+        limit = self._terms.limit(source.work)
+        return self._terms.codec.decode(piece, len(self._plan.parts[shard]), limit=limit)
+
+    def _before(self, shard: int) -> Merged:
+        return part_of(self._public, self._plan.parts[shard])
+
+    async def _hold(self, shard: int) -> None:
+        """Merge a shard that this replica holds, and serve it."""
+        merged = await self._recompute(shard, leg=PIECES, turns=None)
+        if merged is not None:
+            self._computed[shard] = merged
+            self._desk.offer(shard, merged.payload)
+
+    async def _recompute(self, shard: int, *, leg: str, turns: int | None) -> Shard | None:
+        """The shard from its sources' pieces; None if nothing valid counts in it."""
+        found = await asyncio.gather(
+            *(self._piece(source, shard, leg=leg, turns=turns) for source in self._sources[shard])
+        )
+        deltas = [delta for delta in found if delta is not None]
+        if not deltas:
+            return None
+        codec, outer = self._terms.codec, self._terms.outer
+        try:
+            return await self._offload(lambda: reduce(codec, self._before(shard), deltas, outer))
+        except DeltaError:
+            return None  # the sum is beyond what the codec writes, for whoever computes it
+
+    async def _piece(self, source: Source, shard: int, *, leg: str, turns: int | None) -> torch.Tensor | None:
+        """One source's part of a shard, None if its content is not valid."""
+        leaves, _ = await self._courier.leaves(source, len(self._sizes), turns=turns)
+        if len(leaves) != len(self._sizes):
+            return None
+        piece = await self._courier.piece(
+            source,
+            leaves[shard],
+            shard,
+            self._sizes[shard],
+            leg=leg,
+            near=self._plan.holders(shard),
+            turns=turns,
+        )
+        try:
+            return await self._offload(lambda: self._decode(source, shard, piece))
+        except PayloadError as error:
+            self._refuse(source, str(error))
+            return None
+
+    async def _take(self, shard: int) -> None:
+        """Get a merged shard, before MERGE from a holder on trust, afterwards from anybody by its digest."""
+        plan, me = self._plan, self._desk.hotkey
+        codec, outer = self._terms.codec, self._terms.outer
+        first = plan.provider(shard, me)
+        holders = (first, *(holder for holder in plan.holders(shard) if holder != first))
+        others = tuple(hotkey for hotkey in plan.replicas if hotkey not in holders)
+        got: list[Shard] = []
+
+        async def check(payload: bytes) -> str | None:
+            try:
+                taken = await self._offload(lambda: opened(codec, self._before(shard), payload, outer))
+            except PayloadError as error:
+                return f"gave a merged shard {shard} that cannot be read: {error}"
+            if taken.digest != self._truth.get(shard, taken.digest):
+                return f"gave a merged shard {shard} of another digest than the one on chain"
+            got.append(taken)
+            return None
+
+        holder = await self._courier.merged(
+            shard, self._sizes[shard], lambda: (*holders, *others) if shard in self._truth else holders, check
+        )
+        self._given[shard] = holder, got[-1]
+
+    async def _settle(self, shard: int, taking: asyncio.Task[None] | None) -> None:
+        """Get an accepted shard as the chain has it, and serve it."""
+        if taking is not None:
+            await taking
+        if self._final(shard) is None:
+            if shard in self._given:
+                holder, _ = self._given[shard]
+                self._courier.forged.setdefault(
+                    holder, f"gave a merged shard {shard} of another digest than the one on chain"
+                )
+            await self._take(shard)
+        final = self._final(shard)
+        if final is not None:
+            self._desk.offer(shard, final.payload)
+
+    def _final(self, shard: int) -> Shard | None:
+        """The accepted shard, if it is here."""
+        here = [self._computed.get(shard), self._given[shard][1] if shard in self._given else None]
+        return next((found for found in here if found is not None and found.digest == self._truth[shard]), None)
+
+    def _judging(self, judged: Sequence[Verdict]) -> list[asyncio.Task[None]]:
+        """Compare what was published with what is computed here: own shards, contested ones, and the own choice."""
+        secret = hashlib.sha256(self._terms.secret + self._terms.number.to_bytes(8, "little")).digest()
+        choice = recheck(self._plan, judged, self._desk.hotkey, secret)
+        shards = [
+            shard
+            for shard, verdict in enumerate(judged)
+            if verdict.contested or shard == choice or shard in self._computed
+        ]
+        return [self._start(self._judge(shard, judged[shard])) for shard in shards]
+
+    async def _judge(self, shard: int, verdict: Verdict) -> None:
+        computed = self._computed.get(shard)
+        if computed is None:
+            try:
+                computed = await self._recompute(shard, leg=RECHECK, turns=RECHECK_TURNS)
+            except TransportError:
+                return  # pieces nobody has any more prove nothing
+        if computed is not None:
+            for liar in verdict.liars(computed.digest):
+                self._liars[liar] = (*self._liars.get(liar, ()), shard)
+
+    def _conclude(self, listed: tuple[Source, ...]) -> Outcome:
+        public = Merged(self._public.theta.clone(), self._public.momentum.clone())
+        incomplete = False
+        for shard in self._truth:
+            final = self._final(shard)
+            if final is None:
+                incomplete = True
+                continue
+            here = part_of(public, self._plan.parts[shard])
+            here.theta.copy_(final.state.theta)
+            here.momentum.copy_(final.state.momentum)
+        shards = sorted(self._truth)
+        return self._outcome(
+            listed,
+            public,
+            merged=(self._plan.parts[shard] for shard in shards),
+            taken=(self._plan.parts[shard] for shard in shards if self._counts(shard)),
+            incomplete=incomplete,
+        )
+
+    def _counts(self, shard: int) -> bool:
+        """Whether this replica's own piece is in the shard: its holders have it and its content is valid."""
+        me = self._desk.hotkey
+        source = next((source for source in self._sources[shard] if source.hotkey == me), None)
+        piece = self._desk.piece_of(me, shard)
+        if source is None or piece is None:
+            return False
+        try:
+            self._decode(source, shard, piece)
+        except PayloadError as error:
+            self._refuse(source, str(error))
+            return False
+        return True

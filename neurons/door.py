@@ -37,8 +37,8 @@ class Door:
             raise Busy(f"round {push.round} has not begun here", "push again after the pause", retry_after=RETRY_PAUSE)
         if push.round < current.number or not current.accepting:
             raise Dropped(f"round {push.round} is closed here", "drop what belongs to it")
-        head = push.head if isinstance(push, Push) else current.roster.stages[0][0]
-        if current.roster.stage_of(caller) != neighbour or head not in current.roster.stages[0]:
+        stray = isinstance(push, Push) and push.head not in current.roster.stages[0]
+        if current.roster.stage_of(caller) != neighbour or stray:
             raise UnknownHotkey(
                 f"{caller} does not hold stage {neighbour} in round {push.round}",
                 "compare the roster digest in your round_started event with the one in its record",

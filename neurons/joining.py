@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections.abc import Mapping
 
 import torch
 
@@ -21,7 +22,7 @@ from neurons.rounds import MARGIN, RoundMachine
 from neurons.states import newest_claims, take
 from neurons.telemetry import Downloaded, ShadowChecked
 from subnet.swarm.merge import Merged
-from subnet.swarm.roster import Roster, records_of
+from subnet.swarm.roster import NO_WEIGHTS, Anchor, Roster, records_of
 from subnet.trust.audit import select_units, select_windows
 
 log = logging.getLogger("orion.neurons.joining")
@@ -48,8 +49,7 @@ class Joiner:
         if found is None:
             return
         held, tensors = found
-        theta = torch.cat([tensors[name].reshape(-1) for name in machine.parameter_names])
-        machine.adopt(Merged(theta, tensors["outer.momentum"]), held)
+        machine.adopt(self._public(tensors), held)
         cut = await self._keeper.last_cut()
         if cut is not None and cut.stage == machine.stage:
             machine.restore(cut)
@@ -57,12 +57,29 @@ class Joiner:
         self._checked = True
         log.info("stage %d goes on from its checkpoint after %d rounds", machine.stage, held)
 
+    async def match(self, anchor: Anchor) -> None:
+        """Go back to the checkpoint that a stage without replicas restarts from, if it is here."""
+        machine = self._machine
+        if anchor.weights in (NO_WEIGHTS, machine.digest):
+            return
+        found = await self._keeper.stage_state(machine.stage, at_most=anchor.held)
+        if found is None or found[0] != anchor.held:
+            return
+        machine.adopt(self._public(found[1]), anchor.held)
+        await machine.serve()
+
+    def _public(self, tensors: Mapping[str, torch.Tensor]) -> Merged:
+        theta = torch.cat([tensors[name].reshape(-1) for name in self._machine.parameter_names])
+        return Merged(theta, tensors["outer.momentum"])
+
     async def catch_up(self, roster: Roster, *, counts: bool) -> None:
         """Until the state is held that a replica of the next round needs, or that round begins.
 
         `counts`: the roster has this replica as active already.
         """
         node, machine = self._node, self._machine
+        if not set(roster.stages[machine.stage]) - {node.identity.hotkey}:
+            await self.match(roster.anchors[machine.stage])
         goal = roster.round + (0 if machine.overlapped else 1)
         ends = roster.block + node.loaded.manifest.round.length - MARGIN
         while machine.replica.held < goal and (block := (await node.chain.finalized()).number) < ends:

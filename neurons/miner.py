@@ -97,6 +97,8 @@ class Miner:
         active, target = roster.stage_of(me), roster.target_of(me)
         stage = active if active is not None else target
         if stage is None:
+            if self._machine is not None and self._joiner is not None and not roster.stages[self._machine.stage]:
+                await self._joiner.match(roster.anchors[self._machine.stage])
             await self._node.publish(self._record())
             return
         machine, joiner = await self._take_stage(stage)

@@ -29,7 +29,7 @@ from model.data import Corpus, DataError, ShardEntry
 from model.split import StagePlan, split
 from neurons.bootstrap import BootstrapError, RosterDesk, join_history
 from neurons.config import NeuronConfig, parse
-from neurons.history import History, HistoryError, lag
+from neurons.history import History, HistoryError
 from neurons.telemetry import NodeFailed, NodeStarted, RecordPublished, Telemetry
 from subnet.chain import BittensorChain, Chain, ChainError
 from subnet.identity import Identity, IdentityError
@@ -258,28 +258,42 @@ class Node:
         )
 
     async def enter(self) -> Roster:
-        """The roster in force: from this node's disk if it has been here, from peers if the run has begun, or the first
-        one, once enough are there."""
-        head = await self.chain.finalized()
-        known = await asyncio.to_thread(snapshot.kept, self._rosters_folder)
-        if len(known) >= lag(self.loaded.manifest.round) or (known and known[-1].round == 0):
-            log.info("going on from the roster of round %d", known[-1].round)
-            self.history = History(self.loaded, self.state, known=known[-2:])
-        else:
-            state = await self.chain.state_at(head.number)
+        """The roster in force: from this node's disk if it has been here lately, from peers if the run has begun, else
+        from round 0 on, which may still be to come."""
+        for begin in (self._from_disk, self._from_peers):
             try:
-                self.history = await join_history(
-                    self.dendrite, self.loaded, state, self.state, asker=self.identity.hotkey
-                )
-            except BootstrapError as error:
-                log.info("%s; replaying from round 0", error)
-                await self.history.begin()
-        roster = self.history.newest
-        assert roster is not None  # noqa: S101 - all three ways end with one
-        while roster.block + self.loaded.manifest.round.length <= (await self.chain.finalized()).number:
-            roster = (await self.history.step()).roster
+                roster = await self._newest(await begin())
+            except (BootstrapError, HistoryError, ChainError) as error:
+                log.info("%s", error)
+                continue
+            await self._enter(roster)
+            return roster
+        self.history = History(self.loaded, self.state)
+        await self.history.begin()
+        roster = await self._newest(self.history)
         await self._enter(roster)
         return roster
+
+    async def _from_disk(self) -> History:
+        known = await asyncio.to_thread(snapshot.kept, self._rosters_folder)
+        if not known:
+            raise BootstrapError("this node has no roster of the run yet")
+        log.info("going on from the roster of round %d", known[-1].round)
+        return History(self.loaded, self.state, known=known[-2:])
+
+    async def _from_peers(self) -> History:
+        state = await self.chain.state_at((await self.chain.finalized()).number)
+        return await join_history(self.dendrite, self.loaded, state, self.state, asker=self.identity.hotkey)
+
+    async def _newest(self, history: History) -> Roster:
+        """Every refresh up to now."""
+        self.history = history
+        while True:
+            roster = history.newest
+            assert roster is not None  # noqa: S101 - every history begins with one
+            if roster.block + self.loaded.manifest.round.length > (await self.chain.finalized()).number:
+                return roster
+            await history.step()
 
     async def next_roster(self) -> Roster:
         """The recurrence at the first block of the next round."""

@@ -127,6 +127,8 @@ class StageWorker:
         judged by how long the slowest of the last microbatches took.
         """
         current = self._current()
+        if not all(current.roster.stages):
+            return  # nothing would come back through a stage without replicas
         quota = self._manifest.data.samples_per_round // len(current.roster.stages[0])
         ends = quota if limit is None else min(quota, limit)
         loop = asyncio.get_running_loop()

@@ -70,6 +70,7 @@ def summary(
         "churn": asdict(tally.churn),
         "recovery": _recovery(tally),
         "merge_hidden": _hidden(tally.miners.values()),
+        "merge_faults": [asdict(fault) for fault in tally.merge_faults],
         "bytes": {
             "forward": sum(miner.traffic.forward for miner in tally.miners.values()),
             "backward": sum(miner.traffic.backward for miner in tally.miners.values()),
@@ -105,7 +106,8 @@ def _miner(tally: Tally, miner: MinerTally) -> dict[str, object]:
         "starts": miner.starts,
         "merges": len(miner.merging),
         "merge_seconds": _mean([span.end - span.begin for span in miner.merging]),
-        "merge_bytes": miner.traffic.merge,
+        "merge_bytes": miner.merge_bytes,
+        "merge_carried": miner.carried,
         "downloaded_bytes": sum(download.bytes for download in miner.downloads),
         "downloaded_round": miner.downloads[-1].held if miner.downloads else None,
         "active_round": miner.active_round,

@@ -16,6 +16,7 @@ from neurons.telemetry import (
     Intervention,
     LocalStep,
     Merged,
+    MergeFault,
     MicrobatchDone,
     MicrobatchStarted,
     MinerScored,
@@ -72,6 +73,10 @@ class MinerTally:
     traffic_now: Traffic = NO_TRAFFIC
     training: list[Span] = field(default_factory=list)
     merging: list[Span] = field(default_factory=list)
+    merge_bytes: int = 0
+    """Fetched for its merges."""
+    carried: int = 0
+    """Values that kept what they were in merges of rounds that counted."""
     began: dict[int, float] = field(default_factory=dict)
     """When its training of a round that has not closed began."""
     downloads: list[Downloaded] = field(default_factory=list)
@@ -160,6 +165,8 @@ class Tally:
     """The same, after which nothing has been done yet."""
     merges: dict[tuple[int, int], set[str]] = field(default_factory=dict)
     """Digests of the public weights by (round, stage): one each when replicas are bit-identical."""
+    merge_faults: list[MergeFault] = field(default_factory=list)
+    """What merges found wrong with a replica, once each, whoever found it."""
     finished: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
     news: list[str] = field(default_factory=list)
@@ -205,12 +212,8 @@ class Tally:
                     f"{name} has stage {event.stage} with {event.held} rounds in it: {event.bytes / 1e6:,.1f} MB "
                     f"from {event.sources} source(s) in {event.seconds:.1f} s"
                 )
-            case LocalStep(round=number, units=units):
-                miner = self.miner(name)
-                miner.steps += 1
-                miner.units += units
-                miner.unmerged[number] = miner.unmerged.get(number, 0) + units
-                self.first_step = min(self.first_step or stamped.time, stamped.time)
+            case LocalStep() as event:
+                self._stepped(name, stamped.time, event)
             case MicrobatchStarted(round=number, sample=sample):
                 self._start((number, sample))
             case MicrobatchDone() as event:
@@ -219,6 +222,8 @@ class Tally:
                 self._closed(name, stamped.time, event)
             case Merged() as event:
                 self._merged(name, stamped.time, event)
+            case MergeFault() as event:
+                self._merge_fault(event)
             case Traffic() as event:
                 self.miner(name).traffic_now = event
             case UnitAudited(passed=passed):
@@ -329,6 +334,13 @@ class Tally:
             grid = " ".join(str(replicas) for replicas in event.replicas)
             self.news.append(f"round {event.round} begins at block {event.block}: replicas per stage {grid}")
 
+    def _stepped(self, name: str, time: float, event: LocalStep) -> None:
+        miner = self.miner(name)
+        miner.steps += 1
+        miner.units += event.units
+        miner.unmerged[event.round] = miner.unmerged.get(event.round, 0) + event.units
+        self.first_step = min(self.first_step or time, time)
+
     def _start(self, key: Sample) -> None:
         number = self.rounds.setdefault(key[0], RoundTally())
         self.started += key[1] not in number.started
@@ -372,12 +384,20 @@ class Tally:
             miner.state = "merged"
         if event.included and not event.void:  # else its contribution carries over
             miner.unmerged = {number: units for number, units in miner.unmerged.items() if number > event.round}
+        miner.merge_bytes += event.received
+        miner.carried += event.carried
         miner.merging.append(Span(event.round, time - event.seconds, time))
         self._go_on()
         self.last_merge = max(self.last_merge or time, time)
         self.merges.setdefault((event.round, event.stage), set()).add(event.weights)
         if event.void:
             self.news.append(f"round {event.round} is void at stage {event.stage}: contributions carry over")
+
+    def _merge_fault(self, event: MergeFault) -> None:
+        key = (event.round, event.hotkey, event.fault)
+        if all((fault.round, fault.hotkey, fault.fault) != key for fault in self.merge_faults):
+            self.merge_faults.append(event)
+            self.news.append(f"{event.hotkey} is {event.fault} in the merge of round {event.round}: {event.reason}")
 
 
 class LogFollower:

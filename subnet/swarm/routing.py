@@ -24,7 +24,12 @@ def head_of(sample: int, *, base: int, heads: int) -> int:
 
 
 def hops(replicas: tuple[str, ...], *, seed: bytes, head: str, stage: int, index: int) -> tuple[str, ...]:
-    """Replicas of `stage` for a head's `index`-th microbatch: the planned one first, then where to go if it is down."""
+    """Replicas of `stage` for a head's `index`-th microbatch: the planned one first, then where to go if it is down.
+
+    None while the stage has no replica.
+    """
+    if not replicas:
+        return ()
     block, position = divmod(index, len(replicas))
     draw = seed + f"/{head}/{stage}/{block}/".encode()
     order = sorted(replicas, key=lambda hotkey: hashlib.sha256(draw + hotkey.encode()).digest())

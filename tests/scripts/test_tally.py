@@ -11,6 +11,7 @@ from neurons.telemetry import (
     Intervention,
     LocalStep,
     Merged,
+    MergeFault,
     MicrobatchDone,
     MicrobatchStarted,
     NodeFinished,
@@ -92,7 +93,15 @@ def test_what_is_in_flight_is_lost_only_once_its_round_has_closed() -> None:
 
 def merged(number: int = 0, *, digest: str = "d", included: bool = True, seconds: float = 1.0) -> Merged:
     return Merged(
-        round=number, stage=0, sources=2, included=included, void=not included, weights=digest, seconds=seconds
+        round=number,
+        stage=0,
+        sources=2,
+        included=included,
+        void=not included,
+        weights=digest,
+        seconds=seconds,
+        carried=3,
+        received=100,
     )
 
 
@@ -127,6 +136,14 @@ def test_a_second_start_is_a_restart_and_costs_what_was_not_merged_once() -> Non
 def test_bytes_of_all_processes_of_a_miner_count() -> None:
     tally = told(Traffic(1, 2, 3, 4), Traffic(10, 20, 30, 40), STARTED, Traffic(1, 1, 1, 1))
     assert content(tally)["bytes"] == {"forward": 11, "backward": 21, "merge": 31}
+
+
+def test_what_merges_cost_and_found() -> None:
+    fault = MergeFault(round=0, stage=0, hotkey="other", fault="liar", reason="shard 3")
+    tally = told(closed(0), merged(0, seconds=2.0), STARTED, merged(1), fault, fault)
+    row = content(tally)["miners"][0]
+    assert (row["merges"], row["merge_seconds"], row["merge_bytes"], row["merge_carried"]) == (2, 1.5, 200, 6)
+    assert [item["hotkey"] for item in content(tally)["merge_faults"]] == ["other"]
 
 
 def test_a_microbatch_counts_once_whoever_completes_it() -> None:

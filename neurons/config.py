@@ -73,7 +73,7 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     emulated = parser.add_argument_group("emulated link (for tests)")
     emulated.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
     emulated.add_argument("--bandwidth", default=None, metavar="200mbit", help="up and down each (default: no limit)")
-    emulated.add_argument("--loss", default=None, metavar="0.5%%", help="share of packets lost (default: none)")
+    emulated.add_argument("--loss", default=None, metavar="0.5%", help="share of packets lost (default: none)")
     flags = parser.parse_args(argv)
     try:
         link = Link.parse(latency=flags.latency, bandwidth=flags.bandwidth, loss=flags.loss)

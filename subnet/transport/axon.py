@@ -86,7 +86,7 @@ class Axon:
         self._grace_s = grace_s
         self._min_rate = min_rate
         self._idle_s = idle_s
-        self._shaper = shaper
+        self.shaper = shaper
         self._routes: dict[str, _Route] = {}
         self._runner: web.ServerRunner | None = None
         self._port: int | None = None
@@ -187,7 +187,7 @@ class Axon:
         body = np.empty(ticket.length, dtype=np.uint8).data
         digest = hashlib.sha256()
         filled = 0
-        stream = None if self._shaper is None else self._shaper.down.stream()
+        stream = None if self.shaper is None else self.shaper.down.stream()
         try:
             async with asyncio.timeout(self._patience_s(ticket.length)):
                 while filled < ticket.length:
@@ -228,7 +228,7 @@ class Axon:
 
     async def _reply(self, request: web.BaseRequest, parts: list[memoryview]) -> web.StreamResponse:
         size = synapse.size_of(parts)
-        stream = None if self._shaper is None else self._shaper.up.stream()
+        stream = None if self.shaper is None else self.shaper.up.stream()
         if size <= synapse.SLICE and stream is None:
             return web.Response(body=b"".join(parts))
         response = web.StreamResponse()

@@ -72,7 +72,7 @@ class Dendrite:
         self._now_ns = now_ns
         self._streams = streams
         self._idle_s = idle_s
-        self._shaper = shaper
+        self.shaper = shaper
         self._session: aiohttp.ClientSession | None = None
         self._gates: dict[str, asyncio.Semaphore] = {}
         self._urls: dict[tuple[str, str], URL] = {}
@@ -197,9 +197,9 @@ class Dendrite:
             url = self._urls[endpoint, route] = URL(f"{endpoint}/{route}")
         size = synapse.size_of(parts)
         up = down = None
-        if self._shaper is not None:
-            await self._shaper.depart(size)
-            up, down = self._shaper.up, self._shaper.down
+        if self.shaper is not None:
+            await self.shaper.depart(size)
+            up, down = self.shaper.up, self.shaper.down
         self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
         headers = auth.sign(self._signer, path=f"/{route}", digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
         data = b"".join(parts) if size <= synapse.SLICE and up is None else _Parts(parts, up)
@@ -208,8 +208,8 @@ class Dendrite:
             limit = max_reply_bytes if response.status == 200 else _ERROR_LIMIT
             blob = await _read(response, limit, down)
             traffic.received += blob.nbytes
-            if self._shaper is not None:
-                await self._shaper.arrive(blob.nbytes)
+            if self.shaper is not None:
+                await self.shaper.arrive(blob.nbytes)
             if response.status == 200:
                 return blob
             error = from_wire(response.status, bytes(blob))

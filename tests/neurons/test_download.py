@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Dropped, MalformedRequest, Unavailable, UnknownRun
+from subnet.transport.shaping import Link, Shaper
 
 RUN = b"run-0001"
 PIECE = 16 * 1024
@@ -194,6 +196,18 @@ async def test_a_source_that_dies_leaves_its_pieces_to_the_others(
     repeated = [(request.part, request.piece) for source in stage.sources for request in source.asked]
     assert len(repeated) - len(set(repeated)) == downloads.STREAMS  # what it took with it
     await asyncio.gather(*deaths)
+
+
+async def test_a_slow_and_lossy_link_changes_nothing_but_the_time(stage: Stage) -> None:
+    link = Link(latency_s=0.005, bandwidth_bps=50e6, loss=0.02)
+    shaper = Shaper(link, np.random.default_rng(3))
+    async with Dendrite(Identity.from_uri("//far"), now_ns=time.time_ns, shaper=shaper) as stage.dendrite:
+        start = asyncio.get_running_loop().time()
+        found = await stage.download()
+        seconds = asyncio.get_running_loop().time() - start
+    stage.assert_whole(found)
+    assert found.dropped == {}
+    assert seconds > 0.9 * found.received * 8 / link.bandwidth_bps
 
 
 async def test_a_frozen_source_does_not_decide_when_the_rest_is_here(

@@ -6,6 +6,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from subnet.transport.shaping import Link, LinkError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeuronConfig:
@@ -34,6 +36,8 @@ class NeuronConfig:
     port: int
     threads: int
     """Torch threads; 0 leaves torch's own choice."""
+    link: Link | None = None
+    """The link to imitate between this node and all others."""
 
 
 def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
@@ -66,7 +70,15 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     network.add_argument("--port", type=int, default=8091, help="axon port, 0 for any free one (default: 8091)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    emulated = parser.add_argument_group("emulated link (for tests)")
+    emulated.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
+    emulated.add_argument("--bandwidth", default=None, metavar="200mbit", help="up and down each (default: no limit)")
+    emulated.add_argument("--loss", default=None, metavar="0.5%", help="share of packets lost (default: none)")
     flags = parser.parse_args(argv)
+    try:
+        link = Link.parse(latency=flags.latency, bandwidth=flags.bandwidth, loss=flags.loss)
+    except LinkError as error:
+        parser.error(str(error))
     return NeuronConfig(
         network=flags.network,
         archive=flags.archive,
@@ -83,4 +95,5 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
         announce=flags.announce or flags.host,
         port=flags.port,
         threads=flags.threads,
+        link=link,
     )

@@ -96,9 +96,7 @@ class PublicStates:
         outcome = await merge(terms, None, before, desk, board=ChainBoard(node), exchange=exchange)
         after: Merged | None = outcome.public
         if outcome.incomplete:
-            after = await after_merge(
-                node, roster, stage, until=roster.block + marks.length + marks.close, momentum=terms.outer.momentum > 0
-            )
+            after = await after_merge(node, roster, stage, until=roster.block + marks.length + marks.close)
         if after is None:
             log.warning("round %d: the merge of stage %d could not be followed", roster.round, stage)
             return
@@ -119,9 +117,9 @@ class PublicStates:
         node = self._node
         await node.wait(roster.block + node.loaded.manifest.round.merge + 1)
         for claim in await newest_claims(node, roster, stage, at_most=roster.round + 1):
-            found = await take(node, stage, claim, momentum=not self._codec.error_feedback)
+            found = await take(node, stage, claim)
             if found is not None:
-                self._public[stage] = self._before[stage] = found
+                self._public[stage] = self._before[stage] = found.state
                 self.held[stage] = claim.held
                 return
         log.warning("nobody served the state of stage %d after round %d", stage, roster.round)

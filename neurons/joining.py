@@ -106,16 +106,19 @@ class Joiner:
                 return True
             if claim.held == machine.replica.held and (counts or not set(claim.holders) & roster.members):
                 continue
-            found = await take(node, machine.stage, claim, momentum=not machine.codec.error_feedback)
+            found = await take(node, machine.stage, claim, folder=node.downloads)
             if found is None:
                 continue
-            machine.adopt(found, claim.held)
+            machine.adopt(found.state, claim.held)
             await machine.serve()
-            size = found.theta.nbytes + found.momentum.nbytes
             seconds = round(asyncio.get_running_loop().time() - start, 3)
             node.telemetry.emit(
                 Downloaded(
-                    held=claim.held, stage=machine.stage, bytes=size, seconds=seconds, sources=len(claim.holders)
+                    held=claim.held,
+                    stage=machine.stage,
+                    bytes=found.received,
+                    seconds=seconds,
+                    sources=len(found.sources),
                 )
             )
             return True

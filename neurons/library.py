@@ -1,85 +1,87 @@
-"""The public states a miner serves: to joiners, to siblings that fell behind, to validators.
-
-A state is named by how many rounds are merged into it and proven by the digest that its holders have on chain.
-"""
+"""The library: a stage's last public states, lent in pieces to whoever joins, fell behind or audits."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
-from neurons.node import Node
-from subnet.messages import PublicPart, WeightsRequest, flat
+from subnet.messages import RunSynapse, StatePieceRequest, StateTreeRequest, Tensors
+from subnet.swarm.content import LEAF_BYTES
 from subnet.swarm.merge import Merged
+from subnet.swarm.public import PublicTree, part_of, span_of
 from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import NO_SPECS
-from subnet.transport.errors import Unavailable, UnknownRun
-from subnet.transport.synapse import tensor_bytes
-from subnet.trust.ledger import digest
+from subnet.transport.errors import Dropped, MalformedRequest, Unavailable, UnknownRun
 
-FETCH_DEADLINE = 30.0
 KEPT = 2
 
 
-def public_digest(theta: bytes, momentum: bytes) -> bytes:
-    """A stage's public state in one hash, from the digests of its weights and its outer momentum."""
-    return hashlib.sha256(b"orion/public/1" + theta + momentum).digest()
-
-
-def digest_of(state: Merged) -> bytes:
-    return public_digest(digest(tensor_bytes(state.theta)), digest(tensor_bytes(state.momentum)))
+@dataclass(frozen=True, slots=True)
+class _Held:
+    state: Merged
+    tree: PublicTree
 
 
 class Library:
-    """The last public states of one replica's stage."""
+    """Keeps and serves the public states with the most rounds merged into them."""
 
     def __init__(self, run_id: bytes) -> None:
         self._run = run_id.hex()
-        self._states: dict[int, tuple[Merged, dict[str, bytes]]] = {}
+        self._states: dict[int, _Held] = {}
 
     def open(self, axon: Axon) -> None:
-        axon.serve(WeightsRequest, self.weights, specs=NO_SPECS)
+        """Put its routes on the axon."""
+        axon.serve(StateTreeRequest, self.tree, specs=NO_SPECS)
+        axon.serve(StatePieceRequest, self.piece, specs=NO_SPECS)
 
     def clear(self) -> None:
         """Forget everything: this node holds another stage now."""
         self._states.clear()
 
     async def put(self, held: int, state: Merged) -> bytes:
-        """Serve a state; returns its digest."""
-        parts = {"theta": state.theta, "momentum": state.momentum}
-        digests = await asyncio.to_thread(lambda: {name: digest(tensor_bytes(part)) for name, part in parts.items()})
-        self._states[held] = state, digests
+        """Hash a state with `held` rounds merged into it, serve it from now on, and return its digest.
+
+        Its tensors must not be written to afterwards. Older states than the last few are forgotten.
+        """
+        known = next((entry.tree for entry in self._states.values() if entry.state is state), None)
+        tree = await asyncio.to_thread(PublicTree.of, state) if known is None else known
+        self._states[held] = _Held(state, tree)
         for old in sorted(self._states)[:-KEPT]:
             del self._states[old]
-        return public_digest(digests["theta"], digests["momentum"])
+        return tree.digest
 
-    async def weights(self, _caller: str, request: WeightsRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+    async def tree(self, _caller: str, request: StateTreeRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        tree = self._held(request).tree
+        return Tensors(), {"theta": _rows(tree.theta), "momentum": _rows(tree.momentum)}
+
+    async def piece(self, _caller: str, request: StatePieceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        values = part_of(self._held(request).state, request.part)
+        try:
+            start, end = span_of(values.numel(), request.piece)
+        except IndexError as error:
+            raise MalformedRequest(f"{request.part} {error}", "take the sizes from the run's plan") from None
+        return Tensors(), {"data": values.view(torch.uint8)[start:end]}
+
+    def _held(self, request: RunSynapse) -> _Held:
         if request.run != self._run:
             raise UnknownRun(f"run {request.run} is not {self._run}", "start with the manifest that is on chain")
-        found = self._states.get(request.round)
-        if found is None:
-            raise Unavailable(f"the state after {request.round} rounds is not here", "ask a sibling", retry_after=0.2)
-        state, digests = found
-        part, other = (state.theta, "momentum") if request.part == "theta" else (state.momentum, "theta")
-        return PublicPart(other=digests[other].hex()), {"weights": part}
-
-
-async def fetch_public(node: Node, holder: str, held: int, *, parameters: int, momentum: int) -> Merged:
-    """A stage's public state as `holder` serves it; the caller checks its digest. Raises `TransportError`."""
-    parts = {}
-    wanted: tuple[tuple[Literal["theta", "momentum"], int], ...] = (("theta", parameters), ("momentum", momentum))
-    for part, count in wanted:
-        _, tensors = await node.dendrite.call(
-            node.neighbours.endpoints.get(holder, ""),
-            holder,
-            WeightsRequest(run=node.loaded.run_id.hex(), round=held, part=part),
-            reply=PublicPart,
-            reply_specs={"weights": flat(count)},
-            deadline=FETCH_DEADLINE,
+        held = self._states.get(request.round)
+        if held is not None:
+            return held
+        if request.round > max(self._states, default=-1):
+            raise Unavailable(
+                f"the state with {request.round} rounds merged is not here yet", "ask again", retry_after=0.2
+            )
+        raise Dropped(
+            f"the state with {request.round} rounds merged is not kept here", "ask for what the records on chain say"
         )
-        parts[part] = tensors["weights"]
-    return Merged(parts["theta"], parts["momentum"])
+
+
+def _rows(leaves: tuple[bytes, ...]) -> torch.Tensor:
+    """uint8 (n, 32)."""
+    if not leaves:
+        return torch.empty((0, LEAF_BYTES), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(b"".join(leaves)), dtype=torch.uint8).view(-1, LEAF_BYTES)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 
 from model.accounting import stage_parameters
@@ -43,6 +44,7 @@ from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Busy, PortTaken, UnknownHotkey
+from subnet.transport.shaping import Link, Shaper
 from subnet.wallets import load_wallet
 
 log = logging.getLogger("orion.neurons.node")
@@ -160,13 +162,15 @@ class Node:
                     "would be lost under a node's record: give --hotkey another one"
                 )
             neighbours = Neighbourhood()
+            shaper = None if config.link is None else open_link(config.link, identity.hotkey)
             axon = Axon(
                 Admission(identity.hotkey, allow=neighbours.allow, now_ns=time.time_ns),
                 host=config.host,
                 port=config.port,
+                shaper=shaper,
             )
             stack.push_async_callback(axon.stop)
-            dendrite = Dendrite(identity, now_ns=time.time_ns)
+            dendrite = Dendrite(identity, now_ns=time.time_ns, shaper=shaper)
             await stack.enter_async_context(dendrite)
             return cls(
                 role=role,
@@ -189,6 +193,11 @@ class Node:
         """Parameters of each stage."""
         config = self.loaded.manifest.model.config()
         return tuple(stage_parameters(config, plan) for plan in self.plans)
+
+    @property
+    def downloads(self) -> Path:
+        """Folder for what has arrived of a public state."""
+        return self.config.out / "downloads" / self.config.name
 
     async def __aenter__(self) -> Self:
         return self
@@ -310,6 +319,13 @@ class Node:
     @property
     def _rosters_folder(self) -> Path:
         return self.config.out / "rosters" / self.config.name
+
+
+def open_link(link: Link, hotkey: str) -> Shaper:
+    """The emulated link of this node; what it loses is a function of the hotkey and of what is sent."""
+    seed = int.from_bytes(hashlib.sha256(b"orion/link/1" + hotkey.encode()).digest(), "little")
+    log.info("emulated link: %s", link)
+    return Shaper(link, np.random.default_rng(seed))
 
 
 def open_corpus(loaded: LoadedManifest, folder: Path) -> Corpus:

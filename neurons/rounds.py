@@ -22,6 +22,7 @@ from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
 from model.stage import build_stage, flatten, unflatten
 from neurons.archive import Archive
+from neurons.download import forget
 from neurons.exchange import Desk
 from neurons.keeper import Keeper, KeptCut
 from neurons.library import Library
@@ -304,7 +305,7 @@ class RoundMachine:
         after = outcome.public
         if outcome.incomplete:
             until = roster.block + self._manifest.round.length + self._manifest.round.close
-            found = await after_merge(node, roster, self.stage, until=until, momentum=not self.codec.error_feedback)
+            found = await after_merge(node, roster, self.stage, until=until)
             if found is None:
                 log.warning("round %d: stage %d could not get what was merged", roster.round, self.stage)
                 return
@@ -352,6 +353,7 @@ class RoundMachine:
         place = await self._keeper.keep_stage(self.stage, self.replica.held, tensors, self.engine.version)
         if place is not None:
             self._node.telemetry.emit(CheckpointWritten(round=self.replica.held, stage=self.stage, path=place))
+            await asyncio.to_thread(forget, self._node.downloads)
 
     async def shut_down(self) -> None:
         """Stop training and merging, at once."""
@@ -397,5 +399,5 @@ def traffic(node: Node) -> Traffic:
         forward=sent.get("forward", 0),
         backward=sent.get("backward", 0),
         merge=sum(received.get(route, 0) for route in ("leaves", "payload", "shard")),
-        evidence=sum(received.get(route, 0) for route in ("evidence", "window", "unit", "weights")),
+        evidence=sum(received.get(route, 0) for route in ("evidence", "window", "unit", "tree", "piece")),
     )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from neurons.library import digest_of, fetch_public
+from neurons.download import Download, DownloadError, download
 from neurons.node import Node
+from subnet.swarm.codec import codec_of
 from subnet.swarm.merge import Merged
+from subnet.swarm.public import counts_of
 from subnet.swarm.record import Record
 from subnet.swarm.roster import NO_WEIGHTS, Roster, records_of
-from subnet.transport.errors import TransportError
 
 log = logging.getLogger("orion.neurons.states")
-
-PAUSE = 0.2
-TURNS = 3
-"""Rounds of all holders before a claim is let go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +45,28 @@ async def newest_claims(node: Node, roster: Roster, stage: int, *, at_most: int)
     return claims(records_of(state), others, run=node.loaded.run_id, at_most=at_most)
 
 
-async def take(node: Node, stage: int, claim: Claim, *, momentum: bool) -> Merged | None:
-    """The claimed state from one of its holders, proven by its digest; None if nobody serves it."""
-    count = node.parameters[stage]
-    for turn in range(TURNS * len(claim.holders)):
-        holder = claim.holders[turn % len(claim.holders)]
-        try:
-            found = await fetch_public(node, holder, claim.held, parameters=count, momentum=count if momentum else 0)
-        except TransportError as error:
-            log.debug("state %d of stage %d from %s: %s", claim.held, stage, holder, error)
-            await asyncio.sleep(PAUSE)
-            continue
-        if await asyncio.to_thread(digest_of, found) == claim.weights:
-            return found
-        log.warning("state %d of stage %d from %s is not what the chain says", claim.held, stage, holder)
-    return None
+async def take(node: Node, stage: int, claim: Claim, *, folder: Path | None = None) -> Download | None:
+    """The claimed state from its holders, proven by its digest; None if nobody serves it.
+
+    With a folder, what arrived before a kill is not fetched again.
+    """
+    try:
+        return await download(
+            node.dendrite,
+            node.neighbours.endpoint,
+            sources=claim.holders,
+            run=node.loaded.run_id,
+            held=claim.held,
+            agreed=claim.weights,
+            counts=counts_of(node.parameters[stage], codec_of(node.loaded.manifest.merge.codec)),
+            folder=folder,
+        )
+    except DownloadError as error:
+        log.warning("stage %d: %s", stage, error)
+        return None
 
 
-async def after_merge(node: Node, roster: Roster, stage: int, *, until: int, momentum: bool) -> Merged | None:
+async def after_merge(node: Node, roster: Roster, stage: int, *, until: int) -> Merged | None:
     """The state after the merge of `roster`'s round, as most of the stage's replicas say; None up to block `until`."""
     replicas = roster.stages[stage]
     block = (await node.chain.finalized()).number
@@ -74,8 +75,8 @@ async def after_merge(node: Node, roster: Roster, stage: int, *, until: int, mom
         for claim in claims(records, replicas, run=node.loaded.run_id, at_most=roster.round + 1):
             agreed = 2 * len(claim.holders) > len(replicas) or len(replicas) <= 2
             if claim.held == roster.round + 1 and agreed:
-                found = await take(node, stage, claim, momentum=momentum)
+                found = await take(node, stage, claim)
                 if found is not None:
-                    return found
+                    return found.state
         block = max(block + 1, (await node.chain.finalized()).number)
     return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from scripts.faults import Fault, check_faults, joiners
+from subnet.transport.shaping import Link, LinkError
 
 Codec = Literal["topk2bit", "int8", "bf16"]
 MOST_NODES = 200
@@ -23,11 +23,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "round_seconds": (10, 86_400),
     "block_time": (0.05, 12),
 }
-NETWORK = {
-    "latency": (re.compile(r"\d+(\.\d+)?(us|ms|s)"), "50ms"),
-    "bandwidth": (re.compile(r"\d+(\.\d+)?(kbit|mbit|gbit)"), "200mbit"),
-    "loss": (re.compile(r"\d+(\.\d+)?%"), "0.5%"),
-}
+NETWORK = ("latency", "bandwidth", "loss")
 
 
 class LocalnetError(Exception):
@@ -95,10 +91,10 @@ def check_options(options: LocalnetOptions) -> None:
             f"--round-seconds {options.round_seconds:g} has no room for its deadlines in blocks of "
             f"{options.block_time:g} s: raise it or lower --block-time"
         )
-    for name, (form, example) in NETWORK.items():
-        value = getattr(options, name)
-        if value is not None and form.fullmatch(value) is None:
-            raise LocalnetError(f"--{name} {value!r} is not of the form {example}")
+    try:
+        Link.parse(latency=options.latency, bandwidth=options.bandwidth, loss=options.loss)
+    except LinkError as error:
+        raise LocalnetError(str(error)) from None
     check_faults(options.faults, stages=options.stages, miners=miners, rounds=options.rounds)
 
 

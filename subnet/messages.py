@@ -7,8 +7,9 @@ Shapes are functions of the manifest (`Shapes`), so a receiver knows them before
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,6 +17,8 @@ from pydantic import Field
 from model.config import ModelConfig
 from model.split import StagePlan
 from subnet.manifest import Manifest
+from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
+from subnet.swarm.public import PARTS, Part, pieces_of, span_of
 from subnet.swarm.snapshot import SNAPSHOT_LIMIT
 from subnet.transport.synapse import Synapse, TensorSpec
 from subnet.trust.ledger import LEAF_BYTES, MAX_LOSS, WINDOW_BYTES
@@ -127,17 +130,21 @@ class UnitRequest(RunSynapse):
     backward: bool
 
 
-class WeightsRequest(RunSynapse):
-    """The stage's public state at the start of the round: its weights θ or its outer momentum."""
+class StateTreeRequest(RunSynapse):
+    """The leaf hashes of the stage's public state with `round` rounds merged into it.
 
-    route: ClassVar[str] = "weights"
-    part: Literal["theta", "momentum"]
+    Answer: tensors `theta` and `momentum`, uint8 (pieces, 32) each.
+    """
+
+    route: ClassVar[str] = "tree"
 
 
-class PublicPart(Synapse):
-    """Tensor `weights`, fp32 (n,): the part asked for. `other` is the digest of the part that was not."""
+class StatePieceRequest(RunSynapse):
+    """One piece of that state. Answer: tensor `data`, uint8 (n,)."""
 
-    other: DigestHex
+    route: ClassVar[str] = "piece"
+    part: Part
+    piece: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class RosterRequest(Synapse):
@@ -204,3 +211,14 @@ def table(rows: int, row_bytes: int) -> TensorSpec:
 
 def evidence_specs(work: int, windows: int) -> dict[str, TensorSpec]:
     return {"leaves": table(work, LEAF_BYTES), "windows": table(windows, WINDOW_BYTES)}
+
+
+def tree_specs(counts: Mapping[Part, int]) -> dict[str, TensorSpec]:
+    """Of the leaf hashes of a public state, by the values of each part."""
+    return {part: table(pieces_of(counts[part]), HASH_BYTES) for part in PARTS}
+
+
+def piece_specs(count: int, piece: int) -> dict[str, TensorSpec]:
+    """Of one piece of a part with `count` values."""
+    start, end = span_of(count, piece)
+    return {"data": TensorSpec(torch.uint8, (end - start,))}

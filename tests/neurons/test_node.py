@@ -17,6 +17,7 @@ from subnet.manifest import Announcement, LoadedManifest, ManifestError
 from subnet.metagraph import Endpoint
 from subnet.swarm.roster import Member, Roster, Standing
 from subnet.transport.errors import Busy, PortTaken, UnknownHotkey
+from subnet.transport.shaping import Link
 from subnet.wallets import create_wallet
 from tests.neurons.swarm import manifest, tiny, tokens_file
 from tests.subnet.swarm.histories import name, neuron, state
@@ -77,6 +78,11 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
         assert neuron is not None
         assert neuron.endpoint == Endpoint("127.0.0.1", node.axon.port)
         assert '"node_started"' in (config.out / "events" / "miner.jsonl").read_text()
+
+    link = Link(latency_s=0.01, bandwidth_bps=1e9, loss=0.001)
+    async with await Node.open(dataclasses.replace(config, link=link), role="miner") as node:
+        shapers = {node.axon.shaper, node.dendrite.shaper}  # one link for all that a node sends and receives
+        assert [shaper.link for shaper in shapers if shaper is not None] == [link]
 
     altered = tmp_path / "altered.toml"
     altered.write_bytes((tmp_path / "manifest.toml").read_bytes() + b"\n")

@@ -19,8 +19,9 @@ from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
 from model.stage import build_stage
 from neurons.archive import Archive, RoundArchive
+from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.node import Node, NodeError, main
-from neurons.pipeline import DEPTH_LIMIT_PER_STAGE, StageWorker
+from neurons.pipeline import StageWorker
 from neurons.rounds import RoundMachine, traffic
 from neurons.telemetry import NodeFinished
 from subnet.messages import (
@@ -29,6 +30,7 @@ from subnet.messages import (
     EvidenceTables,
     Forward,
     InputRequest,
+    Notice,
     Payload,
     PayloadRequest,
     PublicPart,
@@ -42,7 +44,7 @@ from subnet.swarm.record import Phase, Record
 from subnet.swarm.roster import Roster
 from subnet.transport.axon import Reply
 from subnet.transport.dendrite import NO_SPECS
-from subnet.transport.errors import Busy, Dropped, Unavailable, UnknownRun
+from subnet.transport.errors import Dropped, Unavailable, UnknownRun
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.ledger import Direction, UnitKey, digest
 
@@ -132,9 +134,12 @@ class PushDesk:
     async def input(self, caller: str, request: InputRequest, tensors: Mapping[str, torch.Tensor]) -> Reply:
         return await self._ready().on_input(caller, request, tensors)
 
+    async def notice(self, caller: str, notice: Notice, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        return await self._ready().on_notice(caller, notice, tensors)
+
     def _ready(self) -> StageWorker:
         if self.worker is None:
-            raise Busy("this node is still building its stage", "push again after the pause", retry_after=0.2)
+            raise Unavailable("this node is still building its stage", "push again after the pause", retry_after=0.2)
         return self.worker
 
 
@@ -148,6 +153,7 @@ async def mine(node: Node) -> None:
     node.axon.serve(Forward, pushes.forward, specs={"y": node.shapes.boundary})
     node.axon.serve(Backward, pushes.backward, specs={"g": node.shapes.boundary})
     node.axon.serve(InputRequest, pushes.input, specs=NO_SPECS)
+    node.axon.serve(Notice, pushes.notice, specs=NO_SPECS)
     await node.listen()
     ready = Record(run=node.loaded.run_id, round=0, phase=Phase.READY)
     await node.chain.publish(ready.encode())

@@ -46,7 +46,7 @@ CONNECT_TIMEOUT = 30.0
 CHAIN_STALL = 600.0
 """Seconds without the awaited block after which a node gives up on its chain."""
 
-PUSH_ROUTES = frozenset({"forward", "backward", "input"})
+PUSH_ROUTES = frozenset({"forward", "backward", "input", "notice"})
 
 
 class NodeError(Exception):

@@ -250,7 +250,7 @@ async def test_a_head_may_only_send_its_own_samples(tmp_path: Path, changes: dic
         y = {"y": torch.zeros(4, 32, 8, dtype=torch.bfloat16)}
         # and nobody sends another head's sample while that one is there
         for sender, fields, refusal in ((one, changes, Dropped), (two, {}, Busy), (two, {}, Busy)):
-            with pytest.raises(refusal, match="roster gives|may be there"):
+            with pytest.raises(refusal, match=r"roster gives|may be there"):
                 await sender.dendrite.call(
                     tail.axon.endpoint,
                     tail.identity.hotkey,

@@ -10,13 +10,14 @@ from neurons.archive import Archive, RoundArchive
 from neurons.exchange import Desk
 from neurons.node import Node
 from neurons.pipeline import StageWorker
-from neurons.wire import MergeRoutes
+from neurons.wire import MergeRoutes, byte_tensor
 from subnet.messages import (
     Backward,
     EvidenceRequest,
     EvidenceTables,
     Forward,
     InputRequest,
+    Notice,
     RunSynapse,
     Tensors,
     UnitRequest,
@@ -25,7 +26,7 @@ from subnet.messages import (
 from subnet.transport.axon import Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Busy, Dropped, Unavailable, UnknownRun
-from subnet.trust.ledger import Direction, UnitKey
+from subnet.trust.ledger import LEAF_BYTES, WINDOW_BYTES, Direction, UnitKey
 
 
 class EvidenceDesk:
@@ -66,10 +67,9 @@ class EvidenceDesk:
         if held.evidence is None or held.desk is None:
             raise Unavailable(f"the ledger of round {request.round} is still open", "ask after CUT", retry_after=0.5)
         leaves, windows = held.evidence.tables()
-        rows = {"leaves": (leaves, len(held.evidence.leaves)), "windows": (windows, len(held.evidence.windows))}
         return EvidenceTables(payload=held.desk.payload_root.hex(), windows=len(held.evidence.windows)), {
-            name: torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, -1) if count else torch.empty(0, 0)
-            for name, (data, count) in rows.items()
+            "leaves": byte_tensor(leaves).view(-1, LEAF_BYTES),
+            "windows": byte_tensor(windows).view(-1, WINDOW_BYTES),
         }
 
     async def window(self, _caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
@@ -99,6 +99,7 @@ class PushDesk:
         node.axon.serve(Forward, self.forward, specs={"y": node.shapes.boundary})
         node.axon.serve(Backward, self.backward, specs={"g": node.shapes.boundary})
         node.axon.serve(InputRequest, self.input, specs=NO_SPECS)
+        node.axon.serve(Notice, self.notice, specs=NO_SPECS)
 
     async def forward(self, caller: str, push: Forward, tensors: Mapping[str, torch.Tensor]) -> Reply:
         return await self._ready().on_forward(caller, push, tensors)
@@ -108,6 +109,9 @@ class PushDesk:
 
     async def input(self, caller: str, request: InputRequest, tensors: Mapping[str, torch.Tensor]) -> Reply:
         return await self._ready().on_input(caller, request, tensors)
+
+    async def notice(self, caller: str, notice: Notice, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        return await self._ready().on_notice(caller, notice, tensors)
 
     def _ready(self) -> StageWorker:
         if self.worker is None:

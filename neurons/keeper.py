@@ -19,6 +19,7 @@ from neurons.node import Node
 from neurons.replica import Replica
 from neurons.stores import StoreError
 from neurons.vault import Vault, stage_file
+from neurons.wire import byte_tensor
 from subnet.trust.ledger import Evidence
 
 log = logging.getLogger("orion.neurons.keeper")
@@ -69,10 +70,10 @@ class Keeper:
             "stage": torch.tensor(stage),
             "sent": replica.pending.sent,
             "residual": replica.feedback.residual,
-            "pieces": _bytes(b"".join(pieces)),
+            "pieces": byte_tensor(b"".join(pieces)),
             "sizes": torch.tensor([len(piece) for piece in pieces], dtype=torch.int64),
-            "leaves": _bytes(leaves),
-            "windows": _bytes(windows),
+            "leaves": byte_tensor(leaves),
+            "windows": byte_tensor(windows),
         } | {f"engine.{name}": tensor for name, tensor in optimizer.items()}
         try:
             await self._vault.put_replica(self._hotkey, number, tensors)
@@ -116,7 +117,3 @@ def _parse(number: int, tensors: Mapping[str, torch.Tensor]) -> KeptCut:
         evidence=Evidence.parse(tensors["leaves"].numpy().tobytes(), tensors["windows"].numpy().tobytes()),
         optimizer={name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
     )
-
-
-def _bytes(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

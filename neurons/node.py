@@ -54,7 +54,7 @@ CHAIN_STALL = 600.0
 """Seconds without the awaited block after which a node gives up on its chain."""
 
 ROSTER_ROUTE = RosterRequest.route
-PUSH_ROUTES = frozenset({"forward", "backward", "input"})
+PUSH_ROUTES = frozenset({"forward", "backward", "input", "notice"})
 
 
 class NodeError(Exception):

@@ -23,12 +23,13 @@ from model.engine import Recompute, StageEngine
 from model.stage import build_stage, flatten, unflatten
 from neurons.archive import Archive
 from neurons.download import forget
+from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.exchange import Desk
 from neurons.keeper import Keeper, KeptCut
 from neurons.library import Library
 from neurons.merging import Marks, Outcome, Terms, merge
 from neurons.node import CHAIN_STALL, Node
-from neurons.pipeline import DEPTH_LIMIT_PER_STAGE, StageWorker
+from neurons.pipeline import StageWorker
 from neurons.replica import Replica
 from neurons.states import after_merge
 from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic

@@ -19,7 +19,7 @@ from subnet.messages import (
 from subnet.swarm.content import LEAF_BYTES
 from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import NO_SPECS, Dendrite
-from subnet.transport.synapse import Synapse, TensorSpec, tensor_bytes
+from subnet.transport.synapse import Synapse, TensorSpec
 
 CALL_DEADLINE = 30.0
 """Seconds one piece may take; the merge's own marks end earlier where they must."""
@@ -45,7 +45,7 @@ class DendriteExchange:
             reply_specs={"leaves": table(count, LEAF_BYTES)},
             deadline=CALL_DEADLINE,
         )
-        raw = bytes(tensor_bytes(tensors["leaves"]))
+        raw = bytes(tensorbyte_tensor(tensors["leaves"]))
         hashes = tuple(raw[start : start + LEAF_BYTES] for start in range(0, len(raw), LEAF_BYTES))
         return hashes, bytes.fromhex(reply.evidence)
 
@@ -66,7 +66,7 @@ class DendriteExchange:
             reply_specs={"data": TensorSpec(torch.uint8, (size,))},
             deadline=CALL_DEADLINE,
         )
-        return bytes(tensor_bytes(tensors["data"]))
+        return bytes(tensorbyte_tensor(tensors["data"]))
 
 
 class MergeRoutes:
@@ -82,14 +82,15 @@ class MergeRoutes:
 
     async def leaves(self, _caller: str, request: LeavesRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         hashes, evidence = self._desk_of(request).leaves(request.source)
-        return PayloadLeaves(evidence=evidence.hex()), {"leaves": _bytes(b"".join(hashes)).view(-1, LEAF_BYTES)}
+        return PayloadLeaves(evidence=evidence.hex()), {"leaves": byte_tensor(b"".join(hashes)).view(-1, LEAF_BYTES)}
 
     async def piece(self, _caller: str, request: PayloadRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        return Tensors(), {"data": _bytes(self._desk_of(request).piece(request.source, request.piece))}
+        return Tensors(), {"data": byte_tensor(self._desk_of(request).piece(request.source, request.piece))}
 
     async def merged(self, _caller: str, request: ShardRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        return Tensors(), {"data": _bytes(self._desk_of(request).merged(request.shard))}
+        return Tensors(), {"data": byte_tensor(self._desk_of(request).merged(request.shard))}
 
 
-def _bytes(data: bytes) -> torch.Tensor:
+def byte_tensor(data: bytes) -> torch.Tensor:
+    """uint8 (n,), a copy that may be written to."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

@@ -46,9 +46,9 @@ def local_manifest(
 ) -> Manifest:
     """A manifest for a swarm on one machine.
 
-    A round begins every `round_blocks` blocks; the phases of its merge (CUT, HAVE, MERGE) have `phase_blocks` each. With
-    `overlap` they lie in the next round, without it at the end of the round itself, and a fourth one is for the record
-    of the new state.
+    A round begins every `round_blocks` blocks; the phases of its merge (CUT, HAVE, MERGE) have `phase_blocks` each.
+    With `overlap` they lie in the next round, without it at the end of the round itself, where a fourth one is for the
+    record of the new state.
     """
     config = preset(model)
     inner = INNER.get(model, DEFAULT_INNER)

@@ -74,6 +74,28 @@ class InputRequest(RunSynapse):
     sample: Sample
 
 
+OPEN_LIMIT = 1024
+"""Microbatches that a notice may list: more than a head has in flight."""
+
+
+class Notice(RunSynapse):
+    """A head tells a sibling head how far it is, so that the sibling can go on for it when it is gone."""
+
+    route: ClassVar[str] = "notice"
+    started: Annotated[int, Field(ge=0, lt=2**32)]
+    """It starts no index from this one on before it has said so; announced ahead, so that nothing waits for it."""
+    open: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(max_length=OPEN_LIMIT)]
+    """Its indices below `started` that are not back."""
+    taken: Annotated[list[Sample], Field(max_length=OPEN_LIMIT)]
+    """Samples of other heads whose gradient it has."""
+
+
+class Noted(Synapse):
+    """The answer to a notice: which of the caller's samples the answering head has the gradient of."""
+
+    taken: Annotated[list[Sample], Field(max_length=OPEN_LIMIT)]
+
+
 class LeavesRequest(RunSynapse):
     """The hashes of the pieces of `source`'s payload, from whoever holds them."""
 

@@ -36,6 +36,13 @@ def hops(replicas: tuple[str, ...], *, seed: bytes, head: str, stage: int, index
     return tuple(order[position:] + order[:position])
 
 
+def heirs(replicas: tuple[str, ...], *, seed: bytes, sample: int) -> tuple[str, ...]:
+    """In which order replicas of a stage take over a sample whose holder among them is gone: drawn per sample, so that
+    a dead replica's work is spread, and known to all, so that as a rule only one takes it."""
+    draw = seed + f"/heir/{sample}/".encode()
+    return tuple(sorted(replicas, key=lambda hotkey: hashlib.sha256(draw + hotkey.encode()).digest()))
+
+
 def depth(*, stages: int, compute: float, latency: float, transfer: float, limit: int) -> int:
     """In-flight microbatches per head that hide the network: W = ceil(P + (P-1)(2L + x_f + x_b)/(F+B)).
 

@@ -25,7 +25,7 @@ from yarl import URL
 
 from subnet.transport import auth, sockets, synapse
 from subnet.transport.auth import Signer
-from subnet.transport.errors import BadReply, Refused, Unreachable, from_wire
+from subnet.transport.errors import BadReply, Refused, Silent, Unreachable, from_wire
 from subnet.transport.shaping import TURN, Pipe, Shaper
 from subnet.transport.synapse import S, Specs, Synapse
 
@@ -160,7 +160,7 @@ class Dendrite:
             fields, received = synapse.decode(reply, blob, reply_specs)
         except TimeoutError:
             traffic.failed += 1
-            raise Unreachable(
+            raise Silent(
                 f"{endpoint} gave no answer to {message.route} within {deadline:g} s; "
                 "try a sibling or a longer deadline"
             ) from None

@@ -35,7 +35,7 @@ from subnet.manifest import (
     ShardSection,
     SwarmSection,
 )
-from subnet.messages import Backward, Forward, InputRequest, Shapes
+from subnet.messages import Backward, Forward, InputRequest, Notice, Shapes
 from subnet.swarm.roster import Roster
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
@@ -189,6 +189,7 @@ class Swarm:
         member.axon.serve(Forward, member.worker.on_forward, specs={"y": shapes.boundary})
         member.axon.serve(Backward, member.worker.on_backward, specs={"g": shapes.boundary})
         member.axon.serve(InputRequest, member.worker.on_input, specs={})
+        member.axon.serve(Notice, member.worker.on_notice, specs={})
         await member.axon.start()
         self._stack.push_async_callback(member.axon.stop)
         self.endpoints[hotkey] = member.axon.endpoint

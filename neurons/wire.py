@@ -45,7 +45,7 @@ class DendriteExchange:
             reply_specs={"leaves": table(count, LEAF_BYTES)},
             deadline=CALL_DEADLINE,
         )
-        raw = bytes(tensorbyte_tensor(tensors["leaves"]))
+        raw = bytes(tensor_bytes(tensors["leaves"]))
         hashes = tuple(raw[start : start + LEAF_BYTES] for start in range(0, len(raw), LEAF_BYTES))
         return hashes, bytes.fromhex(reply.evidence)
 
@@ -66,7 +66,7 @@ class DendriteExchange:
             reply_specs={"data": TensorSpec(torch.uint8, (size,))},
             deadline=CALL_DEADLINE,
         )
-        return bytes(tensorbyte_tensor(tensors["data"]))
+        return bytes(tensor_bytes(tensors["data"]))
 
 
 class MergeRoutes:

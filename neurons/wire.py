@@ -19,7 +19,7 @@ from subnet.messages import (
 from subnet.swarm.content import LEAF_BYTES
 from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import NO_SPECS, Dendrite
-from subnet.transport.synapse import Synapse, TensorSpec
+from subnet.transport.synapse import Synapse, TensorSpec, tensor_bytes
 
 CALL_DEADLINE = 30.0
 """Seconds one piece may take; the merge's own marks end earlier where they must."""

@@ -197,6 +197,11 @@ class StageWorker:
         await done
 
     def shut_down(self) -> None:
+        """Stop at once, in mid-round too: nothing more is computed or sent."""
+        if self._round is not None:
+            self._round.accepting = False
+            for task in (*self._round.work, *self._round.sends):
+                task.cancel()
         self._compute.stop()
 
     # -- pushes in ------------------------------------------------------------------------------------------------

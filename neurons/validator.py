@@ -199,8 +199,12 @@ async def validate(node: Node) -> None:
         await node.publish(Record(run=node.loaded.run_id, round=roster.round, phase=Phase.READY))
         start = states.round_start(roster)
         following = asyncio.create_task(states.follow(roster))
-        await auditor.judge(roster, start)
-        await following
+        try:
+            await auditor.judge(roster, start)
+            await following
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
         await states.validate(roster.round + 1)
         roster = await node.next_roster()
     node.telemetry.emit(NodeFinished(rounds=roster.round))

@@ -156,7 +156,8 @@ async def test_a_head_that_dies_before_its_first_notice_leaves_nothing_behind(tm
 
 
 class Freezer:
-    """Stops a head as SIGSTOP does: what is sent to it waits in its sockets, what it sends waits too."""
+    """Stops a head as SIGSTOP does: what is sent to it waits in its sockets, what it sends waits too. What it was just
+    answering still goes out."""
 
     def __init__(self, swarm: Swarm, member: Member) -> None:
         self._swarm, self._member = swarm, member
@@ -166,9 +167,11 @@ class Freezer:
         self._depth, self._overdue = self._driver.depth, member.worker._delivery.overdue
         self._port = member.axon.port
 
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, wait: bool) -> None:
+        """Requests wait, answers do not."""
         while data := await reader.read(65536):
-            await self._awake.wait()
+            if wait:
+                await self._awake.wait()
             writer.write(data)
             await writer.drain()
         writer.close()
@@ -176,7 +179,9 @@ class Freezer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._awake.wait()
         up, down = await asyncio.open_connection("127.0.0.1", self._port)
-        await asyncio.gather(self._pipe(reader, down), self._pipe(up, writer), return_exceptions=True)
+        await asyncio.gather(
+            self._pipe(reader, down, wait=True), self._pipe(up, writer, wait=False), return_exceptions=True
+        )
 
     @asynccontextmanager
     async def between(self) -> AsyncIterator[None]:

@@ -221,7 +221,7 @@ class Courier:
         raise Unavailable(f"no replica has it after {turns} turns", "ask again later")
 
     async def _call(self, holder: str, call: Callable[[str], Awaitable[T]]) -> T | None:
-        """The holder's reply, None if it has none. Who fell silent while this call waited for its turn is passed over."""
+        """The holder's reply, None if it has none. Who fell silent while this call waited its turn is passed over."""
         silent = self._silent[holder]
         async with self._gates[holder]:
             if holder in self.forged or self._silent[holder] > silent:

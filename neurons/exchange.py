@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -43,8 +44,19 @@ class Exchange(Protocol):
     async def piece(self, holder: str, source: str, index: int, size: int) -> bytes:
         """One piece of the source's payload, `size` bytes."""
 
-    async def merged(self, holder: str, shard: int, size: int) -> bytes:
-        """The encoded mean change of a shard, `size` bytes."""
+    async def merged(self, holder: str, shard: int, index: int, size: int) -> bytes:
+        """One piece of the encoded mean change of a shard, `size` bytes."""
+
+
+async def together(works: Iterable[Awaitable[T]]) -> list[T]:
+    """All of them at once, each to its end; then raises what the first that failed raised."""
+    results = await asyncio.gather(*works, return_exceptions=True)
+    done = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    return done
 
 
 class Desk:
@@ -57,7 +69,7 @@ class Desk:
         hashes = content.leaves(pieces)
         self._leaves: dict[str, Leaves] = {hotkey: (hashes, evidence)}
         self._pieces = {(hotkey, index): bytes(piece) for index, piece in enumerate(pieces)}
-        self._merged: dict[int, bytes] = {}
+        self._merged: dict[int, tuple[memoryview, ...]] = {}
         self.root = bind_roots(content.root(hashes), evidence)
         """What this replica commits to at CUT."""
 
@@ -67,9 +79,9 @@ class Desk:
     def hold(self, source: str, index: int, piece: bytes) -> None:
         self._pieces[source, index] = piece
 
-    def offer(self, shard: int, payload: bytes) -> None:
+    def offer(self, shard: int, pieces: Sequence[memoryview]) -> None:
         """Serve a merged shard: one merged here, or proven by the digest on chain."""
-        self._merged[shard] = payload
+        self._merged[shard] = tuple(pieces)
 
     def leaves_of(self, source: str) -> Leaves | None:
         return self._leaves.get(source)
@@ -84,8 +96,10 @@ class Desk:
     def piece(self, source: str, index: int) -> bytes:
         return self._answer(PIECES, self._pieces.get((source, index)), f"piece {index} of {source[:60]}", len)
 
-    def merged(self, shard: int) -> bytes:
-        return self._answer(SHARDS, self._merged.get(shard), f"merged shard {shard}", len)
+    def merged(self, shard: int, index: int) -> bytes:
+        pieces = self._merged.get(shard, ())
+        found = bytes(pieces[index]) if 0 <= index < len(pieces) else None
+        return self._answer(SHARDS, found, f"piece {index} of merged shard {shard}", len)
 
     def _answer(self, leg: str, found: T | None, what: str, size: Callable[[T], int]) -> T:
         if found is None:
@@ -140,7 +154,7 @@ class Courier:
                 return held
             _, leaves = await self._ask(
                 lambda: self._in_turn(source.hotkey),
-                lambda holder: self._exchange.leaves(holder, source.hotkey, pieces),
+                lambda holder: self._call(holder, partial(self._exchange.leaves, source=source.hotkey, pieces=pieces)),
                 fault,
                 turns,
             )
@@ -172,25 +186,35 @@ class Courier:
                 return held
             _, piece = await self._ask(
                 lambda: self._in_turn(source.hotkey, *near),
-                lambda holder: self._exchange.piece(holder, source.hotkey, index, size),
+                lambda holder: self._call(
+                    holder, partial(self._exchange.piece, source=source.hotkey, index=index, size=size)
+                ),
                 fault,
                 turns,
             )
             self._desk.hold(source.hotkey, index, piece)
         return piece
 
-    async def merged(self, shard: int, size: int, holders: Callable[[], Sequence[str]], check: Fault[bytes]) -> str:
-        """A merged shard that passes `check`, from one of the `holders` of that moment; returns which."""
+    async def merged(
+        self, shard: int, sizes: Sequence[int], holders: Callable[[], Sequence[str]], check: Fault[bytes]
+    ) -> str:
+        """A merged shard that passes `check`, all of it from one of the `holders` of that moment; returns which."""
 
-        async def fault(payload: bytes) -> str | None:
-            self.received[SHARDS] += len(payload)
-            return await check(payload)
+        async def whole(holder: str) -> bytes | None:
+            pieces: list[bytes] = []
+            for start in range(0, len(sizes), CALLS_PER_HOLDER):
+                some = await together(
+                    self._call(holder, partial(self._exchange.merged, shard=shard, index=index, size=sizes[index]))
+                    for index in range(start, min(start + CALLS_PER_HOLDER, len(sizes)))
+                )
+                pieces.extend(piece for piece in some if piece is not None)
+                self.received[SHARDS] += sum(len(piece) for piece in some if piece is not None)
+                if None in some:
+                    return None
+            return b"".join(pieces)
 
         holder, _ = await self._ask(
-            lambda: [holder for holder in holders() if holder in self._gates],
-            lambda holder: self._exchange.merged(holder, shard, size),
-            fault,
-            None,
+            lambda: [holder for holder in holders() if holder in self._gates], whole, check, None
         )
         return holder
 
@@ -202,13 +226,13 @@ class Courier:
     async def _ask(
         self,
         holders: Callable[[], Sequence[str]],
-        call: Callable[[str], Awaitable[T]],
+        get: Callable[[str], Awaitable[T | None]],
         fault: Fault[T],
         turns: int | None,
     ) -> tuple[str, T]:
         for turn in count():
             for holder in sorted(holders(), key=lambda holder: self._silent[holder]):
-                reply = await self._call(holder, call)
+                reply = await get(holder)
                 if reply is None:
                     continue
                 wrong = await fault(reply)

@@ -24,7 +24,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from model.optimizer import OuterConfig
-from neurons.exchange import PIECES, RECHECK, Courier, Desk, Exchange
+from neurons.exchange import PIECES, RECHECK, Courier, Desk, Exchange, together
 from subnet.swarm import content
 from subnet.swarm.butterfly import (
     NO_DIGEST,
@@ -85,6 +85,31 @@ class Marks:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """A payload's pieces. A butterfly encodes and cuts every shard by itself; an all-gather is one shard."""
+
+    sizes: tuple[int, ...]
+    """Bytes of each piece."""
+    shards: tuple[range, ...]
+    """The pieces of each shard."""
+
+    @classmethod
+    def of(cls, totals: Iterable[int], piece_bytes: int) -> Layout:
+        """Of shards with so many bytes each."""
+        sizes: list[int] = []
+        shards: list[range] = []
+        for total in totals:
+            first = len(sizes)
+            sizes.extend(min(piece_bytes, total - start) for start in range(0, total, piece_bytes))
+            shards.append(range(first, len(sizes)))
+        return cls(tuple(sizes), tuple(shards))
+
+    def sizes_of(self, shard: int) -> tuple[int, ...]:
+        pieces = self.shards[shard]
+        return self.sizes[pieces.start : pieces.stop]
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
     """What a round's merge is played by, equal on all replicas of the stage but for the secret."""
 
@@ -107,16 +132,16 @@ class Terms:
         """All-gather, or butterfly."""
         return self.codec.error_feedback
 
-    def sizes(self) -> tuple[int, ...]:
-        """Bytes of a payload's pieces. Raises `ButterflyError`."""
+    def layout(self) -> Layout:
+        """How a payload lies in pieces. Raises `ButterflyError`."""
         if self.gathers:
-            total = self.codec.payload_bytes(self.count)
-            return tuple(min(self.piece_bytes, total - start) for start in range(0, total, self.piece_bytes))
-        return tuple(self.codec.payload_bytes(len(part)) for part in ranges(len(self.replicas), self.count))
+            return Layout.of([self.codec.payload_bytes(self.count)], self.piece_bytes)
+        parts = ranges(len(self.replicas), self.count)
+        return Layout.of([self.codec.payload_bytes(len(part)) for part in parts], self.piece_bytes)
 
     def contribution(
         self, delta: torch.Tensor, feedback: Feedback
-    ) -> tuple[tuple[bytes | memoryview, ...], torch.Tensor, Feedback]:
+    ) -> tuple[tuple[memoryview, ...], torch.Tensor, Feedback]:
         """The pieces of a pseudo-gradient (fp32 (count,)), what they say (fp32 (count,)), and what stays owed.
 
         Raises `DeltaError` and `ButterflyError`.
@@ -125,8 +150,9 @@ class Terms:
             payload, sent, owed = compress(self.codec, delta, feedback)
             return content.cut(payload, piece_bytes=self.piece_bytes), sent, owed
         parts = [delta[part.start : part.stop] for part in ranges(len(self.replicas), self.count)]
-        pieces = tuple(self.codec.encode(part) for part in parts)
-        said = [self.codec.decode(piece, len(part)) for piece, part in zip(pieces, parts, strict=True)]
+        encoded = [self.codec.encode(part) for part in parts]
+        pieces = tuple(piece for shard in encoded for piece in content.cut(shard, piece_bytes=self.piece_bytes))
+        said = [self.codec.decode(shard, len(part)) for shard, part in zip(encoded, parts, strict=True)]
         return pieces, torch.cat(said).to(delta.device), feedback
 
 
@@ -203,7 +229,9 @@ class _Merge:
         self._board = board
         self._offload = offload
         self._courier = Courier(exchange, desk, terms.replicas)
-        self._sizes = terms.sizes()
+        self._layout = terms.layout()
+        self._parts = (range(terms.count),) if terms.gathers else ranges(len(terms.replicas), terms.count)
+        """The shards in the flat vector; an all-gather has one."""
         self._tasks: list[asyncio.Task[None]] = []
         self._whole: set[str] = set()
         """Sources of which all that is wanted is here and valid."""
@@ -247,7 +275,7 @@ class _Merge:
     async def _agree(
         self, sources: Sequence[Source], wanted: Sequence[int]
     ) -> tuple[dict[str, asyncio.Task[None]], tuple[Source, ...], Mapping[str, Record | None]]:
-        """Fetch the `wanted` pieces of all sources and say at HAVE whose are here.
+        """Fetch the `wanted` shards of all sources and say at HAVE whose are here.
 
         Returns the fetches, which go on, the listed sources, and the records at HAVE.
         """
@@ -259,23 +287,45 @@ class _Merge:
         return collecting, accepted(sources, records, self._terms.number), records
 
     async def _collect(self, source: Source, wanted: Sequence[int]) -> None:
-        leaves, _ = await self._courier.leaves(source, len(self._sizes))
-        if len(leaves) != len(self._sizes):
-            self._refuse(source, f"payload has {len(leaves)} pieces where the stage's has {len(self._sizes)}")
-            return
-        pieces = await asyncio.gather(
-            *(self._courier.piece(source, leaves[index], index, self._sizes[index]) for index in wanted)
-        )
-        try:
-            await self._offload(lambda: self._check(source, pieces))
-        except PayloadError as error:
-            self._refuse(source, str(error))
-        else:
+        async def valid(shard: int) -> bool:
+            return await self._contribution(source, shard) is not None
+
+        if all(await together(valid(shard) for shard in wanted)):
             self._whole.add(source.hotkey)
 
-    def _check(self, source: Source, pieces: Sequence[bytes]) -> None:
-        """Raises `PayloadError`."""
-        raise NotImplementedError
+    async def _contribution(
+        self,
+        source: Source,
+        shard: int,
+        *,
+        leg: str = PIECES,
+        near: Sequence[str] = (),
+        turns: int | None = None,
+    ) -> torch.Tensor | None:
+        """One source's part of a shard, fetched if it is not here: fp32, or None if its content is not valid.
+
+        Raises `TransportError` if it cannot be had in so many `turns`.
+        """
+        sizes = self._layout.sizes
+        leaves, _ = await self._courier.leaves(source, len(sizes), turns=turns)
+        if len(leaves) != len(sizes):
+            self._refuse(source, f"payload has {len(leaves)} pieces where the stage's has {len(sizes)}")
+            return None
+        await together(
+            self._courier.piece(source, leaves[index], index, sizes[index], leg=leg, near=near, turns=turns)
+            for index in self._layout.shards[shard]
+        )
+        try:
+            return await self._offload(lambda: self._decode(source, shard))
+        except PayloadError as error:
+            self._refuse(source, str(error))
+            return None
+
+    def _decode(self, source: Source, shard: int) -> torch.Tensor:
+        """What the pieces on the desk say. Raises `PayloadError`."""
+        pieces = (self._desk.piece_of(source.hotkey, index) for index in self._layout.shards[shard])
+        payload = b"".join(piece for piece in pieces if piece is not None)
+        return self._terms.codec.decode(payload, len(self._parts[shard]), limit=self._terms.limit(source.work))
 
     def _refuse(self, source: Source, reason: str) -> None:
         self._refused.setdefault(source.hotkey, reason)
@@ -312,7 +362,7 @@ class _AllGather(_Merge):
     """Everybody fetches everything and computes the whole merge."""
 
     async def _merge(self, sources: Sequence[Source]) -> Outcome:
-        collecting, listed, _ = await self._agree(sources, range(len(self._sizes)))
+        collecting, listed, _ = await self._agree(sources, [0])
         await self._until(self._marks.merge, [collecting[source.hotkey] for source in listed])
         valid = [source for source in listed if source.hotkey not in self._refused]
         if not valid:
@@ -325,16 +375,9 @@ class _AllGather(_Merge):
         mine = any(source.hotkey == self._desk.hotkey for source in valid)
         return self._outcome(listed, public, merged=whole, taken=whole if mine else (), incomplete=incomplete)
 
-    def _check(self, source: Source, pieces: Sequence[bytes]) -> None:
-        self._terms.codec.decode(b"".join(pieces), self._terms.count, limit=self._terms.limit(source.work))
-
     def _apply(self, sources: Sequence[Source]) -> Merged:
-        deltas = (self._delta(source) for source in sources)
+        deltas = (self._decode(source, 0) for source in sources)
         return step(self._public, mean(deltas), self._terms.outer)
-
-    def _delta(self, source: Source) -> torch.Tensor:
-        held = (self._desk.piece_of(source.hotkey, index) for index in range(len(self._sizes)))
-        return self._terms.codec.decode(b"".join(piece for piece in held if piece is not None), self._terms.count)
 
 
 class _Butterfly(_Merge):
@@ -384,29 +427,24 @@ class _Butterfly(_Merge):
         await self._until(marks.end, [*settling, *self._judging(judged)])
         return await self._offload(lambda: self._conclude(listed))
 
-    def _check(self, source: Source, pieces: Sequence[bytes]) -> None:
-        for shard, piece in zip(self._plan.shards_of(self._desk.hotkey), pieces, strict=True):
-            self._decode(source, shard, piece)
-
-    def _decode(self, source: Source, shard: int, piece: bytes) -> torch.Tensor:
-        """Raises `PayloadError`."""
-        limit = self._terms.limit(source.work)
-        return self._terms.codec.decode(piece, len(self._plan.parts[shard]), limit=limit)
-
     def _before(self, shard: int) -> Merged:
-        return part_of(self._public, self._plan.parts[shard])
+        return part_of(self._public, self._parts[shard])
 
     async def _hold(self, shard: int) -> None:
         """Merge a shard that this replica holds, and serve it."""
         merged = await self._recompute(shard, leg=PIECES, turns=None)
         if merged is not None:
             self._computed[shard] = merged
-            self._desk.offer(shard, merged.payload)
+            self._serve(shard, merged)
+
+    def _serve(self, shard: int, merged: Shard) -> None:
+        self._desk.offer(shard, content.cut(merged.payload, piece_bytes=self._terms.piece_bytes))
 
     async def _recompute(self, shard: int, *, leg: str, turns: int | None) -> Shard | None:
         """The shard from its sources' pieces; None if nothing valid counts in it."""
-        found = await asyncio.gather(
-            *(self._piece(source, shard, leg=leg, turns=turns) for source in self._sources[shard])
+        near = self._plan.holders(shard)
+        found = await together(
+            self._contribution(source, shard, leg=leg, near=near, turns=turns) for source in self._sources[shard]
         )
         deltas = [delta for delta in found if delta is not None]
         if not deltas:
@@ -416,26 +454,6 @@ class _Butterfly(_Merge):
             return await self._offload(lambda: reduce(codec, self._before(shard), deltas, outer))
         except DeltaError:
             return None  # the sum is beyond what the codec writes, for whoever computes it
-
-    async def _piece(self, source: Source, shard: int, *, leg: str, turns: int | None) -> torch.Tensor | None:
-        """One source's part of a shard, None if its content is not valid."""
-        leaves, _ = await self._courier.leaves(source, len(self._sizes), turns=turns)
-        if len(leaves) != len(self._sizes):
-            return None
-        piece = await self._courier.piece(
-            source,
-            leaves[shard],
-            shard,
-            self._sizes[shard],
-            leg=leg,
-            near=self._plan.holders(shard),
-            turns=turns,
-        )
-        try:
-            return await self._offload(lambda: self._decode(source, shard, piece))
-        except PayloadError as error:
-            self._refuse(source, str(error))
-            return None
 
     async def _take(self, shard: int) -> None:
         """Get a merged shard, before MERGE from a holder on trust, afterwards from anybody by its digest."""
@@ -457,7 +475,7 @@ class _Butterfly(_Merge):
             return None
 
         holder = await self._courier.merged(
-            shard, self._sizes[shard], lambda: (*holders, *others) if shard in self._truth else holders, check
+            shard, self._layout.sizes_of(shard), lambda: (*holders, *others) if shard in self._truth else holders, check
         )
         self._given[shard] = holder, got[-1]
 
@@ -474,7 +492,7 @@ class _Butterfly(_Merge):
             await self._take(shard)
         final = self._final(shard)
         if final is not None:
-            self._desk.offer(shard, final.payload)
+            self._serve(shard, final)
 
     def _final(self, shard: int) -> Shard | None:
         """The accepted shard, if it is here."""
@@ -511,15 +529,15 @@ class _Butterfly(_Merge):
             if final is None:
                 incomplete = True
                 continue
-            here = part_of(public, self._plan.parts[shard])
+            here = part_of(public, self._parts[shard])
             here.theta.copy_(final.state.theta)
             here.momentum.copy_(final.state.momentum)
         shards = sorted(self._truth)
         return self._outcome(
             listed,
             public,
-            merged=(self._plan.parts[shard] for shard in shards),
-            taken=(self._plan.parts[shard] for shard in shards if self._counts(shard)),
+            merged=(self._parts[shard] for shard in shards),
+            taken=(self._parts[shard] for shard in shards if self._counts(shard)),
             incomplete=incomplete,
         )
 
@@ -527,11 +545,10 @@ class _Butterfly(_Merge):
         """Whether this replica's own piece is in the shard: its holders have it and its content is valid."""
         me = self._desk.hotkey
         source = next((source for source in self._sources[shard] if source.hotkey == me), None)
-        piece = self._desk.piece_of(me, shard)
-        if source is None or piece is None:
+        if source is None:
             return False
         try:
-            self._decode(source, shard, piece)
+            self._decode(source, shard)
         except PayloadError as error:
             self._refuse(source, str(error))
             return False

@@ -121,7 +121,7 @@ class ChainBoard:
 
 
 Request = tuple[str, str, int]
-"""(what, source, index): "leaves", "piece" or "merged"."""
+"""(what, whose, index): "leaves", "piece" or "merged <shard>"."""
 Forge = Callable[[str, str, Request, object], object]
 """(holder, asker, request, true reply) to the reply."""
 
@@ -195,9 +195,7 @@ class Stage:
                 outcomes[hotkey] = result
             elif not (isinstance(result, asyncio.CancelledError) and hotkey in self.dead):
                 raise AssertionError(hotkey) from result
-        for hotkey in self.dead & set(outcomes):  # killed after its own end
-            del outcomes[hotkey]
-        return outcomes
+        return {hotkey: outcome for hotkey, outcome in outcomes.items() if hotkey not in self.deaths}
 
     def prepare(self, hotkey: str, pieces: tuple[bytes, ...]) -> None:
         self.desks[hotkey] = Desk(hotkey, pieces, hotkey.encode().ljust(32, b"e"))
@@ -246,8 +244,8 @@ class Link:
         reply = await self._call(holder, ("piece", source, index), lambda desk: desk.piece(source, index))
         return await self._sized(reply, size)
 
-    async def merged(self, holder: str, shard: int, size: int) -> bytes:
-        reply = await self._call(holder, ("merged", holder, shard), lambda desk: desk.merged(shard))
+    async def merged(self, holder: str, shard: int, index: int, size: int) -> bytes:
+        reply = await self._call(holder, (f"merged {shard}", holder, index), lambda desk: desk.merged(shard, index))
         return await self._sized(reply, size)
 
     async def _sized(self, reply: bytes, size: int) -> bytes:

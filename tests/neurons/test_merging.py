@@ -94,10 +94,10 @@ def test_an_honest_round_merges_everything_to_the_same_bits(replicas: int, codec
 @pytest.mark.parametrize("seed", range(6))
 def test_four_of_twelve_die_at_random_moments_of_the_merge(seed: int, codec: str) -> None:
     chance = np.random.default_rng(seed)
-    slow = (0.5, 3.0)  # so that fetching fills the time between the marks
-    stage = Stage(12, codec, count=50_000 if codec == "topk2bit" else 2000, seed=seed, latency=slow)
+    slow, count, over = ((2.0, 8.0), 50_000, MARKS.have) if codec == "topk2bit" else ((0.5, 3.0), 2000, MARKS.merge)
+    stage = Stage(12, codec, count=count, seed=seed, latency=slow)  # fetching fills the time between the marks
     dying = chance.choice(12, size=4, replace=False)
-    stage.deaths = {stage.names[index]: float(chance.uniform(0.5, MARKS.merge * BLOCK)) for index in dying}
+    stage.deaths = {stage.names[index]: float(chance.uniform(0.5, over * BLOCK)) for index in dying}
     outcomes = stage.play()
     assert len(outcomes) == 8
     ends_in_time(stage)
@@ -123,7 +123,7 @@ def test_four_of_twelve_die_at_random_moments_of_the_merge(seed: int, codec: str
 
 def test_four_dead_before_the_digests_leave_sixty_shards() -> None:
     stage = Stage(12)
-    stage.deaths = {stage.names[index]: MARKS.have * BLOCK + 0.5 for index in (1, 4, 5, 10)}
+    stage.deaths = {stage.names[index]: MARKS.have * BLOCK - 0.5 for index in (1, 4, 5, 10)}
     outcomes = stage.play()
     same_state(outcomes)
     assert {len(outcome.merged) for outcome in outcomes.values()} == {60}
@@ -187,7 +187,7 @@ def colluding(stage: Stage) -> tuple[str, ...]:
         stage.bends[holder] = lambda record: digests_replaced(record, digest + record.shards[8:])
 
     def forge(holder: str, asker: str, request: Request, reply: object) -> object:
-        return wrong if request[0] == "merged" and request[2] == 0 and holder in pair else reply
+        return wrong if request[0] == "merged 0" and holder in pair else reply
 
     stage.forge = forge
     return pair
@@ -288,7 +288,8 @@ def test_one_bad_piece_costs_its_source_that_shard_alone() -> None:
     prepare = stage.prepare
 
     def poisoned(hotkey: str, pieces: tuple[bytes, ...]) -> None:
-        spoiled = [b"\xff" * len(piece) if index == bad else piece for index, piece in enumerate(pieces)]
+        own = stage.terms(hotkey).layout().shards[bad]
+        spoiled = [b"\xff" * len(piece) if index in own else piece for index, piece in enumerate(pieces)]
         prepare(hotkey, tuple(spoiled) if hotkey == cheat else pieces)
 
     stage.prepare = poisoned  # type: ignore[method-assign]
@@ -373,7 +374,7 @@ def test_an_accepted_shard_nobody_serves_leaves_its_takers_incomplete() -> None:
 def test_bytes_moved_are_what_the_formula_says(replicas: int, codec: str) -> None:
     stage = Stage(replicas, codec, count=1_000_000 if codec == "topk2bit" else 120_000, piece_bytes=content.PIECE_BYTES)
     outcomes = stage.play()
-    payload = sum(stage.terms(stage.names[0]).sizes())
+    payload = sum(stage.terms(stage.names[0]).layout().sizes)
     assert payload == pytest.approx(stage.codec_used.payload_bytes(stage.count), rel=0.01)
     for hotkey, outcome in outcomes.items():
         legs, sent = outcome.received, sum(stage.desks[hotkey].sent.values())

@@ -115,8 +115,9 @@ def leaf_bytes(leaves: Leaves) -> int:
     return sum(map(len, hashes)) + len(evidence)
 
 
-Fault = Callable[[T], Awaitable[str | None]]
-"""What is wrong with a reply, None if nothing is."""
+Check = Callable[[str, T], Awaitable[str | None]]
+"""(holder, reply): what its holder is to blame for, None if the reply will do. Raises `BadReply` for one that will not
+do though nobody need be to blame."""
 
 
 class Courier:
@@ -142,7 +143,7 @@ class Courier:
     async def leaves(self, source: Source, pieces: int, *, turns: int | None = None) -> Leaves:
         """The leaves of a source, proven by its root on chain."""
 
-        async def fault(reply: Leaves) -> str | None:
+        async def check(_: str, reply: Leaves) -> str | None:
             self.received[LEAVES] += leaf_bytes(reply)
             if bind_roots(content.root(reply[0]), reply[1]) == source.root:
                 return None
@@ -155,7 +156,7 @@ class Courier:
             _, leaves = await self._ask(
                 lambda: self._in_turn(source.hotkey),
                 lambda holder: self._call(holder, partial(self._exchange.leaves, source=source.hotkey, pieces=pieces)),
-                fault,
+                check,
                 turns,
             )
             self._desk.hold_leaves(source.hotkey, leaves)
@@ -174,7 +175,7 @@ class Courier:
     ) -> bytes:
         """One piece, proven by its leaf. After the source those `near` are asked, then all others."""
 
-        async def fault(piece: bytes) -> str | None:
+        async def check(_: str, piece: bytes) -> str | None:
             self.received[leg] += len(piece)
             if content.leaf(piece) == leaf:
                 return None
@@ -189,14 +190,14 @@ class Courier:
                 lambda holder: self._call(
                     holder, partial(self._exchange.piece, source=source.hotkey, index=index, size=size)
                 ),
-                fault,
+                check,
                 turns,
             )
             self._desk.hold(source.hotkey, index, piece)
         return piece
 
     async def merged(
-        self, shard: int, sizes: Sequence[int], holders: Callable[[], Sequence[str]], check: Fault[bytes]
+        self, shard: int, sizes: Sequence[int], holders: Callable[[], Sequence[str]], check: Check[bytes]
     ) -> str:
         """A merged shard that passes `check`, all of it from one of the `holders` of that moment; returns which."""
 
@@ -218,6 +219,9 @@ class Courier:
         )
         return holder
 
+    def blame(self, holder: str, wrong: str) -> None:
+        self.forged.setdefault(holder, wrong)
+
     def _in_turn(self, *first: str) -> list[str]:
         """All other replicas: those named first, then from the next one round the circle, which spreads the asking."""
         named = [holder for holder in first if holder in self._gates]
@@ -227,7 +231,7 @@ class Courier:
         self,
         holders: Callable[[], Sequence[str]],
         get: Callable[[str], Awaitable[T | None]],
-        fault: Fault[T],
+        check: Check[T],
         turns: int | None,
     ) -> tuple[str, T]:
         for turn in count():
@@ -235,10 +239,14 @@ class Courier:
                 reply = await get(holder)
                 if reply is None:
                     continue
-                wrong = await fault(reply)
+                try:
+                    wrong = await check(holder, reply)
+                except BadReply as useless:
+                    log.debug("%s: %s", holder, useless)
+                    continue
                 if wrong is None:
                     return holder, reply
-                self.forged.setdefault(holder, wrong)
+                self.blame(holder, wrong)
             if turn + 1 == turns:
                 break
             await asyncio.sleep(min(LONGEST_PAUSE, RETRY_PAUSE * 2**turn))

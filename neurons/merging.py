@@ -16,6 +16,7 @@ Chain and transport are reached through `Board` and `Exchange`; nothing here wai
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ from subnet.swarm.butterfly import (
 from subnet.swarm.codec import Codec, DeltaError, Feedback, PayloadError, compress
 from subnet.swarm.merge import Merged, Source, accepted, cut_sources, mean, step
 from subnet.swarm.record import Phase, Record
-from subnet.transport.errors import TransportError
+from subnet.transport.errors import BadReply, TransportError
 
 T = TypeVar("T")
 
@@ -404,6 +405,7 @@ class _Butterfly(_Merge):
         """Taken from a holder."""
         self._truth: dict[int, bytes] = {}
         """Digests of the accepted shards, once MERGE has come."""
+        self._judged: tuple[Verdict, ...] = ()
 
     async def _merge(self, sources: Sequence[Source]) -> Outcome:
         terms, marks = self._terms, self._marks
@@ -421,7 +423,7 @@ class _Butterfly(_Merge):
         await self._until(marks.merge - marks.margin, merging)
         digests = (self._computed[shard].digest if shard in self._computed else NO_DIGEST for shard in mine)
         await self._publish(replace(self._record, shards=b"".join(digests)), until=marks.merge)
-        judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
+        self._judged = judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
         self._truth.update((shard, digest) for shard in shards if (digest := judged[shard].accepted) is not None)
         settling = [self._start(self._settle(shard, taking.get(shard))) for shard in self._truth]
         await self._until(marks.end, [*settling, *self._judging(judged)])
@@ -464,13 +466,13 @@ class _Butterfly(_Merge):
         others = tuple(hotkey for hotkey in plan.replicas if hotkey not in holders)
         got: list[Shard] = []
 
-        async def check(payload: bytes) -> str | None:
+        async def check(holder: str, payload: bytes) -> str | None:
             try:
                 taken = await self._offload(lambda: opened(codec, self._before(shard), payload, outer))
             except PayloadError as error:
                 return f"gave a merged shard {shard} that cannot be read: {error}"
             if taken.digest != self._truth.get(shard, taken.digest):
-                return f"gave a merged shard {shard} of another digest than the one on chain"
+                return self._mismatch(holder, shard)
             got.append(taken)
             return None
 
@@ -486,13 +488,21 @@ class _Butterfly(_Merge):
         if self._final(shard) is None:
             if shard in self._given:
                 holder, _ = self._given[shard]
-                self._courier.forged.setdefault(
-                    holder, f"gave a merged shard {shard} of another digest than the one on chain"
-                )
+                with contextlib.suppress(BadReply):
+                    self._courier.blame(holder, self._mismatch(holder, shard))
             await self._take(shard)
         final = self._final(shard)
         if final is not None:
             self._serve(shard, final)
+
+    def _mismatch(self, holder: str, shard: int) -> str:
+        """What to say of a holder that gave a shard of another digest than the accepted one.
+
+        Raises `BadReply` unless it published that digest itself: a late holder's own result may be the true one.
+        """
+        if self._judged[shard].published.get(holder) != self._truth[shard]:
+            raise BadReply(f"gave a merged shard {shard} that was not accepted")
+        return f"gave a merged shard {shard} of another digest than it published"
 
     def _final(self, shard: int) -> Shard | None:
         """The accepted shard, if it is here."""

@@ -154,10 +154,10 @@ class Courier:
             if held is not None:
                 return held
             _, leaves = await self._ask(
-                lambda: self._in_turn(source.hotkey),
+                self._in_turn(source.hotkey),
                 lambda holder: self._call(holder, partial(self._exchange.leaves, source=source.hotkey, pieces=pieces)),
                 check,
-                turns,
+                lambda turn: turn == turns,
             )
             self._desk.hold_leaves(source.hotkey, leaves)
         return leaves
@@ -186,20 +186,29 @@ class Courier:
             if held is not None:
                 return held
             _, piece = await self._ask(
-                lambda: self._in_turn(source.hotkey, *near),
+                self._in_turn(source.hotkey, *near),
                 lambda holder: self._call(
                     holder, partial(self._exchange.piece, source=source.hotkey, index=index, size=size)
                 ),
                 check,
-                turns,
+                lambda turn: turn == turns,
             )
             self._desk.hold(source.hotkey, index, piece)
         return piece
 
     async def merged(
-        self, shard: int, sizes: Sequence[int], holders: Callable[[], Sequence[str]], check: Check[bytes]
+        self,
+        shard: int,
+        sizes: Sequence[int],
+        holders: Sequence[str],
+        check: Check[bytes],
+        *,
+        enough: Callable[[int], bool],
     ) -> str:
-        """A merged shard that passes `check`, all of it from one of the `holders` of that moment; returns which."""
+        """A merged shard that passes `check`, all of it from one of the `holders`; returns which.
+
+        After each turn `enough` says of their number whether to give up. Raises `Unavailable` then.
+        """
 
         async def whole(holder: str) -> bytes | None:
             pieces: list[bytes] = []
@@ -214,9 +223,8 @@ class Courier:
                     return None
             return b"".join(pieces)
 
-        holder, _ = await self._ask(
-            lambda: [holder for holder in holders() if holder in self._gates], whole, check, None
-        )
+        others = [holder for holder in holders if holder in self._gates]
+        holder, _ = await self._ask(others, whole, check, enough)
         return holder
 
     def blame(self, holder: str, wrong: str) -> None:
@@ -229,13 +237,13 @@ class Courier:
 
     async def _ask(
         self,
-        holders: Callable[[], Sequence[str]],
+        holders: Sequence[str],
         get: Callable[[str], Awaitable[T | None]],
         check: Check[T],
-        turns: int | None,
+        enough: Callable[[int], bool],
     ) -> tuple[str, T]:
-        for turn in count():
-            for holder in sorted(holders(), key=lambda holder: self._silent[holder]):
+        for turn in count(1):
+            for holder in sorted(holders, key=lambda holder: self._silent[holder]):
                 reply = await get(holder)
                 if reply is None:
                     continue
@@ -247,10 +255,10 @@ class Courier:
                 if wrong is None:
                     return holder, reply
                 self.blame(holder, wrong)
-            if turn + 1 == turns:
-                break
-            await asyncio.sleep(min(LONGEST_PAUSE, RETRY_PAUSE * 2**turn))
-        raise Unavailable(f"no replica has it after {turns} turns", "ask again later")
+            if enough(turn):
+                raise Unavailable(f"no replica had it in {turn} turns", "ask again later")
+            await asyncio.sleep(min(LONGEST_PAUSE, RETRY_PAUSE * 2.0 ** (turn - 1)))
+        raise AssertionError("count ends")
 
     async def _call(self, holder: str, call: Callable[[str], Awaitable[T]]) -> T | None:
         """The holder's reply, None if it has none. Who fell silent while this call waited its turn is passed over."""

@@ -47,6 +47,8 @@ from subnet.transport.errors import BadReply, TransportError
 
 T = TypeVar("T")
 
+TAKE_TURNS = 2
+"""Rounds of all replicas after which an accepted shard that nobody gives is computed here."""
 RECHECK_TURNS = 3
 """Rounds of all holders after which a shard that is only to be judged is let go: nothing waits for it."""
 
@@ -419,14 +421,17 @@ class _Butterfly(_Merge):
         shards = range(len(plan.pairs))
         self._sources = tuple(shard_sources(plan, shard, listed, records, terms.number) for shard in shards)
         merging = [self._start(self._hold(shard)) for shard in mine]
-        taking = {shard: self._start(self._take(shard)) for shard in shards if shard not in mine}
+        taking = {shard: self._start(self._take(shard, plan.holders(shard))) for shard in shards if shard not in mine}
         await self._until(marks.merge - marks.margin, merging)
+        # Not before: a holder that dies until then leaves no digest of a shard that it can no longer give to anybody.
+        await self._board.wait(marks.merge - marks.margin)
         digests = (self._computed[shard].digest if shard in self._computed else NO_DIGEST for shard in mine)
         await self._publish(replace(self._record, shards=b"".join(digests)), until=marks.merge)
-        self._judged = judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
-        self._truth.update((shard, digest) for shard in shards if (digest := judged[shard].accepted) is not None)
+        self._judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
+        self._truth.update((shard, digest) for shard in shards if (digest := self._judged[shard].accepted) is not None)
+        judging = self._judging()
         settling = [self._start(self._settle(shard, taking.get(shard))) for shard in self._truth]
-        await self._until(marks.end, [*settling, *self._judging(judged)])
+        await self._until(marks.end, [*settling, *judging])
         return await self._offload(lambda: self._conclude(listed))
 
     def _before(self, shard: int) -> Merged:
@@ -457,13 +462,15 @@ class _Butterfly(_Merge):
         except DeltaError:
             return None  # the sum is beyond what the codec writes, for whoever computes it
 
-    async def _take(self, shard: int) -> None:
-        """Get a merged shard, before MERGE from a holder on trust, afterwards from anybody by its digest."""
-        plan, me = self._plan, self._desk.hotkey
-        codec, outer = self._terms.codec, self._terms.outer
-        first = plan.provider(shard, me)
-        holders = (first, *(holder for holder in plan.holders(shard) if holder != first))
-        others = tuple(hotkey for hotkey in plan.replicas if hotkey not in holders)
+    async def _take(self, shard: int, holders: Sequence[str], *, turns: int | None = None) -> None:
+        """Get a merged shard, before MERGE on trust, afterwards by its digest.
+
+        Raises `TransportError` after so many turns, and once MERGE has come to what began before.
+        """
+        codec, outer, sizes = self._terms.codec, self._terms.outer, self._layout.sizes_of(shard)
+        first = self._plan.provider(shard, self._desk.hotkey)
+        order = sorted(holders, key=lambda holder: holder != first)
+        early = not self._judged
         got: list[Shard] = []
 
         async def check(holder: str, payload: bytes) -> str | None:
@@ -477,20 +484,28 @@ class _Butterfly(_Merge):
             return None
 
         holder = await self._courier.merged(
-            shard, self._layout.sizes_of(shard), lambda: (*holders, *others) if shard in self._truth else holders, check
+            shard, sizes, order, check, enough=lambda turn: turn == turns or (early and bool(self._judged))
         )
         self._given[shard] = holder, got[-1]
 
     async def _settle(self, shard: int, taking: asyncio.Task[None] | None) -> None:
-        """Get an accepted shard as the chain has it, and serve it."""
+        """Get an accepted shard as the chain has it, from whoever gives it or by own means, and serve it."""
         if taking is not None:
-            await taking
+            with contextlib.suppress(TransportError):
+                await taking
+        if self._final(shard) is None and shard in self._given:
+            holder, _ = self._given[shard]
+            with contextlib.suppress(BadReply):
+                self._courier.blame(holder, self._mismatch(holder, shard))
+        pair = self._plan.holders(shard)
+        everybody = (*pair, *(hotkey for hotkey in self._plan.replicas if hotkey not in pair))
         if self._final(shard) is None:
-            if shard in self._given:
-                holder, _ = self._given[shard]
-                with contextlib.suppress(BadReply):
-                    self._courier.blame(holder, self._mismatch(holder, shard))
-            await self._take(shard)
+            with contextlib.suppress(TransportError):
+                await self._take(shard, everybody, turns=TAKE_TURNS)
+        if self._final(shard) is None:
+            await self._judge(shard)
+        if self._final(shard) is None:
+            await self._take(shard, everybody)
         final = self._final(shard)
         if final is not None:
             self._serve(shard, final)
@@ -509,18 +524,18 @@ class _Butterfly(_Merge):
         here = [self._computed.get(shard), self._given[shard][1] if shard in self._given else None]
         return next((found for found in here if found is not None and found.digest == self._truth[shard]), None)
 
-    def _judging(self, judged: Sequence[Verdict]) -> list[asyncio.Task[None]]:
+    def _judging(self) -> list[asyncio.Task[None]]:
         """Compare what was published with what is computed here: own shards, contested ones, and the own choice."""
         secret = hashlib.sha256(self._terms.secret + self._terms.number.to_bytes(8, "little")).digest()
-        choice = recheck(self._plan, judged, self._desk.hotkey, secret)
-        shards = [
-            shard
-            for shard, verdict in enumerate(judged)
+        choice = recheck(self._plan, self._judged, self._desk.hotkey, secret)
+        return [
+            self._start(self._judge(shard))
+            for shard, verdict in enumerate(self._judged)
             if verdict.contested or shard == choice or shard in self._computed
         ]
-        return [self._start(self._judge(shard, judged[shard])) for shard in shards]
 
-    async def _judge(self, shard: int, verdict: Verdict) -> None:
+    async def _judge(self, shard: int) -> None:
+        """Name the holders that published another digest than the one computed here."""
         computed = self._computed.get(shard)
         if computed is None:
             try:
@@ -528,8 +543,9 @@ class _Butterfly(_Merge):
             except TransportError:
                 return  # pieces nobody has any more prove nothing
         if computed is not None:
-            for liar in verdict.liars(computed.digest):
-                self._liars[liar] = (*self._liars.get(liar, ()), shard)
+            self._computed[shard] = computed
+            for liar in self._judged[shard].liars(computed.digest):
+                self._liars[liar] = tuple(sorted({*self._liars.get(liar, ()), shard}))
 
     def _conclude(self, listed: tuple[Source, ...]) -> Outcome:
         public = Merged(self._public.theta.clone(), self._public.momentum.clone())

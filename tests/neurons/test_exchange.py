@@ -121,7 +121,7 @@ def test_turns_end_a_search_for_what_nobody_has() -> None:
     lost = Source(2, "c", bytes(32), 1)
     courier = Courier(peers, peers.desks["a"], NAMES)
     peers.desks["c"] = desk_of("d")
-    with pytest.raises(Unavailable, match="after 2 turns"):
+    with pytest.raises(Unavailable, match="in 2 turns"):
         virtually(courier.leaves(lost, 3, turns=2))
     assert peers.calls == {"b": 2, "c": 2, "d": 2}
 
@@ -138,7 +138,7 @@ def test_a_merged_shard_comes_whole_from_one_holder() -> None:
         got.append(payload)
         return None
 
-    assert virtually(courier.merged(4, [5, 4, 4], lambda: ("b", "c"), check)) == "c"
+    assert virtually(courier.merged(4, [5, 4, 4], ("b", "c"), check, enough=lambda _: False)) == "c"
     assert got == [b"shards of one"]
     assert peers.desks["c"].sent == {SHARDS: 13}
 

@@ -18,14 +18,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 
 import torch
 
-from model.optimizer import OuterConfig
 from neurons.exchange import PIECES, RECHECK, Courier, Desk, Exchange, together
+from neurons.terms import Board, Offload, Outcome, Terms
 from subnet.swarm import content
 from subnet.swarm.butterfly import (
     NO_DIGEST,
@@ -40,157 +40,15 @@ from subnet.swarm.butterfly import (
     shard_sources,
     verdicts,
 )
-from subnet.swarm.codec import Codec, DeltaError, Feedback, PayloadError, compress
+from subnet.swarm.codec import DeltaError, PayloadError
 from subnet.swarm.merge import Merged, Source, accepted, cut_sources, mean, step
 from subnet.swarm.record import Phase, Record
 from subnet.transport.errors import BadReply, TransportError
-
-T = TypeVar("T")
 
 TAKE_TURNS = 2
 """Rounds of all replicas after which an accepted shard that nobody gives is computed here."""
 RECHECK_TURNS = 3
 """Rounds of all holders after which a shard that is only to be judged is let go: nothing waits for it."""
-
-
-class Board(Protocol):
-    """The chain, as far as a merge sees it. Every call ends at the block it names, or soon after."""
-
-    async def publish(self, record: Record, *, until: int) -> None:
-        """Put the record on chain, or give up at block `until`. A missed mark raises nothing: the marks tell."""
-
-    async def records_at(self, block: int) -> Mapping[str, Record | None]:
-        """Every hotkey's record at `block`, once it is final."""
-
-    async def wait(self, block: int) -> None:
-        """Until `block` is final."""
-
-    async def seed(self, block: int) -> bytes:
-        """A public seed that nobody knew before `block`."""
-
-
-class Offload(Protocol):
-    """Runs what keeps a core busy away from the event loop, as `asyncio.to_thread`."""
-
-    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """The merge's deadlines as block numbers. A record must be on chain at its mark."""
-
-    cut: int
-    have: int
-    merge: int
-    end: int
-    margin: int
-    """Blocks before a mark at which its record is handed to the chain: what finality and inclusion take."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A payload's pieces. A butterfly encodes and cuts every shard by itself; an all-gather is one shard."""
-
-    sizes: tuple[int, ...]
-    """Bytes of each piece."""
-    shards: tuple[range, ...]
-    """The pieces of each shard."""
-
-    @classmethod
-    def of(cls, totals: Iterable[int], piece_bytes: int) -> Layout:
-        """Of shards with so many bytes each."""
-        sizes: list[int] = []
-        shards: list[range] = []
-        for total in totals:
-            first = len(sizes)
-            sizes.extend(min(piece_bytes, total - start) for start in range(0, total, piece_bytes))
-            shards.append(range(first, len(sizes)))
-        return cls(tuple(sizes), tuple(shards))
-
-    def sizes_of(self, shard: int) -> tuple[int, ...]:
-        pieces = self.shards[shard]
-        return self.sizes[pieces.start : pieces.stop]
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What a round's merge is played by, equal on all replicas of the stage but for the secret."""
-
-    number: int
-    replicas: tuple[str, ...]
-    """Of the stage, in hotkey order."""
-    count: int
-    """Parameters of the stage."""
-    marks: Marks
-    codec: Codec
-    outer: OuterConfig
-    limit: Callable[[int], float]
-    """Largest magnitude in the payload of so many units of work."""
-    secret: bytes
-    """Chooses the shard to recheck; its owner's alone."""
-    piece_bytes: int = content.PIECE_BYTES
-
-    @property
-    def gathers(self) -> bool:
-        """All-gather, or butterfly."""
-        return self.codec.error_feedback
-
-    def layout(self) -> Layout:
-        """How a payload lies in pieces. Raises `ButterflyError`."""
-        if self.gathers:
-            return Layout.of([self.codec.payload_bytes(self.count)], self.piece_bytes)
-        parts = ranges(len(self.replicas), self.count)
-        return Layout.of([self.codec.payload_bytes(len(part)) for part in parts], self.piece_bytes)
-
-    def contribution(
-        self, delta: torch.Tensor, feedback: Feedback
-    ) -> tuple[tuple[memoryview, ...], torch.Tensor, Feedback]:
-        """The pieces of a pseudo-gradient (fp32 (count,)), what they say (fp32 (count,)), and what stays owed.
-
-        Raises `DeltaError` and `ButterflyError`.
-        """
-        if self.gathers:
-            payload, sent, owed = compress(self.codec, delta, feedback)
-            return content.cut(payload, piece_bytes=self.piece_bytes), sent, owed
-        parts = [delta[part.start : part.stop] for part in ranges(len(self.replicas), self.count)]
-        encoded = [self.codec.encode(part) for part in parts]
-        pieces = tuple(piece for shard in encoded for piece in content.cut(shard, piece_bytes=self.piece_bytes))
-        said = [self.codec.decode(shard, len(part)) for shard, part in zip(encoded, parts, strict=True)]
-        return pieces, torch.cat(said).to(delta.device), feedback
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a merge came to on one replica."""
-
-    public: Merged
-    """The next public state; where it is `incomplete`, what could not be had keeps its old value."""
-    record: Record
-    """As last published."""
-    listed: tuple[Source, ...]
-    """The sources that the chain counts; none if the round is void."""
-    merged: tuple[range, ...]
-    """Where the public state moved."""
-    carried: tuple[range, ...]
-    """Where it keeps its old value."""
-    taken: tuple[range, ...]
-    """Where this replica's contribution is in it. Elsewhere it stays pending."""
-    incomplete: bool
-    """The chain says that more was merged than could be had here: take the public state from a sibling."""
-    refused: Mapping[str, str]
-    """Sources whose payload, or a piece of it, is no valid content, and why. It counts nowhere."""
-    forged: Mapping[str, str]
-    """Replicas that gave bytes of another hash than the one fixed on chain, and which bytes."""
-    liars: Mapping[str, tuple[int, ...]]
-    """Holders that published a digest other than the recomputed one, and of which shards."""
-    received: Mapping[str, int]
-    """Bytes by leg."""
-    sent: Mapping[str, int]
-    """Bytes by leg until now; the desk counts on."""
-
-    @property
-    def included(self) -> bool:
-        return bool(self.taken)
 
 
 async def merge(
@@ -205,7 +63,8 @@ async def merge(
 ) -> Outcome:
     """Play one round's merge to its end. `record` is this replica's, with the round's `work`; `public` is θ_r.
 
-    `desk` holds this replica's contribution and must be served from now on. Raises `ButterflyError`.
+    `desk` holds this replica's contribution and must be served from now on. Until MERGE its owner may publish no other
+    record: it would take this round's from the chain. Raises `ButterflyError`.
     """
     kind = _AllGather if terms.gathers else _Butterfly
     return await kind(terms, record, public, desk, board, exchange, offload).play()
@@ -291,12 +150,13 @@ class _Merge:
 
     async def _collect(self, source: Source, wanted: Sequence[int]) -> None:
         async def valid(shard: int) -> bool:
-            return await self._contribution(source, shard) is not None
+            await self._fetch(source, shard)
+            return await self._offload(lambda: self._delta(source, shard) is not None)
 
         if all(await together(valid(shard) for shard in wanted)):
             self._whole.add(source.hotkey)
 
-    async def _contribution(
+    async def _fetch(
         self,
         source: Source,
         shard: int,
@@ -304,34 +164,30 @@ class _Merge:
         leg: str = PIECES,
         near: Sequence[str] = (),
         turns: int | None = None,
-    ) -> torch.Tensor | None:
-        """One source's part of a shard, fetched if it is not here: fp32, or None if its content is not valid.
-
-        Raises `TransportError` if it cannot be had in so many `turns`.
-        """
+    ) -> None:
+        """Get one source's part of a shard onto the desk. Raises `TransportError` if so many `turns` are not enough."""
         sizes = self._layout.sizes
         leaves, _ = await self._courier.leaves(source, len(sizes), turns=turns)
-        if len(leaves) != len(sizes):
-            self._refuse(source, f"payload has {len(leaves)} pieces where the stage's has {len(sizes)}")
-            return None
-        await together(
-            self._courier.piece(source, leaves[index], index, sizes[index], leg=leg, near=near, turns=turns)
-            for index in self._layout.shards[shard]
-        )
-        try:
-            return await self._offload(lambda: self._decode(source, shard))
-        except PayloadError as error:
-            self._refuse(source, str(error))
-            return None
+        if len(leaves) == len(sizes):  # else its content is not valid
+            await together(
+                self._courier.piece(source, leaves[index], index, sizes[index], leg=leg, near=near, turns=turns)
+                for index in self._layout.shards[shard]
+            )
 
-    def _decode(self, source: Source, shard: int) -> torch.Tensor:
-        """What the pieces on the desk say. Raises `PayloadError`."""
+    def _delta(self, source: Source, shard: int) -> torch.Tensor | None:
+        """What the fetched part of a shard says, fp32, None if its content is not valid: then its source is refused."""
         pieces = (self._desk.piece_of(source.hotkey, index) for index in self._layout.shards[shard])
         payload = b"".join(piece for piece in pieces if piece is not None)
-        return self._terms.codec.decode(payload, len(self._parts[shard]), limit=self._terms.limit(source.work))
+        limit = self._terms.limit(source.work)
+        try:
+            return self._terms.codec.decode(payload, len(self._parts[shard]), limit=limit)
+        except PayloadError as error:
+            self._refused.setdefault(source.hotkey, str(error))
+            return None
 
-    def _refuse(self, source: Source, reason: str) -> None:
-        self._refused.setdefault(source.hotkey, reason)
+    def _deltas(self, sources: Iterable[Source], shard: int) -> Iterator[torch.Tensor]:
+        """The valid ones, one at a time."""
+        return (delta for source in sources if (delta := self._delta(source, shard)) is not None)
 
     def _outcome(
         self,
@@ -379,8 +235,7 @@ class _AllGather(_Merge):
         return self._outcome(listed, public, merged=whole, taken=whole if mine else (), incomplete=incomplete)
 
     def _apply(self, sources: Sequence[Source]) -> Merged:
-        deltas = (self._decode(source, 0) for source in sources)
-        return step(self._public, mean(deltas), self._terms.outer)
+        return step(self._public, mean(self._deltas(sources, 0)), self._terms.outer)
 
 
 class _Butterfly(_Merge):
@@ -449,16 +304,17 @@ class _Butterfly(_Merge):
 
     async def _recompute(self, shard: int, *, leg: str, turns: int | None) -> Shard | None:
         """The shard from its sources' pieces; None if nothing valid counts in it."""
-        near = self._plan.holders(shard)
-        found = await together(
-            self._contribution(source, shard, leg=leg, near=near, turns=turns) for source in self._sources[shard]
-        )
-        deltas = [delta for delta in found if delta is not None]
-        if not deltas:
+        near, sources = self._plan.holders(shard), self._sources[shard]
+        await together(self._fetch(source, shard, leg=leg, near=near, turns=turns) for source in sources)
+        return await self._offload(lambda: self._reduce(shard))
+
+    def _reduce(self, shard: int) -> Shard | None:
+        deltas = self._deltas(self._sources[shard], shard)
+        first = next(deltas, None)
+        if first is None:
             return None
-        codec, outer = self._terms.codec, self._terms.outer
         try:
-            return await self._offload(lambda: reduce(codec, self._before(shard), deltas, outer))
+            return reduce(self._terms.codec, self._before(shard), chain([first], deltas), self._terms.outer)
         except DeltaError:
             return None  # the sum is beyond what the codec writes, for whoever computes it
 
@@ -571,11 +427,4 @@ class _Butterfly(_Merge):
         """Whether this replica's own piece is in the shard: its holders have it and its content is valid."""
         me = self._desk.hotkey
         source = next((source for source in self._sources[shard] if source.hotkey == me), None)
-        if source is None:
-            return False
-        try:
-            self._decode(source, shard)
-        except PayloadError as error:
-            self._refuse(source, str(error))
-            return False
-        return True
+        return source is not None and self._delta(source, shard) is not None

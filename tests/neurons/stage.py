@@ -18,7 +18,8 @@ import torch
 
 from model.optimizer import OuterConfig
 from neurons.exchange import Desk, Leaves
-from neurons.merging import Marks, Outcome, Terms, merge
+from neurons.merging import merge
+from neurons.terms import Marks, Outcome, Terms
 from subnet.swarm.codec import codec_of, no_residual
 from subnet.swarm.merge import Merged
 from subnet.swarm.record import Phase, Record

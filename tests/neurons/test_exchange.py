@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from neurons.exchange import CALLS_PER_HOLDER, LEAVES, PIECES, SHARDS, Courier, Desk, Leaves
-from neurons.merging import Layout
+from neurons.terms import Layout
 from subnet.swarm.merge import Source
 from subnet.transport.errors import Unavailable, Unreachable
 from tests.neurons.stage import virtually

@@ -13,7 +13,7 @@ import torch
 
 from model.optimizer import OuterConfig
 from neurons.exchange import LEAVES, PIECES, RECHECK, SHARDS, Leaves
-from neurons.merging import Outcome
+from neurons.terms import Outcome
 from subnet.swarm import content
 from subnet.swarm.butterfly import (
     NO_DIGEST,
@@ -74,7 +74,7 @@ def expected(stage: Stage, names: Sequence[str]) -> Merged:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("replicas", SIZES)
+@pytest.mark.parametrize("replicas", [pytest.param(size, marks=long if size == 12 else ()) for size in SIZES])
 def test_an_honest_round_merges_everything_to_the_same_bits(replicas: int, codec: str) -> None:
     stage = Stage(replicas, codec, count=20_000 if codec == "topk2bit" else 2000)
     outcomes = stage.play()
@@ -92,7 +92,7 @@ def test_an_honest_round_merges_everything_to_the_same_bits(replicas: int, codec
 
 
 @pytest.mark.parametrize("codec", ["topk2bit", "bf16"])
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=long) for seed in range(4, 40))])
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=long) for seed in range(3, 40))])
 def test_four_of_twelve_die_at_random_moments_of_the_merge(seed: int, codec: str) -> None:
     chance = np.random.default_rng(seed)
     slow, count, over = ((2.0, 8.0), 50_000, MARKS.have) if codec == "topk2bit" else ((0.5, 3.0), 2000, MARKS.merge)
@@ -198,7 +198,7 @@ def colluding(stage: Stage) -> tuple[str, ...]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("replicas", "trials"), [(3, 10), (5, 25), pytest.param(5, 200, marks=long), pytest.param(8, 200, marks=long)]
+    ("replicas", "trials"), [(3, 10), (5, 20), pytest.param(5, 200, marks=long), pytest.param(8, 200, marks=long)]
 )
 def test_a_colluding_pair_is_caught_as_often_as_stated(replicas: int, trials: int) -> None:
     hits = 0
@@ -478,7 +478,7 @@ class Trouble:
         return self
 
 
-@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=long) for seed in range(6, 120))])
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=long) for seed in range(4, 120))])
 def test_whatever_happens_replicas_agree_or_know_that_they_lack_something(seed: int) -> None:
     trouble = Trouble.draw(seed)
     stage = trouble.stage

@@ -1,7 +1,7 @@
-"""What a miner keeps so that others can check it: tensors of its units, weights of its windows, payloads, tables.
+"""What a miner keeps so that others can check it: tensors of its units, weights of its windows, its tables.
 
 Nobody knows which window an audit will pick until the round's roots are on chain, so everything of a round stays in
-host memory until the next round's evidence replaces it: two rounds at most.
+host memory until the round after next begins: two rounds at most.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from subnet.swarm.merge import Merged
+from neurons.exchange import Desk
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import Evidence, UnitKey
 
@@ -19,14 +19,11 @@ from subnet.trust.ledger import Evidence, UnitKey
 class RoundArchive:
     """One round of one replica. Tensors are as they crossed the wire; weights are flat fp32."""
 
-    public: Merged
-    """The stage's public state at the start of the round."""
     units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
     windows: dict[int, torch.Tensor] = field(default_factory=dict)
     evidence: Evidence | None = None
-    payloads: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
-    """Payloads held, by source hotkey: (payload, its evidence root)."""
-    payload_root: bytes = bytes(32)
+    desk: Desk | None = None
+    """What it has of the round's merge, once it takes part in that."""
 
 
 class Archive:
@@ -36,12 +33,12 @@ class Archive:
         self._keep = keep
         self._rounds: dict[int, RoundArchive] = {}
 
-    def open(self, number: int, public: Merged) -> RoundArchive:
-        """Start a round's archive and forget those too old to be asked for."""
-        self._rounds[number] = RoundArchive(public)
+    def open(self, number: int) -> RoundArchive:
+        """A round's archive; those too old to be asked for are forgotten."""
+        found = self._rounds.setdefault(number, RoundArchive())
         for old in [held for held in self._rounds if held <= number - self._keep]:
             del self._rounds[old]
-        return self._rounds[number]
+        return found
 
     def get(self, number: int) -> RoundArchive | None:
         return self._rounds.get(number)

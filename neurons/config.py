@@ -6,6 +6,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from subnet.transport.shaping import Link, LinkError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeuronConfig:
@@ -22,7 +24,9 @@ class NeuronConfig:
     data: Path
     """Folder with the manifest's token shards."""
     out: Path
-    """Folder for events, checkpoints and logs."""
+    """Folder for events and logs."""
+    checkpoints: str
+    """Folder or object store (URL) of the run's checkpoints."""
     name: str
     """Names this node's event log."""
     host: str
@@ -32,6 +36,8 @@ class NeuronConfig:
     port: int
     threads: int
     """Torch threads; 0 leaves torch's own choice."""
+    link: Link | None = None
+    """The link to imitate between this node and all others."""
 
 
 def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
@@ -50,7 +56,13 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
         "--manifest", type=Path, required=True, help="the run's manifest.toml, as its authority published it"
     )
     run.add_argument("--data", type=Path, required=True, help="folder with the manifest's token shards")
-    run.add_argument("--out", type=Path, default=Path("runs/node"), help="folder for events and checkpoints")
+    run.add_argument("--out", type=Path, default=Path("runs/node"), help="folder for events and logs")
+    run.add_argument(
+        "--checkpoints",
+        default=None,
+        metavar="URL",
+        help="folder or object store for checkpoints: s3://bucket/run, gs://…, az://… (default: --out)",
+    )
     run.add_argument("--name", default=None, help="name of this node's event log (default: the hotkey's name)")
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="0.0.0.0", help="address the axon listens on (default: all)")  # noqa: S104
@@ -58,7 +70,15 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     network.add_argument("--port", type=int, default=8091, help="axon port, 0 for any free one (default: 8091)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    emulated = parser.add_argument_group("emulated link (for tests)")
+    emulated.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
+    emulated.add_argument("--bandwidth", default=None, metavar="200mbit", help="up and down each (default: no limit)")
+    emulated.add_argument("--loss", default=None, metavar="0.5%", help="share of packets lost (default: none)")
     flags = parser.parse_args(argv)
+    try:
+        link = Link.parse(latency=flags.latency, bandwidth=flags.bandwidth, loss=flags.loss)
+    except LinkError as error:
+        parser.error(str(error))
     return NeuronConfig(
         network=flags.network,
         archive=flags.archive,
@@ -69,9 +89,11 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
         manifest=flags.manifest,
         data=flags.data,
         out=flags.out,
+        checkpoints=flags.checkpoints or str(flags.out),
         name=flags.name or flags.hotkey,
         host=flags.host,
         announce=flags.announce or flags.host,
         port=flags.port,
         threads=flags.threads,
+        link=link,
     )

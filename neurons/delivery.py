@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 
 import torch
 
@@ -20,11 +20,11 @@ from model.split import StagePlan
 from neurons.training import Awaited, TrainingRound
 from subnet.identity import Identity, verify
 from subnet.messages import Accepted, Backward, Forward, InputRequest, Push, Tensors
-from subnet.swarm.routing import hops
-from subnet.transport.dendrite import Dendrite
-from subnet.transport.errors import BadReply, Busy, Refused, TransportError, Unavailable, Unreachable
-from subnet.transport.synapse import TensorSpec
-from subnet.trust.ledger import Leaf, receipt_message
+from subnet.swarm.routing import heirs, hops
+from subnet.transport.dendrite import NO_SPECS, NO_TENSORS, Dendrite
+from subnet.transport.errors import BadReply, Busy, Dropped, Refused, Silent, TransportError, Unavailable, Unreachable
+from subnet.transport.synapse import S, Specs, Synapse, TensorSpec
+from subnet.trust.ledger import NO_RECEIPT, Direction, Leaf, UnitKey, receipt_message
 
 log = logging.getLogger("orion.neurons.delivery")
 
@@ -36,9 +36,16 @@ OVERDUE_FLOOR = 2.0
 OVERDUE_FACTOR = 2.0
 """A gradient is overdue after this many times the slowest recent return, and not before the floor (seconds)."""
 RECENT_RETURNS = 16
+OVERDUE_CHECK = 0.5
+"""Seconds between looks for overdue gradients."""
 
 DOWN_SECONDS = 5.0
 """A replica that could not be reached is asked last for so long."""
+ASLEEP = 1.0
+"""A timer that is later than this many seconds: this process was stopped, and nobody else was late."""
+
+Spawn = Callable[[set[asyncio.Task[None]], Coroutine[object, object, None]], None]
+"""Runs a coroutine among the given tasks of a round."""
 
 TRY_ANOTHER = (Busy, Unavailable, Unreachable, BadReply)
 """Answers after which another try, elsewhere or later, makes sense."""
@@ -75,20 +82,28 @@ class Delivery:
         self._boundary = boundary
         self._returns: deque[float] = deque(maxlen=RECENT_RETURNS)
         self._down: dict[str, float] = {}
+        self._looking: set[str] = set()
         self.push_seconds = RecentMean()
 
     async def forward(
-        self, current: TrainingRound, push: Forward, leaf: Leaf, y: torch.Tensor, *, avoid: str | None = None
+        self,
+        current: TrainingRound,
+        push: Forward,
+        leaf: Leaf,
+        y: torch.Tensor,
+        *,
+        avoid: str | None = None,
+        again: str | None = None,
     ) -> None:
-        """Push `y` to the planned hop (`avoid`: the one to ask last), else to siblings, until one accepts or the round
-        closes."""
+        """Push `y` to the planned hop (`avoid`: the one to ask last, `again`: first), else to siblings, until one
+        accepts, nobody waits for its gradient any more, or the round closes."""
         stage = self._plan.index + 1
         replicas = current.roster.stages[stage]
         order = hops(replicas, seed=current.seed, head=push.head, stage=stage, index=push.index)
         planned = order[0]
-        order = tuple(sorted(order, key=lambda hop: (self.is_down(hop), hop == avoid)))
+        order = tuple(sorted(order, key=lambda hop: (self.is_down(hop), hop == avoid, hop != again)))
         turn = 0
-        while current.accepting and order:
+        while current.accepting and order and push.sample in current.open:
             hop = order[turn % len(order)]
             turn += 1
             try:
@@ -102,7 +117,8 @@ class Delivery:
                 log.warning("forward of sample %d was refused by %s: %s", push.sample, hop, refusal)
                 order = tuple(other for other in order if other != hop)
                 continue
-            current.awaited[push.sample] = Awaited(hop, asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            current.awaited[push.sample] = Awaited(hop, now, shared=receipt is None)
             current.sinks.setdefault(push.sample, set()).add(hop)
             if receipt is not None:
                 current.ledger.receipt(leaf.key, sink=replicas.index(hop), signature=receipt)
@@ -124,16 +140,27 @@ class Delivery:
 
     async def _deliver(self, current: TrainingRound, push: Backward, leaf: Leaf, dx: torch.Tensor, source: str) -> None:
         replicas = current.roster.stages[self._plan.index - 1]
-        order = tuple(sorted((source, *(hop for hop in replicas if hop != source)), key=self.is_down))
+        order = [source, *(hop for hop in heirs(replicas, seed=current.seed, sample=push.sample) if hop != source)]
+        # A head that signed for this gradient has counted it unless it died; one that is only silent may come back.
+        signed = self._plan.index == 1 and leaf.receipt != NO_RECEIPT
         turn = 0
         while current.accepting:
-            hop = order[turn % len(order)]
+            hop = source if signed else next((hop for hop in order if not self.is_down(hop)), order[turn % len(order)])
             try:
                 receipt = await self._push(current, hop, push, {"g": dx}, leaf)
             except TRY_ANOTHER as refusal:
                 log.debug("gradient of sample %d to %s: %s", push.sample, hop, refusal)
-                # A replica that answers keeps its turn: it is busy, or fetching the input to take the unit over.
-                turn += isinstance(refusal, Unreachable | BadReply)
+                # A replica that answers keeps its turn: it is busy, or fetching the input to take the unit over. One
+                # that has not begun a round in which it sent something is not the one that did.
+                if isinstance(refusal, Unreachable):
+                    signed = signed and isinstance(refusal, Silent)
+                    turn += 1
+                elif isinstance(refusal, Unavailable):
+                    signed = False
+                    self._mark_down(hop)
+                elif isinstance(refusal, BadReply):
+                    order.remove(hop)
+                    order.append(hop)
                 await asyncio.sleep(_pause(refusal))
                 continue
             except Refused as refusal:
@@ -145,24 +172,33 @@ class Delivery:
 
     async def fetch_input(self, current: TrainingRound, push: Backward) -> tuple[str, torch.Tensor] | None:
         """The input of a sibling's unit from a replica of the stage before: (who had it, y), or None."""
-        for hop in current.roster.stages[self._plan.index - 1]:
-            endpoint = self._endpoint_of(hop)
-            if endpoint is None:
-                continue
+        for hop in sorted(current.roster.stages[self._plan.index - 1], key=self.is_down):
             try:
-                _, tensors = await self._dendrite.call(
-                    endpoint,
-                    hop,
-                    InputRequest(run=self._run.hex(), round=current.number, sample=push.sample),
-                    reply=Tensors,
-                    reply_specs={"y": self._boundary},
-                    deadline=PUSH_DEADLINE,
-                )
+                return hop, await self._input(current, hop, push.sample, deadline=PUSH_DEADLINE)
             except TransportError as error:
                 log.debug("input of sample %d from %s: %s", push.sample, hop, error)
-                continue
-            return hop, tensors["y"]
         return None
+
+    async def look(self, current: TrainingRound, hotkey: str, sample: int) -> None:
+        """Find out whether a replica of the stage before is there, by asking it for an activation."""
+        if hotkey in self._looking:
+            return
+        self._looking.add(hotkey)
+        try:
+            await self._input(current, hotkey, sample, deadline=self._deadline())
+        except Dropped as refusal:
+            log.debug("%s is there: %s", hotkey, refusal)
+        except TransportError as error:
+            log.debug("%s is not there: %s", hotkey, error)
+            self._mark_down(hotkey)
+        finally:
+            self._looking.discard(hotkey)
+
+    async def _input(self, current: TrainingRound, hop: str, sample: int, *, deadline: float) -> torch.Tensor:
+        request = InputRequest(run=self._run.hex(), round=current.number, sample=sample)
+        specs = {"y": self._boundary}
+        _, tensors = await self._call(hop, request, reply=Tensors, reply_specs=specs, deadline=deadline)
+        return tensors["y"]
 
     def returned(self, current: TrainingRound, sample: int) -> None:
         """The gradient of a delivered output has come back."""
@@ -172,13 +208,45 @@ class Delivery:
 
     def overdue(self, current: TrainingRound) -> list[int]:
         """Samples whose gradient should have been back by now."""
-        patience = max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(self._returns, default=OVERDUE_FLOOR))
+        patience = self.patience()
         now = asyncio.get_running_loop().time()
         return [
             sample
             for sample, awaited in current.awaited.items()
             if now - awaited.since > patience or self.is_down(awaited.sink)
         ]
+
+    async def chase(self, current: TrainingRound, spawn: Spawn) -> None:
+        """Until the round closes, offer outputs whose gradient is overdue to another replica of the next stage."""
+        loop = asyncio.get_running_loop()
+        while current.accepting:
+            before = loop.time()
+            await asyncio.sleep(OVERDUE_CHECK)
+            late = loop.time() - before - OVERDUE_CHECK
+            if late > ASLEEP:  # this process was stopped: nobody else was late
+                for awaited in current.awaited.values():
+                    awaited.since += late
+            for sample in self.overdue(current):
+                key = UnitKey(sample, Direction.FORWARD)
+                leaf, output = current.ledger.leaf(key), current.archive.units[key].output
+                awaited = current.awaited.pop(sample)
+                if output is None:
+                    continue
+                # Who had it from a sibling already is asked where the gradient is; a third replica would compute what
+                # others are computing.
+                again = awaited.sink if awaited.shared and not self.is_down(awaited.sink) else None
+                avoid = awaited.sink if again is None else None
+                if again is None:
+                    current.chased += 1
+                    log.info("gradient of sample %d is overdue at %s: a sibling gets the input", sample, avoid)
+                spawn(
+                    current.sends,
+                    self.forward(current, current.pushes[sample], leaf, output, avoid=avoid, again=again),
+                )
+
+    def patience(self) -> float:
+        """After how many seconds a gradient is overdue."""
+        return max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(self._returns, default=OVERDUE_FLOOR))
 
     async def probe(self, current: TrainingRound, push: Forward, leaf: Leaf, y: torch.Tensor) -> None:
         """Offer an activation again to those who signed for it, only to learn whether they are still there."""
@@ -200,18 +268,9 @@ class Delivery:
         self, current: TrainingRound, hop: str, push: Push, tensors: Mapping[str, torch.Tensor], leaf: Leaf
     ) -> bytes | None:
         """One push. Its receipt, or None if the other side has this microbatch from somebody else."""
-        endpoint = self._endpoint_of(hop)
-        if endpoint is None:
-            raise Unreachable(f"{hop} serves no axon at the last finalized block; a sibling is tried")
         loop = asyncio.get_running_loop()
         start = loop.time()
-        try:
-            accepted, _ = await self._dendrite.call(
-                endpoint, hop, push, tensors, reply=Accepted, deadline=self._deadline()
-            )
-        except Unreachable:
-            self._down[hop] = loop.time() + DOWN_SECONDS
-            raise
+        accepted, _ = await self._call(hop, push, tensors, reply=Accepted, deadline=self._deadline())
         self.push_seconds.add(loop.time() - start)
         if accepted.receipt is None:
             return None
@@ -227,6 +286,34 @@ class Delivery:
         if not verify(hop, message, receipt):
             raise BadReply(f"{hop} signed a receipt over something else than it was sent; a sibling is tried")
         return receipt
+
+    async def _call(
+        self,
+        hop: str,
+        message: Synapse,
+        tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
+        *,
+        reply: type[S],
+        reply_specs: Specs = NO_SPECS,
+        deadline: float,
+    ) -> tuple[S, dict[str, torch.Tensor]]:
+        """One call; who cannot be reached is asked last for a while."""
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        try:
+            endpoint = self._endpoint_of(hop)
+            if endpoint is None:
+                raise Unreachable(f"{hop} serves no axon at the last finalized block; a sibling is tried")
+            return await self._dendrite.call(
+                endpoint, hop, message, tensors, reply=reply, reply_specs=reply_specs, deadline=deadline
+            )
+        except Unreachable:
+            if loop.time() - start < deadline + ASLEEP:
+                self._mark_down(hop)
+            raise
+
+    def _mark_down(self, hop: str) -> None:
+        self._down[hop] = asyncio.get_running_loop().time() + DOWN_SECONDS
 
 
 def _pause(refusal: TransportError) -> float:

@@ -11,9 +11,9 @@ from neurons.delivery import RETRY_PAUSE, Delivery
 from neurons.training import TrainingRound
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
-from subnet.messages import InputRequest, Push
+from subnet.messages import InputRequest, Notice, Push
 from subnet.swarm.routing import sample_id
-from subnet.transport.errors import Busy, Dropped, UnknownHotkey, UnknownRun
+from subnet.transport.errors import Busy, Dropped, Unavailable, UnknownHotkey, UnknownRun
 from subnet.trust.ledger import Direction, UnitKey, receipt_message
 
 
@@ -28,17 +28,20 @@ class Door:
         self._delivery = delivery
 
     def admit(
-        self, current: TrainingRound | None, push: Push | InputRequest, caller: str, *, neighbour: int
+        self, current: TrainingRound | None, push: Push | InputRequest | Notice, caller: str, *, neighbour: int
     ) -> TrainingRound:
         """The round a push belongs to, if `caller` is the neighbour it must come from. Raises a `Refused`."""
         if push.run != self._run.hex():
             raise UnknownRun(f"run {push.run} is not {self._run.hex()}", "start with the manifest that is on chain")
         if current is None or push.round > current.number:
-            raise Busy(f"round {push.round} has not begun here", "push again after the pause", retry_after=RETRY_PAUSE)
+            # Unlike BUSY this tells a sender who was served before that the replica it knew is no more.
+            raise Unavailable(
+                f"round {push.round} has not begun here", "push again after the pause", retry_after=RETRY_PAUSE
+            )
         if push.round < current.number or not current.accepting:
             raise Dropped(f"round {push.round} is closed here", "drop what belongs to it")
-        head = push.head if isinstance(push, Push) else current.roster.stages[0][0]
-        if current.roster.stage_of(caller) != neighbour or head not in current.roster.stages[0]:
+        stray = isinstance(push, Push) and push.head not in current.roster.stages[0]
+        if current.roster.stage_of(caller) != neighbour or stray:
             raise UnknownHotkey(
                 f"{caller} does not hold stage {neighbour} in round {push.round}",
                 "compare the roster digest in your round_started event with the one in its record",

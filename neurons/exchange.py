@@ -60,17 +60,23 @@ async def together(works: Iterable[Awaitable[T]]) -> list[T]:
 
 
 class Desk:
-    """What one replica has of one round and serves; its own contribution is `pieces` with the evidence root."""
+    """What one node has of one stage's round and serves.
 
-    def __init__(self, hotkey: str, pieces: Sequence[bytes | memoryview], evidence: bytes) -> None:
+    A replica's own contribution is `pieces` with the evidence root. Who only watches the merge has none: no `evidence`.
+    """
+
+    def __init__(
+        self, hotkey: str, pieces: Sequence[bytes | memoryview] = (), *, evidence: bytes | None = None
+    ) -> None:
         self.hotkey = hotkey
         self.sent: Counter[str] = Counter()
         """Bytes handed out, by leg; a recheck's pieces are pieces here."""
         hashes = content.leaves(pieces)
-        self._leaves: dict[str, Leaves] = {hotkey: (hashes, evidence)}
+        self._leaves: dict[str, Leaves] = {} if evidence is None else {hotkey: (hashes, evidence)}
         self._pieces = {(hotkey, index): bytes(piece) for index, piece in enumerate(pieces)}
         self._merged: dict[int, tuple[memoryview, ...]] = {}
-        self.root = bind_roots(content.root(hashes), evidence)
+        self.payload_root = content.root(hashes)
+        self.root = None if evidence is None else bind_roots(self.payload_root, evidence)
         """What this replica commits to at CUT."""
 
     def hold_leaves(self, source: str, leaves: Leaves) -> None:
@@ -130,7 +136,7 @@ class Courier:
     def __init__(self, exchange: Exchange, desk: Desk, replicas: Sequence[str]) -> None:
         self._exchange = exchange
         self._desk = desk
-        here = replicas.index(desk.hotkey)
+        here = replicas.index(desk.hotkey) if desk.hotkey in replicas else len(replicas)
         self._others = (*replicas[here + 1 :], *replicas[:here])
         self._gates = {holder: asyncio.Semaphore(CALLS_PER_HOLDER) for holder in self._others}
         self._wanted: defaultdict[tuple[str, int], asyncio.Lock] = defaultdict(asyncio.Lock)

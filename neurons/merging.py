@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -53,7 +53,7 @@ RECHECK_TURNS = 3
 
 async def merge(
     terms: Terms,
-    record: Record,
+    record: Record | None,
     public: Merged,
     desk: Desk,
     *,
@@ -64,7 +64,8 @@ async def merge(
     """Play one round's merge to its end. `record` is this replica's, with the round's `work`; `public` is θ_r.
 
     `desk` holds this replica's contribution and must be served from now on. Until MERGE its owner may publish no other
-    record: it would take this round's from the chain. Raises `ButterflyError`.
+    record: it would take this round's from the chain. Without a `record` nothing is published: so a joiner or a
+    validator watches a merge, and so a replica ends one that it was too late for. Raises `ButterflyError`.
     """
     kind = _AllGather if terms.gathers else _Butterfly
     return await kind(terms, record, public, desk, board, exchange, offload).play()
@@ -76,7 +77,7 @@ class _Merge:
     def __init__(
         self,
         terms: Terms,
-        record: Record,
+        record: Record | None,
         public: Merged,
         desk: Desk,
         board: Board,
@@ -103,7 +104,8 @@ class _Merge:
     async def play(self) -> Outcome:
         marks, terms = self._marks, self._terms
         try:
-            await self._publish(replace(self._record, phase=Phase.CUT, root=self._desk.root), until=marks.cut)
+            root = self._desk.root or bytes(32)
+            await self._publish(lambda record: replace(record, phase=Phase.CUT, root=root), until=marks.cut)
             sources = cut_sources(terms.replicas, await self._board.records_at(marks.cut), terms.number)
             return await self._merge(sources)
         finally:
@@ -114,9 +116,10 @@ class _Merge:
     async def _merge(self, sources: Sequence[Source]) -> Outcome:
         raise NotImplementedError
 
-    async def _publish(self, record: Record, *, until: int) -> None:
-        self._record = record
-        await self._board.publish(record, until=until)
+    async def _publish(self, change: Callable[[Record], Record], *, until: int) -> None:
+        if self._record is not None:
+            self._record = change(self._record)
+            await self._board.publish(self._record, until=until)
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -144,7 +147,7 @@ class _Merge:
         collecting = {source.hotkey: self._start(self._collect(source, wanted)) for source in sources}
         await self._until(self._marks.have - self._marks.margin, collecting.values())
         have = sum(1 << source.index for source in sources if source.hotkey in self._whole)
-        await self._publish(replace(self._record, phase=Phase.HAVE, have=have), until=self._marks.have)
+        await self._publish(lambda record: replace(record, phase=Phase.HAVE, have=have), until=self._marks.have)
         records = await self._board.records_at(self._marks.have)
         return collecting, accepted(sources, records, self._terms.number), records
 
@@ -248,7 +251,7 @@ class _Butterfly(_Merge):
     def __init__(
         self,
         terms: Terms,
-        record: Record,
+        record: Record | None,
         public: Merged,
         desk: Desk,
         board: Board,
@@ -281,7 +284,8 @@ class _Butterfly(_Merge):
         # Not before: a holder that dies until then leaves no digest of a shard that it can no longer give to anybody.
         await self._board.wait(marks.merge - marks.margin)
         digests = (self._computed[shard].digest if shard in self._computed else NO_DIGEST for shard in mine)
-        await self._publish(replace(self._record, shards=b"".join(digests)), until=marks.merge)
+        said = b"".join(digests)
+        await self._publish(lambda record: replace(record, shards=said), until=marks.merge)
         self._judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
         self._truth.update((shard, digest) for shard in shards if (digest := self._judged[shard].accepted) is not None)
         judging = self._judging()

@@ -3,214 +3,162 @@
     python -m neurons.miner --network ws://127.0.0.1:9944 --wallet w --hotkey miner-0 \\
         --manifest manifest.toml --data shards/ --port 8091
 
-It announces itself (axon and record), waits for the roster to name its stage, plays the manifest's rounds, and stays
-for the audits of the last one.
+It announces itself (axon and record) and then does in every round what the roster says of it: wait, catch up with a
+stage's public state, or train. It may come late, be killed and started again (same --out), or leave: SIGUSR1 makes it
+hand its stage over at the end of the round and exit by itself. SIGTERM stops it at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import sys
-from collections.abc import Mapping
 
-import torch
-
-from model.accounting import total_parameters
-from model.engine import Recompute, StageEngine
-from model.stage import build_stage
-from neurons.archive import Archive, RoundArchive
-from neurons.node import Node, NodeError, main
-from neurons.pipeline import DEPTH_LIMIT_PER_STAGE, StageWorker
-from neurons.rounds import RoundMachine, traffic
-from neurons.telemetry import NodeFinished
-from subnet.messages import (
-    Backward,
-    EvidenceRequest,
-    EvidenceTables,
-    Forward,
-    InputRequest,
-    Payload,
-    PayloadRequest,
-    PublicPart,
-    RunSynapse,
-    Tensors,
-    UnitRequest,
-    WeightsRequest,
-    WindowRequest,
-)
-from subnet.swarm.record import Phase, Record
-from subnet.swarm.roster import Roster
-from subnet.transport.axon import Reply
-from subnet.transport.dendrite import NO_SPECS
-from subnet.transport.errors import Busy, Dropped, Unavailable, UnknownRun
-from subnet.transport.synapse import tensor_bytes
-from subnet.trust.ledger import Direction, UnitKey, digest
+from neurons.archive import Archive
+from neurons.desks import EvidenceDesk, PushDesk
+from neurons.joining import Joiner
+from neurons.keeper import Keeper
+from neurons.library import Library
+from neurons.node import Node, main
+from neurons.rounds import BehindError, RoundMachine, traffic
+from neurons.telemetry import NodeFinished, StateChanged
+from neurons.vault import Vault
+from subnet.swarm.record import Flags, Phase, Record
+from subnet.swarm.roster import Roster, Standing
 
 log = logging.getLogger("orion.neurons.miner")
 
+STATES = {Standing.WAIT: "waiting", Standing.JOIN: "joining", Standing.ACTIVE: "active", Standing.BENCH: "benched"}
 
-class EvidenceDesk:
-    """Serves what the archive holds: payloads to siblings, evidence to validators."""
 
-    def __init__(self, node: Node, archive: Archive) -> None:
+class Miner:
+    """A miner's whole life in one run."""
+
+    def __init__(self, node: Node, keeper: Keeper) -> None:
         self._node = node
-        self._archive = archive
+        self._keeper = keeper
+        self._archive = Archive()
+        self._library = Library(node.loaded.run_id)
+        self._pushes = PushDesk()
+        self._machine: RoundMachine | None = None
+        self._joiner: Joiner | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._state = ""
 
-    def open(self) -> None:
-        """Put its routes on the axon."""
-        axon = self._node.axon
-        axon.serve(PayloadRequest, self.payload, specs=NO_SPECS)
-        axon.serve(EvidenceRequest, self.tables, specs=NO_SPECS)
-        axon.serve(WindowRequest, self.window, specs=NO_SPECS)
-        axon.serve(UnitRequest, self.unit, specs=NO_SPECS)
-        axon.serve(WeightsRequest, self.weights, specs=NO_SPECS)
+    async def run(self) -> None:
+        """From the first roster to the last, or until it has left."""
+        node = self._node
+        EvidenceDesk(node, self._archive).open()
+        self._library.open(node.axon)
+        self._pushes.open(node)
+        await node.listen()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._leave)
+        try:
+            cut = await self._keeper.last_cut()
+            if cut is not None:
+                await self._take_stage(cut.stage)
+            announced = await node.publish(self._record())
+            roster = await node.enter()
+            # Who was not there when the round began sits the rest of it out: its siblings have its work already.
+            late = announced is None or announced > roster.block
+            while not self._over(roster):
+                await self._live(roster, late=late)
+                late = False
+                roster = await node.next_roster()
+            await self._finish(roster)
+        finally:
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGUSR1)
+            if self._machine is not None:
+                await self._machine.shut_down()
 
-    def _held(self, request: RunSynapse) -> RoundArchive:
-        if request.run != self._node.loaded.run_id.hex():
-            raise UnknownRun(
-                f"run {request.run} is not {self._node.loaded.run_id.hex()}", "start with the manifest that is on chain"
+    def _leave(self) -> None:
+        """Say at once that this miner wants out; the next roster is without it."""
+        if not self._node.flags & Flags.LEAVING:
+            log.info("leaving at the end of the round")
+            self._node.flags |= Flags.LEAVING
+            self._leaving = asyncio.create_task(self._node.say_again())
+
+    def _record(self) -> Record:
+        if self._machine is not None:
+            return self._machine.state_record
+        return Record(run=self._node.loaded.run_id, round=0, phase=Phase.READY)
+
+    def _over(self, roster: Roster) -> bool:
+        count = self._node.loaded.manifest.round.count
+        left = bool(self._node.flags & Flags.LEAVING) and roster.state_of(self._node.identity.hotkey) is None
+        return left or (count > 0 and roster.round >= count)
+
+    # -- one round ------------------------------------------------------------------------------------------------
+
+    async def _live(self, roster: Roster, *, late: bool) -> None:
+        """Do what the roster says of this node; returns when nothing is left to do before the next one."""
+        me = self._node.identity.hotkey
+        self._announce(roster)
+        active, target = roster.stage_of(me), roster.target_of(me)
+        stage = active if active is not None else target
+        if stage is None:
+            if self._machine is not None and self._joiner is not None and not roster.stages[self._machine.stage]:
+                await self._joiner.match(roster.anchors[self._machine.stage])
+            await self._node.publish(self._record())
+            return
+        machine, joiner = await self._take_stage(stage)
+        if late:
+            before = self._node.history.roster(machine.replica.held)
+            if before is not None:
+                machine.resume_merge(before, (await self._node.chain.finalized()).number)
+        if active is None or late or not machine.ready_for(roster):
+            await joiner.catch_up(roster, counts=active is not None)
+            return
+        try:
+            await machine.play(roster)
+        except BehindError as error:
+            log.warning("%s", error)
+            await joiner.catch_up(roster, counts=True)
+
+    def _announce(self, roster: Roster) -> None:
+        member = roster.member(self._node.identity.hotkey)
+        state = STATES[member.standing] if member is not None else "out"
+        stage = member.stage if member is not None else None
+        if f"{state} {stage}" != self._state:
+            self._state = f"{state} {stage}"
+            reason = self._node.reasons.get(self._node.identity.hotkey, "no roster has seen it yet")
+            self._node.telemetry.emit(StateChanged(round=roster.round, state=state, stage=stage, reason=reason))
+
+    async def _take_stage(self, stage: int) -> tuple[RoundMachine, Joiner]:
+        """The machine of a stage; another one's is given up first."""
+        if self._machine is None or self._joiner is None or self._machine.stage != stage:
+            if self._machine is not None:
+                await self._machine.settle_all()
+                await self._machine.shut_down()
+                self._library.clear()
+            self._machine = RoundMachine(
+                self._node, stage, archive=self._archive, library=self._library, keeper=self._keeper
             )
-        held = self._archive.get(request.round)
-        if held is None and request.round > self._archive.newest:
-            raise Unavailable(f"round {request.round} has not begun here", "ask again", retry_after=0.2)
-        if held is None:
-            raise Dropped(f"round {request.round} is not kept here", "ask in the round after it, or ask a sibling")
-        return held
+            self._joiner = Joiner(self._node, self._machine, self._keeper)
+            await self._joiner.restore()
+            self._pushes.worker = self._machine.worker
+        return self._machine, self._joiner
 
-    async def payload(self, _caller: str, request: PayloadRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held = self._held(request)
-        if request.source not in held.payloads:
-            raise Unavailable(f"no payload of {request.source} here yet", "ask again", retry_after=0.2)
-        payload, evidence = held.payloads[request.source]
-        tensor = torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(1, -1)
-        return Payload(evidence=evidence.hex()), {"payload": tensor}
+    # -- the end --------------------------------------------------------------------------------------------------
 
-    async def tables(self, _caller: str, request: EvidenceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held = self._held(request)
-        if held.evidence is None:
-            raise Unavailable(f"the ledger of round {request.round} is still open", "ask after CUT", retry_after=0.5)
-        leaves, windows = held.evidence.tables()
-        rows = {"leaves": (leaves, len(held.evidence.leaves)), "windows": (windows, len(held.evidence.windows))}
-        return EvidenceTables(payload=held.payload_root.hex(), windows=len(held.evidence.windows)), {
-            name: torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, -1) if count else torch.empty(0, 0)
-            for name, (data, count) in rows.items()
-        }
-
-    async def window(self, _caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held = self._held(request)
-        if held.evidence is None or request.version not in held.windows:
-            raise Dropped(f"window {request.version} of round {request.round} is not kept here", "ask after CUT")
-        return Tensors(), {"weights": held.windows[request.version]}
-
-    async def unit(self, _caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held = self._held(request)
-        direction = Direction.BACKWARD if request.backward else Direction.FORWARD
-        unit = held.units.get(UnitKey(request.sample, direction)) if held.evidence is not None else None
-        if unit is None:
-            raise Dropped(f"sample {request.sample} of round {request.round} was not computed here", "ask after CUT")
-        tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
-        return Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-    async def weights(self, _caller: str, request: WeightsRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        public = self._held(request).public
-        part, other = (public.theta, public.momentum) if request.part == "theta" else (public.momentum, public.theta)
-        return PublicPart(other=digest(tensor_bytes(other)).hex()), {"weights": part}
-
-
-class PushDesk:
-    """Routes pushes to the worker, once the roster has given this node a stage."""
-
-    def __init__(self) -> None:
-        self.worker: StageWorker | None = None
-
-    async def forward(self, caller: str, push: Forward, tensors: Mapping[str, torch.Tensor]) -> Reply:
-        return await self._ready().on_forward(caller, push, tensors)
-
-    async def backward(self, caller: str, push: Backward, tensors: Mapping[str, torch.Tensor]) -> Reply:
-        return await self._ready().on_backward(caller, push, tensors)
-
-    async def input(self, caller: str, request: InputRequest, tensors: Mapping[str, torch.Tensor]) -> Reply:
-        return await self._ready().on_input(caller, request, tensors)
-
-    def _ready(self) -> StageWorker:
-        if self.worker is None:
-            raise Busy("this node is still building its stage", "push again after the pause", retry_after=0.2)
-        return self.worker
+    async def _finish(self, roster: Roster) -> None:
+        """See the last merge through, and stay for the audits of the last round."""
+        node = self._node
+        marks = node.loaded.manifest.round
+        if self._machine is not None:
+            await self._machine.settle_all()
+        await node.wait(roster.block + max(0, marks.merge - marks.length) + marks.linger)
+        node.telemetry.emit(traffic(node))
+        if node.flags & Flags.LEAVING:
+            node.telemetry.emit(StateChanged(round=roster.round, state="left", stage=None, reason="as asked"))
+        node.telemetry.emit(NodeFinished(rounds=roster.round))
 
 
 async def mine(node: Node) -> None:
     """A miner's whole life in one run."""
-    manifest = node.loaded.manifest
-    archive = Archive()
-    desk = EvidenceDesk(node, archive)
-    desk.open()
-    pushes = PushDesk()
-    node.axon.serve(Forward, pushes.forward, specs={"y": node.shapes.boundary})
-    node.axon.serve(Backward, pushes.backward, specs={"g": node.shapes.boundary})
-    node.axon.serve(InputRequest, pushes.input, specs=NO_SPECS)
-    await node.listen()
-    ready = Record(run=node.loaded.run_id, round=0, phase=Phase.READY)
-    await node.chain.publish(ready.encode())
-    roster, start = await node.first_roster()
-    stage = roster.stage_of(node.identity.hotkey)
-    if stage is None:
-        raise NodeError(
-            f"{node.identity.hotkey} came after the run had gathered at block {start}: joining is not possible yet"
-        )
-    worker = build_worker(node, stage)
-    pushes.worker = worker
-    machine = RoundMachine(node, worker, archive)
-    try:
-        await _play(node, machine, roster, start)
-    finally:
-        worker.shut_down()
-    await machine.settle()
-    rounds = manifest.round.count
-    # The state after the last round is served like any round's start.
-    archive.open(rounds, machine.public)
-    await node.wait(manifest.round_start(start, rounds) + manifest.round.linger)
-    node.telemetry.emit(traffic(node))
-    node.telemetry.emit(NodeFinished(rounds=rounds))
-
-
-async def _play(node: Node, machine: RoundMachine, roster: Roster, start: int) -> None:
-    manifest = node.loaded.manifest
-    current = roster
-    number = 0
-    while manifest.round.count == 0 or number < manifest.round.count:
-        if current.stage_of(node.identity.hotkey) is None:
-            raise NodeError(
-                f"{node.identity.hotkey} is out of the roster of round {number}: its record or axon is gone"
-            )
-        await machine.play(current, manifest.round_start(start, number))
-        number += 1
-        current = await node.next_roster(current, manifest.round_start(start, number))
-
-
-def build_worker(node: Node, stage: int) -> StageWorker:
-    """The stage this node holds, with the weights every replica starts from."""
-    manifest = node.loaded.manifest
-    config = manifest.model.config()
-    plan = node.plans[stage]
-    limit = DEPTH_LIMIT_PER_STAGE * plan.count
-    engine = StageEngine(
-        build_stage(config, plan, manifest.run.seed),
-        manifest.optimizer.inner(),
-        plan,
-        n_total_params=total_parameters(config, plan.count),
-        accumulation=manifest.optimizer.accumulation,
-        recompute=Recompute.KEEP,
-        capacity=2 * limit,
-    )
-    return StageWorker(
-        identity=node.identity,
-        loaded=node.loaded,
-        engine=engine,
-        corpus=node.corpus,
-        dendrite=node.dendrite,
-        endpoint_of=node.neighbours.endpoints.get,
-        telemetry=node.telemetry,
-    )
+    vault = await Vault.open(node.config.checkpoints, manifest_hash=node.loaded.digest.hex())
+    await Miner(node, Keeper(node, vault)).run()
 
 
 def run(argv: list[str]) -> int:

@@ -12,32 +12,39 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 
 from model.accounting import stage_parameters
 from model.config import ConfigError
 from model.data import Corpus, DataError, ShardEntry
 from model.split import StagePlan, split
+from neurons.bootstrap import BootstrapError, RosterDesk, join_history
 from neurons.config import NeuronConfig, parse
-from neurons.telemetry import NodeFailed, NodeStarted, Telemetry
+from neurons.history import History, HistoryError
+from neurons.telemetry import NodeFailed, NodeStarted, RecordPublished, Telemetry
 from subnet.chain import BittensorChain, Chain, ChainError
 from subnet.identity import Identity, IdentityError
-from subnet.manifest import LoadedManifest, ManifestError, check_announced, load_manifest
-from subnet.messages import Shapes
+from subnet.manifest import LoadedManifest, ManifestError, check_announced, check_space, load_manifest
+from subnet.messages import RosterRequest, Shapes
 from subnet.metagraph import ChainState, Endpoint
-from subnet.swarm.roster import Roster, advance, gather
+from subnet.swarm import snapshot
+from subnet.swarm.record import Record
+from subnet.swarm.roster import Roster
+from subnet.swarm.snapshot import SnapshotError
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Busy, PortTaken, UnknownHotkey
+from subnet.transport.shaping import Link, Shaper
 from subnet.wallets import load_wallet
 
 log = logging.getLogger("orion.neurons.node")
@@ -46,7 +53,8 @@ CONNECT_TIMEOUT = 30.0
 CHAIN_STALL = 600.0
 """Seconds without the awaited block after which a node gives up on its chain."""
 
-PUSH_ROUTES = frozenset({"forward", "backward", "input"})
+ROSTER_ROUTE = RosterRequest.route
+PUSH_ROUTES = frozenset({"forward", "backward", "input", "notice"})
 
 
 class NodeError(Exception):
@@ -60,17 +68,35 @@ class Neighbourhood:
     roster: Roster | None = None
     endpoints: dict[str, str] = field(default_factory=dict)
     validators: frozenset[str] = frozenset()
+    registered: frozenset[str] = frozenset()
+
+    _block: int = -1
+    """Of the newest state seen."""
 
     def update(self, roster: Roster, state: ChainState) -> None:
         self.roster = roster
+        self.relocate(state)
+
+    def endpoint(self, hotkey: str) -> str | None:
+        """Where a hotkey's axon is, None if it serves none."""
+        return self.endpoints.get(hotkey)
+
+    def relocate(self, state: ChainState) -> None:
+        """Who is registered and where, as of the newest state seen: who was restarted may have another address."""
+        if state.head.number <= self._block:
+            return
+        self._block = state.head.number
         self.endpoints = {neuron.hotkey: neuron.endpoint.url for neuron in state.neurons if neuron.endpoint is not None}
         self.validators = frozenset(neuron.hotkey for neuron in state.neurons if neuron.validator_permit)
+        self.registered = frozenset(neuron.hotkey for neuron in state.neurons)
 
     def allow(self, hotkey: str, route: str) -> None:
-        """Pushes come from roster members; evidence is fetched by them and by permitted validators."""
+        """Pushes come from who counts; the rest is fetched by whoever is in the roster and by permitted validators, the
+        roster itself by anyone registered."""
         if self.roster is None:
             raise Busy("the first roster is not known here yet", "push again after the pause", retry_after=0.2)
-        if hotkey in self.roster.members or (route not in PUSH_ROUTES and hotkey in self.validators):
+        fetches = route not in PUSH_ROUTES and (hotkey in self.validators or self.roster.state_of(hotkey) is not None)
+        if hotkey in self.roster.members or fetches or (route == ROSTER_ROUTE and hotkey in self.registered):
             return
         raise UnknownHotkey(
             f"{hotkey[:60]} may not use {route} in round {self.roster.round}",
@@ -93,6 +119,16 @@ class Node:
     dendrite: Dendrite
     telemetry: Telemetry
     _stack: AsyncExitStack
+    flags: int = 0
+    """What all records of this node say, see `subnet.swarm.record.Flags`."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why the last refresh moved whom."""
+    _said: Record | None = None
+
+    def __post_init__(self) -> None:
+        self.history = History(self.loaded, self.state)
+        self._rosters = RosterDesk(self.loaded.run_id)
+        self._rosters.open(self.axon)
 
     @classmethod
     async def open(cls, config: NeuronConfig, *, role: str) -> Node:
@@ -114,19 +150,27 @@ class Node:
             state = await chain.state_at((await chain.finalized()).number)
             authority = state.by_hotkey(manifest.run.authority)
             check_announced(loaded, authority.record if authority else None)
+            check_space(manifest, state.tempo, (await chain.space()).limit)
             if state.by_hotkey(identity.hotkey) is None:
                 raise NodeError(
                     f"hotkey {identity.hotkey} is not registered on netuid {config.netuid}: run "
                     f"`btcli subnets register --netuid {config.netuid} -w {config.wallet} -H {config.hotkey}`"
                 )
+            if identity.hotkey == manifest.run.authority:
+                raise NodeError(
+                    f"hotkey {identity.hotkey} is the run's authority, whose commitment names the manifest and "
+                    "would be lost under a node's record: give --hotkey another one"
+                )
             neighbours = Neighbourhood()
+            shaper = None if config.link is None else open_link(config.link, identity.hotkey)
             axon = Axon(
                 Admission(identity.hotkey, allow=neighbours.allow, now_ns=time.time_ns),
                 host=config.host,
                 port=config.port,
+                shaper=shaper,
             )
             stack.push_async_callback(axon.stop)
-            dendrite = Dendrite(identity, now_ns=time.time_ns)
+            dendrite = Dendrite(identity, now_ns=time.time_ns, shaper=shaper)
             await stack.enter_async_context(dendrite)
             return cls(
                 role=role,
@@ -150,6 +194,11 @@ class Node:
         config = self.loaded.manifest.model.config()
         return tuple(stage_parameters(config, plan) for plan in self.plans)
 
+    @property
+    def downloads(self) -> Path:
+        """Folder for what has arrived of a public state."""
+        return self.config.out / "downloads" / self.config.name
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -172,7 +221,9 @@ class Node:
     async def state(self, block: int) -> ChainState:
         """The state at `block`, once it is finalized."""
         await self.wait(block)
-        return await self.chain.state_at(block)
+        state = await self.chain.state_at(block)
+        self.neighbours.relocate(state)
+        return state
 
     async def seed(self, block: int, purpose: str) -> bytes:
         """A seed nobody knew before `block` was made: H(purpose ‖ its hash)."""
@@ -180,25 +231,101 @@ class Node:
         block_hash = await self.chain.block_hash(block)
         return hashlib.sha256(purpose.encode() + bytes.fromhex(block_hash.removeprefix("0x"))).digest()
 
-    async def first_roster(self) -> tuple[Roster, int]:
-        """Round 0's roster and first block: the first gathering block where enough valid hotkeys are there."""
-        manifest = self.loaded.manifest
-        block = manifest.run.activation_block
-        while True:
-            state = await self.state(block)
-            roster = gather(state, self.loaded.run_id, stages=manifest.swarm.stages, replicas=manifest.swarm.replicas)
-            if roster is not None:
-                self.neighbours.update(roster, state)
-                return roster, block
-            block += manifest.swarm.gather_blocks
+    async def publish(self, record: Record, *, until: int | None = None) -> int | None:
+        """Put a record on chain, with what each of them says: the newest roster, and what this node wants.
 
-    async def next_roster(self, previous: Roster, block: int) -> Roster:
-        """The recurrence at the first block of the next round."""
-        state = await self.state(block)
-        before = block - self.loaded.manifest.round.length
-        roster = advance(previous, state, self.loaded.run_id, fresh_from=before)
-        self.neighbours.update(roster, state)
+        Returns the block that includes it, None if it missed its deadline. Deadlines are kept by reading the chain at
+        their block, so a late record costs this round's part, not the node; `until` only keeps it out of later phases.
+        """
+        self._said = record
+        newest = self.history.newest
+        record = replace(
+            record, flags=record.flags | self.flags, roster=newest.digest if newest is not None else record.roster
+        )
+        try:
+            block = await self.chain.publish(record.encode(), record.shards, until_block=until)
+            space = await self.chain.space()
+        except ChainError as error:
+            log.warning("record of round %d (%s) missed block %s: %s", record.round, record.phase.name, until, error)
+            return None
+        self.telemetry.emit(
+            RecordPublished(
+                phase=record.phase.name.lower(),
+                round=record.round,
+                block=block,
+                bytes=len(record.encode()) + len(record.shards),
+                epoch_used=space.used,
+                epoch_limit=space.limit,
+            )
+        )
+        return block
+
+    async def say_again(self) -> None:
+        """Put the last record on chain once more: what all of them say has changed."""
+        if self._said is not None:
+            await self.publish(self._said)
+
+    async def enter(self) -> Roster:
+        """The roster in force: from this node's disk if it has been here lately, from peers if the run has begun, else
+        from round 0 on, which may still be to come."""
+        for begin in (self._from_disk, self._from_peers):
+            try:
+                roster = await self._newest(await begin())
+            except (BootstrapError, HistoryError, ChainError) as error:
+                log.info("%s", error)
+                continue
+            await self._enter(roster)
+            return roster
+        self.history = History(self.loaded, self.state)
+        await self.history.begin()
+        roster = await self._newest(self.history)
+        await self._enter(roster)
         return roster
+
+    async def _from_disk(self) -> History:
+        known = await asyncio.to_thread(snapshot.kept, self._rosters_folder)
+        if not known:
+            raise BootstrapError("this node has no roster of the run yet")
+        log.info("going on from the roster of round %d", known[-1].round)
+        return History(self.loaded, self.state, known=known[-2:])
+
+    async def _from_peers(self) -> History:
+        state = await self.chain.state_at((await self.chain.finalized()).number)
+        return await join_history(self.dendrite, self.loaded, state, self.state, asker=self.identity.hotkey)
+
+    async def _newest(self, history: History) -> Roster:
+        """Every refresh up to now."""
+        self.history = history
+        while True:
+            roster = history.newest
+            assert roster is not None  # noqa: S101 - every history begins with one
+            if roster.block + self.loaded.manifest.round.length > (await self.chain.finalized()).number:
+                return roster
+            await history.step()
+
+    async def next_roster(self) -> Roster:
+        """The recurrence at the first block of the next round."""
+        refreshed = await self.history.step()
+        self.reasons = refreshed.reasons
+        await self._enter(refreshed.roster)
+        return refreshed.roster
+
+    async def _enter(self, roster: Roster) -> None:
+        """Keep the roster before anything is done by it, and let in who is in it."""
+        await asyncio.to_thread(snapshot.write, self._rosters_folder, roster)
+        self._rosters.keep(roster)
+        self.neighbours.update(roster, await self.state(roster.block))
+
+    @property
+    def _rosters_folder(self) -> Path:
+        return self.config.out / "rosters" / self.config.name
+
+
+def open_link(link: Link, hotkey: str) -> Shaper:
+    """The emulated link of this node; what it loses is a function of the hotkey and of what is sent."""
+    seed = int.from_bytes(hashlib.sha256(b"orion/link/1" + hotkey.encode()).digest(), "little")
+    log.info("emulated link: %s", link)
+    return Shaper(link, np.random.default_rng(seed))
 
 
 def open_corpus(loaded: LoadedManifest, folder: Path) -> Corpus:
@@ -244,6 +371,8 @@ def main(argv: list[str], *, role: str, description: str, body: Callable[[Node],
         ConfigError,
         DataError,
         PortTaken,
+        SnapshotError,
+        HistoryError,
     ) as error:
         log.error("%s", error)  # noqa: TRY400 - the line is for a person; the cause is chained in it
         return 1

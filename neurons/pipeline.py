@@ -25,22 +25,34 @@ from model.engine import StageEngine, StepReport
 from model.stage import flatten
 from neurons.archive import RoundArchive
 from neurons.compute import ComputeThread, Lane
-from neurons.delivery import RETRY_PAUSE, Delivery, RecentMean
+from neurons.delivery import RETRY_PAUSE, Delivery
 from neurons.door import Door
-from neurons.telemetry import LocalStep, MicrobatchDone, MicrobatchStarted, Telemetry, TrainingClosed
+from neurons.drive import Driver
+from neurons.heads import Heads
+from neurons.telemetry import LocalStep, Telemetry, TrainingClosed
 from neurons.training import OpenInput, TrainingRound
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
-from subnet.messages import WIRE_DTYPES, WIRE_LIMIT, Accepted, Backward, Forward, InputRequest, Push, Shapes, Tensors
+from subnet.messages import (
+    WIRE_DTYPES,
+    WIRE_LIMIT,
+    Accepted,
+    Backward,
+    Forward,
+    InputRequest,
+    Noted,
+    Notice,
+    Push,
+    Shapes,
+    Tensors,
+)
 from subnet.swarm.roster import Roster
-from subnet.swarm.routing import depth, sample_id
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Busy, Dropped
 from subnet.transport.synapse import require_finite, tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import (
     NO_DIGEST,
-    NO_PEER,
     Direction,
     Evidence,
     Leaf,
@@ -55,17 +67,6 @@ StepResult = tuple[StepReport, int, int, torch.Tensor]
 """What a step leaves: its report, how many units it took, version and weights after it (flat fp32)."""
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From a replica's weights to others (flat fp32), as a merge wants them."""
-
-RECENT_FLIGHTS = 8
-DRAIN_MARGIN = 1.5
-"""A microbatch is started only if this many times the slowest recent flight fits before the round closes."""
-DEPTH_LIMIT_PER_STAGE = 4
-"""At most this many microbatches in flight per head and stage: bounds input caches and staleness."""
-FLIGHT_FLOOR = 5.0
-FLIGHT_FACTOR = 4.0
-"""A head gives a flight up after this many times the slowest recent one (seconds, at least the floor)."""
-OVERDUE_CHECK = 0.5
-"""Seconds between looks for overdue gradients."""
 
 
 class StageWorker:
@@ -101,11 +102,28 @@ class StageWorker:
         )
         self._synchronous = synchronous
         self._door = Door(identity, loaded, engine.plan, self._delivery)
+        self._driver = Driver(
+            identity=identity,
+            loaded=loaded,
+            engine=engine,
+            corpus=corpus,
+            delivery=self._delivery,
+            heads=Heads(
+                identity=identity,
+                run=loaded.run_id,
+                samples=loaded.manifest.data.samples_per_round,
+                dendrite=dendrite,
+                endpoint_of=endpoint_of,
+            ),
+            telemetry=telemetry,
+            synchronous=synchronous,
+            enter=self._enter,
+            release=self._release,
+            spawn=self._spawn,
+        )
         self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous)
         self._round: TrainingRound | None = None
         self._changes: deque[tuple[Change, asyncio.Future[None]]] = deque()
-        self._unit_seconds = RecentMean()
-        self._flight_seconds: deque[float] = deque(maxlen=RECENT_FLIGHTS)
 
     # -- the frame of a round -------------------------------------------------------------------------------------
 
@@ -117,7 +135,7 @@ class StageWorker:
         if self._changes:
             self._change_when_idle()
         if not self.plan.is_last and not self._synchronous:
-            self._spawn(self._round.sends, self._chase(self._round))
+            self._spawn(self._round.sends, self._delivery.chase(self._round, self._spawn))
         return self._round
 
     async def drive(self, *, closing_at: float = math.inf, limit: int | None = None) -> None:
@@ -126,21 +144,7 @@ class StageWorker:
         `closing_at` is when the round closes, by the loop's clock: nothing is started that would not be back by then,
         judged by how long the slowest of the last microbatches took.
         """
-        current = self._current()
-        quota = self._manifest.data.samples_per_round // len(current.roster.stages[0])
-        ends = quota if limit is None else min(quota, limit)
-        loop = asyncio.get_running_loop()
-        while not current.stopping and current.started < ends:
-            if loop.time() + DRAIN_MARGIN * max(self._flight_seconds, default=0.0) > closing_at:
-                return
-            if not self._has_room(current):
-                current.room.clear()
-                await current.room.wait()
-                continue
-            self._start_sample(current)
-        while limit is not None and current.flights:
-            current.room.clear()
-            await current.room.wait()
+        await self._driver.drive(self._current(), closing_at=closing_at, limit=limit)
 
     def stop(self) -> None:
         """The head starts nothing more; what is in flight goes on."""
@@ -205,11 +209,15 @@ class StageWorker:
         key = UnitKey(push.sample, Direction.FORWARD)
         if key in current.receipts:
             return self._have(current, key, caller, push), {}
-        if not self._door.belongs(current, push) or (self.plan.index == 1 and caller != push.head):
+        if push.sample in current.open or UnitKey(push.sample, Direction.BACKWARD) in current.receipts:
+            return Accepted(receipt=None), {}  # only its backward is computed here, in place of a sibling
+        if not self._door.belongs(current, push):
             raise Dropped(
                 f"sample {push.sample} is not number {push.index} of head {push.head[:12]}… in round {push.round}",
                 "send samples that the roster gives to their head",
             )
+        if self.plan.index == 1 and caller != push.head:
+            self._require_gone(current, push)
         if len(current.open) >= self.engine.capacity:
             raise Busy(
                 f"stage {self.plan.index} holds {len(current.open)} inputs of {self.engine.capacity}",
@@ -234,6 +242,8 @@ class StageWorker:
         if key in current.receipts:
             first, receipt = current.receipts[key]
             return Accepted(receipt=receipt if caller == first else None), {}
+        if self.plan.is_first:
+            self._driver.heads.require_awake(current)
         held = current.open.get(push.sample)
         if held is None:
             held = self._take_over(current, push)
@@ -245,6 +255,9 @@ class StageWorker:
         receipt = self._door.sign_receipt(current, key, caller, g_digest)
         source = current.roster.stages[self.plan.index + 1].index(caller)
         self._delivery.returned(current, push.sample)
+        if self.plan.is_first and push.head != self._identity.hotkey:
+            current.foreign.add(push.sample)
+            current.taken.add(push.sample)
         unit = self._backward_unit(current, push, g, g_digest, source)
         self._spawn(current.work, self._guarded(current, push.sample, unit))
         return Accepted(receipt=receipt), {}
@@ -262,6 +275,25 @@ class StageWorker:
         leaf, push = current.ledger.leaf(key), current.pushes[request.sample]
         self._spawn(current.sends, self._delivery.probe(current, push, leaf, unit.output))
         return Tensors(), {"y": unit.output}
+
+    async def on_notice(
+        self, caller: str, notice: Notice, _tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[Noted, dict[str, torch.Tensor]]:
+        """Hear from a sibling head how far it is."""
+        current = self._door.admit(self._round, notice, caller, neighbour=0)
+        if not self.plan.is_first:
+            raise Dropped(f"stage {self.plan.index} starts no microbatches", "send notices to heads")
+        return self._driver.heads.hear(current, caller, notice), {}
+
+    def _require_gone(self, current: TrainingRound, push: Forward) -> None:
+        """A head sends another's sample: let it, once the owner cannot be reached from here. Raises `Busy` till then.
+
+        That is safe: the sample id is the roster's, so nothing can be invented; while the owner is there nobody can
+        put an activation in the place of its own; and the sender is paid only if the owner serves no evidence.
+        """
+        if not self._delivery.is_down(push.head):
+            self._spawn(current.sends, self._delivery.look(current, push.head, push.sample))
+            raise Busy(f"head {push.head} may be there: it is asked", "push again", retry_after=RETRY_PAUSE)
 
     def _have(self, current: TrainingRound, key: UnitKey, caller: str, push: Forward) -> Accepted:
         """Answer a forward that is here already. From another replica it means that the first one seems gone: the
@@ -286,10 +318,9 @@ class StageWorker:
             "send gradients to the replica whose activation was received, or to a sibling once that one is gone",
         )
         if self.plan.is_first:
-            if push.head == self._identity.hotkey or not self._door.belongs(current, push):
+            held = self._driver.adopt(current, push) if self._door.belongs(current, push) else None
+            if held is None:
                 raise stray
-            tokens = self._corpus.sample(push.sample)[:, :-1].contiguous()
-            held = OpenInput(push.head, NO_PEER, tokens, digest(tensor_bytes(tokens)), taken_over=True)
             current.open[push.sample] = held
             return held
         if push.sample in current.orphans:
@@ -303,7 +334,9 @@ class StageWorker:
 
     async def _adopt(self, current: TrainingRound, push: Backward) -> None:
         found = await self._delivery.fetch_input(current, push)
-        if found is not None and push.sample not in current.open:
+        if UnitKey(push.sample, Direction.BACKWARD) in current.receipts:
+            pass  # its forward has come meanwhile, and its gradient too
+        elif found is not None and push.sample not in current.open:
             source, y = found
             index = current.roster.stages[self.plan.index - 1].index(source)
             current.open[push.sample] = OpenInput(source, index, y, digest(tensor_bytes(y)), taken_over=True)
@@ -324,6 +357,9 @@ class StageWorker:
         version, y = await self._timed(
             Lane.FORWARD, push.index, lambda: (self.engine.version, self._sendable(self.engine.forward(push.sample, x)))
         )
+        if push.sample not in current.open:  # released, or its gradient was faster
+            await self._forget(current, push.sample)
+            return
         y_digest = digest(tensor_bytes(y))
         leaf = Leaf(
             direction=Direction.FORWARD,
@@ -373,7 +409,7 @@ class StageWorker:
             return adopted, version, None if dx is None else self._sendable(dx), self._maybe_step()
 
         adopted, version, dx, stepped = await self._timed(Lane.BACKWARD, push.index, job)
-        current.adopted += adopted
+        current.adopted += adopted or held.taken_over
         self._finish_backward(
             current, push, held, version, loss=push.loss, gradient=(g, g_digest), source=source, dx=dx
         )
@@ -409,7 +445,7 @@ class StageWorker:
         current.units += 1
         current.archive.units[leaf.key] = UnitTensors(held.tensor, None if gradient is None else gradient[0], dx)
         if dx is None:
-            self._complete(current, push.sample, loss)
+            self._driver.complete(current, push, loss)
             return
         backward = Backward(
             run=push.run,
@@ -474,82 +510,6 @@ class StageWorker:
         current.archive.windows[version] = weights
         current.ledger.open_window(version, digest(tensor_bytes(weights)))
 
-    async def _chase(self, current: TrainingRound) -> None:
-        """Offer outputs whose gradient is overdue to another replica of the next stage."""
-        while current.accepting:
-            await asyncio.sleep(OVERDUE_CHECK)
-            patience = FLIGHT_FACTOR * max((FLIGHT_FLOOR, *self._flight_seconds))
-            now = asyncio.get_running_loop().time()
-            for sample in [sample for sample, left in current.flights.items() if now - left > patience]:
-                log.warning(
-                    "sample %d has not come back within %.1f s: its place is given to another", sample, patience
-                )
-                self._land(current, sample)
-            for sample in self._delivery.overdue(current):
-                key = UnitKey(sample, Direction.FORWARD)
-                leaf, unit = current.ledger.leaf(key), current.archive.units[key]
-                push = current.pushes[sample]
-                awaited = current.awaited.pop(sample)
-                current.chased += 1
-                if unit.output is not None:
-                    log.info("gradient of sample %d is overdue at %s: a sibling gets the input", sample, awaited.sink)
-                    sent = self._delivery.forward(current, push, leaf, unit.output, avoid=awaited.sink)
-                    self._spawn(current.sends, sent)
-
-    # -- the head -------------------------------------------------------------------------------------------------
-
-    def depth(self) -> int:
-        """Microbatches this head keeps in flight now."""
-        if self._synchronous:
-            return self._manifest.optimizer.accumulation
-        return depth(
-            stages=self.plan.count,
-            compute=self._unit_seconds.value,
-            latency=0.0,
-            transfer=2 * self._delivery.push_seconds.value,
-            limit=DEPTH_LIMIT_PER_STAGE * self.plan.count,
-        )
-
-    def _has_room(self, current: TrainingRound) -> bool:
-        if self._synchronous and current.started % self._manifest.optimizer.accumulation == 0:
-            return not current.flights
-        return len(current.flights) < self.depth() and len(current.open) < self.engine.capacity
-
-    def _start_sample(self, current: TrainingRound) -> None:
-        heads = current.roster.stages[0]
-        index = current.started
-        sample = sample_id(
-            base=current.number * self._manifest.data.samples_per_round,
-            heads=len(heads),
-            head=heads.index(self._identity.hotkey),
-            index=index,
-        )
-        current.started += 1
-        current.flights[sample] = asyncio.get_running_loop().time()
-        self._telemetry.emit(MicrobatchStarted(round=current.number, sample=sample))
-        tokens = self._corpus.sample(sample)[:, :-1].contiguous()
-        push = Push(
-            run=self._run.hex(),
-            round=current.number,
-            sample=sample,
-            head=self._identity.hotkey,
-            index=index,
-            version=self.engine.version,
-        )
-        held = OpenInput(self._identity.hotkey, NO_PEER, tokens, digest(tensor_bytes(tokens)))
-        self._enter(current, push, held)
-
-    def _complete(self, current: TrainingRound, sample: int, loss: float) -> None:
-        seconds = self._land(current, sample)
-        if seconds is not None:
-            self._flight_seconds.append(seconds)
-            current.completed += 1
-        self._telemetry.emit(
-            MicrobatchDone(
-                round=current.number, sample=sample, loss=loss, seconds=round(seconds or 0.0, 4), depth=self.depth()
-            )
-        )
-
     # -- helpers --------------------------------------------------------------------------------------------------
 
     def _sendable(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -564,16 +524,24 @@ class StageWorker:
             await unit
         except Exception:
             current.open.pop(sample, None)
-            self._land(current, sample)
+            self._driver.land(current, sample)
             if current.accepting and sample in self.engine.pending():
                 await self._compute.submit(Lane.BACKWARD, 0, lambda: self.engine.drop(sample))
             raise
 
-    def _land(self, current: TrainingRound, sample: int) -> float | None:
-        """Take a flight of this head out of the air; how long it lasted, None if it was none of its own."""
-        left = current.flights.pop(sample, None)
-        current.room.set()
-        return None if left is None else asyncio.get_running_loop().time() - left
+    def _release(self, current: TrainingRound, sample: int) -> None:
+        """Forget an open input whose gradient nobody waits for here any more."""
+        current.open.pop(sample, None)
+        current.awaited.pop(sample, None)
+        self._spawn(current.sends, self._forget(current, sample))
+
+    async def _forget(self, current: TrainingRound, sample: int) -> None:
+        def job() -> None:
+            if sample in self.engine.pending() and sample not in current.open:
+                self.engine.drop(sample)
+
+        if current.accepting:
+            await self._compute.submit(Lane.BACKWARD, 0, job)
 
     def _current(self) -> TrainingRound:
         if self._round is None:
@@ -587,7 +555,7 @@ class StageWorker:
             start = loop.time()
             result = job()
             # F + B of a unit is the sum of both means; one mean over both lanes is half of it.
-            self._unit_seconds.add(2 * (loop.time() - start))
+            self._driver.unit_seconds.add(2 * (loop.time() - start))
             return result
 
         return await self._compute.submit(lane, index, measured)

@@ -1,147 +1,219 @@
-"""The round machine of a miner: train, then merge with the chain as coordinator, then train again.
+"""The round machine of a miner: train, cut, merge with the chain as coordinator, and train on meanwhile.
 
-Four blocks of a round are deadlines (manifest `[round]`). At `stop` heads start nothing more, at `close` every stage
-takes its last step; then CUT (roots on chain), HAVE (bitmaps on chain) and the next round's first block (digest of its
-weights on chain). What happens to those who miss one is defined: no root at CUT, no part in the merge; a payload that
-too few hold is left out and its contribution stays in the replica's own weights, so the next pseudo-gradient holds it;
-a replica that lacks a listed payload takes the merged weights from a sibling, checked against the digest on chain.
+Blocks of a round are deadlines (manifest `[round]`). At `close` every stage takes its last step and cuts: its payload
+is fixed and its weights are re-based on public state. Then CUT (roots on chain), HAVE (bitmaps on chain) and MERGE.
+With `merge` beyond `length` these lie in the next round, which trains meanwhile; the merged state is taken over at a
+step boundary. What happens to those who miss a deadline is defined: no root at CUT, no part in the merge; a payload
+that too few hold is left out and its replica owes it again; a replica that lacks what was merged takes the public
+state from a sibling, checked against the digest on chain.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from model.checkpoint import CheckpointInfo, save
-from model.stage import flatten, unflatten
-from neurons.archive import Archive, RoundArchive
-from neurons.node import CHAIN_STALL, Node, NodeError
+from model.accounting import total_parameters
+from model.engine import Recompute, StageEngine
+from model.stage import build_stage, flatten, unflatten
+from neurons.archive import Archive
+from neurons.download import forget
+from neurons.drive import DEPTH_LIMIT_PER_STAGE
+from neurons.exchange import Desk
+from neurons.keeper import Keeper, KeptCut
+from neurons.library import Library
+from neurons.merging import merge
+from neurons.node import CHAIN_STALL, Node
 from neurons.pipeline import StageWorker
-from neurons.telemetry import CheckpointWritten, RoundStarted, Traffic
+from neurons.replica import Replica
+from neurons.states import after_merge
+from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
-from subnet.chain import ChainError
-from subnet.messages import Payload, PayloadRequest, PublicPart, WeightsRequest, flat, table
-from subnet.swarm import content
-from subnet.swarm.codec import PayloadError, codec_of
-from subnet.swarm.merge import Merged, Source, accepted, agreed_weights, apply, cut_sources, rebase
-from subnet.swarm.record import Phase, Record, bind_roots
-from subnet.swarm.roster import Roster, records_of
-from subnet.transport.errors import TransportError
-from subnet.transport.synapse import tensor_bytes
-from subnet.trust.ledger import Evidence, digest
+from neurons.terms import Marks, Outcome, Terms
+from neurons.wire import DendriteExchange
+from subnet.swarm.codec import DeltaError, Feedback, codec_of, no_residual, reach
+from subnet.swarm.merge import Merged
+from subnet.swarm.record import Phase, Record
+from subnet.swarm.roster import NO_WEIGHTS, Roster, records_of
+from subnet.trust.ledger import Evidence
 
 log = logging.getLogger("orion.neurons.rounds")
 
-FETCH_DEADLINE = 30.0
-FETCH_PAUSE = 0.2
+WEIGHTS = "weights."
+"""Prefix of the weights in an engine's state; they follow from the public state and the contribution."""
 PACE_BLOCKS = 10
 STEP_BOUND = 8.0
 """An Adam-like step moves a weight by about its rate; a payload that claims this many times more is refused."""
+MARGIN = 3
+"""Blocks before a mark at which its record is handed to the chain: inclusion and finality take two or three."""
 
 
-def public_digest(theta: bytes, momentum: bytes) -> bytes:
-    """A stage's public state in one hash, from the digests of its weights and its outer momentum."""
-    return hashlib.sha256(b"orion/public/1" + theta + momentum).digest()
+class BehindError(Exception):
+    """This replica lacks the public state it would have to go on from: one line that says which."""
 
 
-def digest_of(state: Merged) -> bytes:
-    return public_digest(digest(tensor_bytes(state.theta)), digest(tensor_bytes(state.momentum)))
+class ChainBoard:
+    """`Board` of a merge over the node's chain."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def publish(self, record: Record, *, until: int) -> None:
+        await self._node.publish(record, until=until)
+
+    async def records_at(self, block: int) -> Mapping[str, Record | None]:
+        return records_of(await self._node.state(block))
+
+    async def wait(self, block: int) -> None:
+        await self._node.wait(block)
+
+    async def seed(self, block: int) -> bytes:
+        return await self._node.seed(block, "orion/pairs/1")
+
+
+def merge_terms(node: Node, roster: Roster, stage: int, *, secret: bytes, end: int | None = None) -> Terms:
+    """What the merge of `roster`'s round is played by at a stage; `end` is the last block to get its result by."""
+    manifest = node.loaded.manifest
+    marks, codec = manifest.round, codec_of(manifest.merge.codec)
+    optimizer, stretch = manifest.optimizer, reach(codec, manifest.merge.decay)
+
+    def limit(work: int) -> float:
+        return stretch * STEP_BOUND * optimizer.lr * (1 + work / optimizer.accumulation)
+
+    after = roster.block + marks.merge
+    return Terms(
+        number=roster.round,
+        replicas=roster.stages[stage],
+        count=node.parameters[stage],
+        marks=Marks(
+            cut=roster.block + marks.cut,
+            have=roster.block + marks.have,
+            merge=after if end is None else max(after, end),
+            end=max(after + (marks.merge - marks.have), end or 0),
+            margin=min(MARGIN, (marks.merge - marks.have) // 2),
+        ),
+        codec=codec,
+        outer=optimizer.outer(),
+        limit=limit,
+        secret=secret,
+    )
 
 
 class RoundMachine:
-    """One replica's rounds. `public` is what every replica of the stage holds alike."""
+    """One replica of one stage, round after round: `worker` trains, `replica` is what it holds in between."""
 
-    def __init__(self, node: Node, worker: StageWorker, archive: Archive) -> None:
+    def __init__(self, node: Node, stage: int, *, archive: Archive, library: Library, keeper: Keeper) -> None:
         self._node = node
-        self._worker = worker
-        self._archive = archive
         self._manifest = node.loaded.manifest
-        self._codec = codec_of(self._manifest.merge.codec)
-        self._stage = worker.engine.stage
-        theta = flatten(self._stage)
-        self.public = Merged(theta, torch.zeros_like(theta))
-        self._announcing: asyncio.Task[None] | None = None
+        self._archive = archive
+        self._library = library
+        self._keeper = keeper
+        self.codec = codec_of(self._manifest.merge.codec)
+        self.stage = stage
+        self.worker = build_worker(node, stage)
+        theta = flatten(self.engine.stage)
+        momentum = torch.empty(0) if self.codec.error_feedback else torch.zeros_like(theta)
+        feedback = no_residual(self.codec, theta.numel(), self._manifest.merge.decay)
+        self.replica = Replica(Merged(theta, momentum), 0, feedback)
+        self.digest = NO_WEIGHTS
+        """Of the public state held; zero until `serve` has been called."""
+        self._merges: dict[int, asyncio.Task[None]] = {}
+        self._voting: set[int] = set()
+        """Rounds in whose merge this replica has a say."""
+        self._announcing: asyncio.Task[int | None] | None = None
+        self._kept: KeptCut | None = None
+        self._secret = secrets.token_bytes(32)
 
     @property
-    def parameters(self) -> int:
-        return self.public.theta.numel()
+    def engine(self) -> StageEngine:
+        return self.worker.engine
 
-    async def play(self, roster: Roster, start: int) -> None:
-        """One whole round beginning at block `start`."""
-        node, marks = self._node, self._manifest.round
-        loop = asyncio.get_running_loop()
-        number, index = roster.round, self._worker.plan.index
-        held = self._archive.open(number, self.public)
-        node.telemetry.emit(
+    @property
+    def overlapped(self) -> bool:
+        return self._manifest.round.overlapped
+
+    @property
+    def state_record(self) -> Record:
+        """What this node says between merges: which public state it holds."""
+        return Record(run=self._node.loaded.run_id, round=self.replica.held, phase=Phase.READY, weights=self.digest)
+
+    def ready_for(self, roster: Roster) -> bool:
+        """Whether the public state held is the one that a replica of this round trains from."""
+        return self.replica.held >= roster.round - self.overlapped
+
+    async def serve(self) -> None:
+        """Offer the public state held to others, and know its digest."""
+        self.digest = await self._library.put(self.replica.held, self.replica.public)
+
+    def adopt(self, public: Merged, held: int) -> None:
+        """Go on from a public state that came from elsewhere."""
+        self.replica.replaced(public, held)
+        self.engine.replace_weights(public.theta)
+
+    def restore(self, cut: KeptCut) -> None:
+        """Go on from what was written down at a cut, as far as it belongs to the public state held."""
+        self.replica.feedback = Feedback(cut.residual, self.replica.feedback.decay)
+        if cut.round == self.replica.held:
+            self.replica.cut(cut.round, cut.sent, self.replica.feedback)
+            self._kept = cut
+        weights = unflatten(self.engine.stage, self.replica.base)
+        self.engine.load_state({**cut.optimizer, **{WEIGHTS + name: tensor for name, tensor in weights.items()}})
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """In the order of the flat vectors."""
+        return sorted(name for name, _ in self.engine.stage.named_parameters())
+
+    # -- a round ------------------------------------------------------------------------------------------------------
+
+    async def play(self, roster: Roster) -> None:
+        """Train the round and put its contribution into the merge, which may go on afterwards.
+
+        Raises `BehindError` if the merge before did not bring the state that this round's cut is taken from.
+        """
+        number = roster.round
+        self._node.telemetry.emit(
             RoundStarted(
                 round=number,
-                block=start,
-                stage=index,
+                block=roster.block,
+                stage=self.stage,
                 replicas=[len(stage) for stage in roster.stages],
                 roster=roster.digest.hex(),
             )
         )
-        evidence = await self._train(roster, start, held)
-        merge_start = loop.time()
-        payload = self._codec.encode(self.public.theta - flatten(self._stage))
-        held.payload_root = content.root(content.leaves(content.cut(payload)))
-        held.payloads[node.identity.hotkey] = (payload, evidence.root)
-        held.evidence = evidence
-        record = Record(
-            run=node.loaded.run_id,
-            round=number,
-            phase=Phase.CUT,
-            work=len(evidence.leaves),
-            root=bind_roots(held.payload_root, evidence.root),
-            roster=roster.digest,
-            weights=digest_of(self.public),
-        )
-        await self._publish(record, until=start + marks.have)
-        sources = cut_sources(roster.stages[index], records_of(await node.state(start + marks.cut)), number)
-        have = await self._collect(sources, number, held, until=start + marks.have - 1)
-        record = replace(record, phase=Phase.HAVE, have=have)
-        await self._publish(record, until=start + marks.length)
-        listed = accepted(sources, records_of(await node.state(start + marks.have)), number)
-        included = node.identity.hotkey in {source.hotkey for source in listed}
-        await self._merge(listed, number, held, included=included, until=start + marks.length - 1)
-        record = replace(record, phase=Phase.DONE, weights=digest_of(self.public))
-        # The next round need not wait for this one: nobody reads it before its first windows are audited.
-        self._announcing = asyncio.create_task(self._publish(record, until=start + marks.length + marks.close))
-        await self._checkpoint(number + 1)
-        node.telemetry.emit(
-            MergedEvent(
-                round=number,
-                stage=index,
-                sources=len(listed),
-                included=included,
-                void=not listed,
-                weights=digest_of(self.public).hex(),
-                seconds=round(loop.time() - merge_start, 3),
-            )
-        )
-        node.telemetry.emit(traffic(node))
+        before = self._node.history.roster(number - 1)
+        if self.overlapped and before is not None and self.replica.held == number - 1:
+            self.watch(before)
+        if number - 1 not in self._voting:  # else the records of that merge are this round's sign of life
+            self._announcing = asyncio.create_task(self._node.publish(self.state_record))
+        evidence = await self._train(roster)
+        await self.settle(number - 1)
+        if self.replica.held != number:
+            raise BehindError(f"stage {self.stage} needs the state after {number} rounds, has {self.replica.held}")
+        await self._cut(roster, evidence)
+        if not self.overlapped:
+            await self.settle(number)
 
-    async def _train(self, roster: Roster, start: int, held: RoundArchive) -> Evidence:
-        node, marks = self._node, self._manifest.round
-        seed = await node.seed(start, "orion/route/1")
-        self._worker.begin(roster.round, roster, seed, held)
+    async def _train(self, roster: Roster) -> Evidence:
+        node, close = self._node, roster.block + self._manifest.round.close
+        seed = await node.seed(roster.block, "orion/route/1")
+        self.worker.begin(roster.round, roster, seed, self._archive.open(roster.round))
         drive = None
-        if self._worker.plan.is_first:
-            closing_at = await self._time_of(start + marks.close)
-            drive = asyncio.create_task(self._worker.drive(closing_at=closing_at))
+        if self.worker.plan.is_first:
+            closing_at = await self._time_of(close)
+            drive = asyncio.create_task(self.worker.drive(closing_at=closing_at))
         try:
-            await node.wait(start + marks.close)
+            await node.wait(close)
         finally:
-            self._worker.stop()
+            self.worker.stop()
             if drive is not None:
                 await drive
-        _, evidence = await self._worker.close()
+        _, evidence = await self.worker.close()
         return evidence
 
     async def _time_of(self, block: int) -> float:
@@ -152,136 +224,173 @@ class RoundMachine:
         pace = (head.timestamp_ms - before.timestamp_ms) / 1000 / max(1, head.number - before.number)
         return asyncio.get_running_loop().time() + (block - head.number) * pace
 
-    async def settle(self) -> None:
-        """Wait until the last record is on chain."""
-        if self._announcing is not None:
-            await self._announcing
-
-    async def _publish(self, record: Record, *, until: int) -> None:
-        """Put a record on chain. Deadlines are kept by reading the chain at their block, so a late record costs this
-        round's part, not the node; `until` only keeps it out of later phases."""
+    async def _cut(self, roster: Roster, evidence: Evidence) -> None:
+        """Fix this replica's contribution, re-base its weights on public state, and start the merge."""
+        held = self._archive.open(roster.round)
+        terms = self._terms(roster)
+        delta = self.replica.pseudo_gradient(flatten(self.engine.stage))
         try:
-            await self._node.chain.publish(record.encode(), until_block=until)
-        except ChainError as error:
-            log.warning("record of round %d (%s) missed block %d: %s", record.round, record.phase.name, until, error)
+            pieces, sent, feedback = await asyncio.to_thread(terms.contribution, delta, self.replica.feedback)
+        except DeltaError as error:
+            log.error("round %d: %s", roster.round, error)  # noqa: TRY400 - the line is for a person
+            self.engine.replace_weights(self.replica.base)
+            self.watch(roster)
+            await self._node.publish(self.state_record)
+            return
+        self.engine.replace_weights(self.replica.cut(roster.round, sent, feedback))
+        held.evidence, held.desk = evidence, Desk(self._node.identity.hotkey, pieces, evidence=evidence.root)
+        optimizer = {name: tensor for name, tensor in self.engine.state().items() if not name.startswith(WEIGHTS)}
+        await self._keeper.keep_cut(self.stage, roster.round, self.replica, pieces, evidence, optimizer)
+        record = replace(self.state_record, round=roster.round, work=len(evidence.leaves))
+        self._voting = {roster.round}
+        self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, record))
 
-    async def _collect(self, sources: Sequence[Source], number: int, held: RoundArchive, *, until: int) -> int:
-        """Fetch the other sources' payloads, all at once; returns the bitmap of those held."""
-        others = [source for source in sources if source.hotkey not in held.payloads]
-        await asyncio.gather(*(self._fetch_payload(source, [source], number, held, until=until) for source in others))
-        return sum(1 << source.index for source in sources if source.hotkey in held.payloads)
+    def _terms(self, roster: Roster, *, end: int | None = None) -> Terms:
+        return merge_terms(self._node, roster, self.stage, secret=self._secret, end=end)
 
-    async def _fetch_payload(
-        self, source: Source, holders: Sequence[Source], number: int, held: RoundArchive, *, until: int
-    ) -> None:
-        """Try the holders in turn until the payload is here and proven, or block `until` has passed."""
-        node = self._node
-        turn = 0
-        while source.hotkey not in held.payloads and (await node.chain.finalized()).number < until:
-            holder = holders[turn % len(holders)].hotkey
-            turn += 1
-            try:
-                reply, tensors = await node.dendrite.call(
-                    node.neighbours.endpoints.get(holder, ""),
-                    holder,
-                    PayloadRequest(run=node.loaded.run_id.hex(), round=number, source=source.hotkey),
-                    reply=Payload,
-                    reply_specs={"payload": table(1, self._codec.payload_bytes(self.parameters))},
-                    deadline=FETCH_DEADLINE,
-                )
-                payload = bytes(tensor_bytes(tensors["payload"]))
-                evidence = bytes.fromhex(reply.evidence)
-            except TransportError as error:
-                log.debug("payload of %s from %s: %s", source.hotkey, holder, error)
-                await asyncio.sleep(FETCH_PAUSE)
-                continue
-            if bind_roots(content.root(content.leaves(content.cut(payload))), evidence) != source.root:
-                log.warning("round %d: what %s serves for %s has another root on chain", number, holder, source.hotkey)
-                await asyncio.sleep(FETCH_PAUSE)
-                continue
-            try:
-                self._codec.decode(payload, self.parameters, limit=self._largest_change(source.work))
-            except PayloadError as error:
-                log.warning("round %d: %s is left out: %s", number, source.hotkey, error)
-                return
-            held.payloads[source.hotkey] = (payload, evidence)
+    # -- merges -------------------------------------------------------------------------------------------------------
 
-    def _largest_change(self, work: int) -> float:
-        """No weight moves further than this in a round of `work` units, at the optimizer's own pace."""
-        optimizer = self._manifest.optimizer
-        return STEP_BOUND * optimizer.lr * (1 + work / optimizer.accumulation)
+    def watch(self, roster: Roster, *, end: int | None = None) -> None:
+        """Follow the merge of `roster`'s round without a say in it, unless it is being followed.
 
-    async def _merge(
-        self, listed: Sequence[Source], number: int, held: RoundArchive, *, included: bool, until: int
-    ) -> None:
-        """Bring public state and own weights to the next round."""
-        for source in listed:
-            if source.hotkey not in held.payloads:
-                await self._fetch_payload(source, listed, number, held, until=until)
-        before = self.public
-        if all(source.hotkey in held.payloads for source in listed):
-            deltas = [self._codec.decode(held.payloads[source.hotkey][0], self.parameters) for source in listed]
-            self.public = apply(before, deltas, self._manifest.optimizer.outer())
+        `end` gives a merge that is past its marks time up to that block.
+        """
+        if roster.round in self._merges:
+            return
+        held = self._archive.open(roster.round)
+        held.desk = held.desk or Desk(self._node.identity.hotkey)
+        terms = self._terms(roster, end=end)
+        self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, None))
+
+    def resume_merge(self, roster: Roster, block: int) -> None:
+        """Go on with the contribution from before a restart, at `block`: with a say while there is time to vote."""
+        cut, self._kept = self._kept, None
+        if cut is None or self.replica.pending is None or self.replica.pending.round != roster.round:
+            return
+        terms = self._terms(roster)
+        held = self._archive.open(roster.round)
+        held.evidence, held.desk = (
+            cut.evidence,
+            Desk(self._node.identity.hotkey, cut.pieces, evidence=cut.evidence.root),
+        )
+        if block < terms.marks.have - terms.marks.margin:
+            record = replace(self.state_record, round=roster.round, work=len(cut.evidence.leaves))
+            self._voting = {roster.round}
+            self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, record))
         else:
-            self.public = await self._take_public(listed, number + 1)
-        weights = rebase(flatten(self._stage), before, self.public, included=included)
-        self._worker.engine.replace_weights(weights)
+            self.watch(roster, end=block + terms.marks.merge - terms.marks.have)
 
-    async def _take_public(self, holders: Sequence[Source], number: int) -> Merged:
-        """The public state at the start of round `number` from a sibling, as most of the siblings' records say."""
+    def forget(self, number: int) -> None:
+        """A merge that brought nothing may be tried again."""
+        self._merges.pop(number, None)
+
+    async def settle(self, number: int) -> None:
+        """Wait until the merge of round `number`, if there is one, has been taken over."""
+        task = self._merges.get(number)
+        if task is not None:
+            await task
+        for old in [key for key in self._merges if key < number]:
+            del self._merges[old]
+
+    async def settle_all(self) -> None:
+        for task in list(self._merges.values()):
+            await task
+
+    async def _merge(self, roster: Roster, terms: Terms, desk: Desk, record: Record | None) -> None:
+        """One round's merge, from its cut to the weights."""
+        node, loop = self._node, asyncio.get_running_loop()
+        start = loop.time()
+        exchange = DendriteExchange(
+            node.dendrite, node.neighbours.endpoints.get, run=node.loaded.run_id, number=roster.round
+        )
+        outcome = await merge(terms, record, self.replica.public, desk, board=ChainBoard(node), exchange=exchange)
+        after = outcome.public
+        if outcome.incomplete:
+            until = roster.block + self._manifest.round.length + self._manifest.round.close
+            found = await after_merge(node, roster, self.stage, until=until)
+            if found is None:
+                log.warning("round %d: stage %d could not get what was merged", roster.round, self.stage)
+                return
+            after = found
+        change = await asyncio.to_thread(self.replica.merged, after, outcome.taken)
+        await self.worker.change_weights(change)
+        await self.serve()
+        self._report(roster, outcome, loop.time() - start)
+        await self._checkpoint()
+        if record is not None:
+            done = replace(record, phase=Phase.DONE, weights=self.digest)
+            await node.publish(done, until=roster.block + self._manifest.round.length + self._manifest.round.close)
+
+    def _report(self, roster: Roster, outcome: Outcome, seconds: float) -> None:
         node = self._node
-        start = (await node.chain.finalized()).number
-        for block in range(start, start + self._manifest.round.length):
-            records = records_of(await node.state(block))
-            agreed = agreed_weights([holder.hotkey for holder in holders], records, number - 1)
-            if agreed is None:
-                continue
-            for holder in holders:
-                try:
-                    state = await fetch_public(node, holder.hotkey, number, self.parameters)
-                except TransportError as error:
-                    log.debug("public weights from %s: %s", holder.hotkey, error)
-                    continue
-                if digest_of(state) == agreed:
-                    return state
-        raise NodeError(
-            f"stage {self._worker.plan.index} has no sibling that serves the weights of round {number}: "
-            "restart this miner to join again"
+        for kind, found in (("refused", outcome.refused), ("forged", outcome.forged)):
+            for hotkey, reason in found.items():
+                node.telemetry.emit(
+                    MergeFault(round=roster.round, stage=self.stage, hotkey=hotkey, fault=kind, reason=reason)
+                )
+        for hotkey, shards in outcome.liars.items():
+            reason = f"published another digest than the recomputed one for shards {', '.join(map(str, shards))}"
+            node.telemetry.emit(
+                MergeFault(round=roster.round, stage=self.stage, hotkey=hotkey, fault="liar", reason=reason)
+            )
+        node.telemetry.emit(
+            MergedEvent(
+                round=roster.round,
+                stage=self.stage,
+                sources=len(outcome.listed),
+                included=outcome.included,
+                void=not outcome.listed,
+                weights=self.digest.hex(),
+                seconds=round(seconds, 3),
+                carried=sum(map(len, outcome.carried)) if outcome.listed else 0,
+                received=sum(outcome.received.values()),
+            )
         )
+        node.telemetry.emit(traffic(node))
 
-    async def _checkpoint(self, number: int) -> None:
-        """Public weights and outer momentum of the stage at the start of round `number`, on this node's disk."""
-        path = checkpoint_path(self._node.config.out, self._worker.plan.index, number)
-        tensors = unflatten(self._stage, self.public.theta)
-        await asyncio.to_thread(
-            save,
-            path,
-            tensors | {"outer.momentum": self.public.momentum},
-            CheckpointInfo(
-                manifest_hash=self._node.loaded.digest.hex(), round=number, version=self._worker.engine.version
-            ),
-        )
-        self._node.telemetry.emit(CheckpointWritten(round=number, stage=self._worker.plan.index, path=str(path)))
+    async def _checkpoint(self) -> None:
+        """The public state on this node's disk or object store, before anybody is told that it is held."""
+        tensors = unflatten(self.engine.stage, self.replica.public.theta)
+        tensors |= {"outer.momentum": self.replica.public.momentum}
+        place = await self._keeper.keep_stage(self.stage, self.replica.held, tensors, self.engine.version)
+        if place is not None:
+            self._node.telemetry.emit(CheckpointWritten(round=self.replica.held, stage=self.stage, path=place))
+            await asyncio.to_thread(forget, self._node.downloads)
+
+    async def shut_down(self) -> None:
+        """Stop training and merging, at once."""
+        tasks: list[asyncio.Task[object]] = [*self._merges.values()]
+        if self._announcing is not None:
+            tasks.append(self._announcing)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.worker.shut_down()
 
 
-def checkpoint_path(out: Path, stage: int, number: int) -> Path:
-    return out / "checkpoints" / f"stage-{stage:02d}" / f"round-{number:05d}.safetensors"
-
-
-async def fetch_public(node: Node, holder: str, number: int, parameters: int) -> Merged:
-    """A stage's public state as `holder` serves it; the caller checks its digest. Raises `TransportError`."""
-    parts = {}
-    for part in ("theta", "momentum"):
-        _, tensors = await node.dendrite.call(
-            node.neighbours.endpoints.get(holder, ""),
-            holder,
-            WeightsRequest(run=node.loaded.run_id.hex(), round=number, part=part),
-            reply=PublicPart,
-            reply_specs={"weights": flat(parameters)},
-            deadline=FETCH_DEADLINE,
-        )
-        parts[part] = tensors["weights"]
-    return Merged(parts["theta"], parts["momentum"])
+def build_worker(node: Node, stage: int) -> StageWorker:
+    """A stage's worker, with the weights every replica starts from."""
+    manifest = node.loaded.manifest
+    config = manifest.model.config()
+    plan = node.plans[stage]
+    engine = StageEngine(
+        build_stage(config, plan, manifest.run.seed),
+        manifest.optimizer.inner(),
+        plan,
+        n_total_params=total_parameters(config, plan.count),
+        accumulation=manifest.optimizer.accumulation,
+        recompute=Recompute.KEEP,
+        capacity=2 * DEPTH_LIMIT_PER_STAGE * plan.count,
+    )
+    return StageWorker(
+        identity=node.identity,
+        loaded=node.loaded,
+        engine=engine,
+        corpus=node.corpus,
+        dendrite=node.dendrite,
+        endpoint_of=node.neighbours.endpoint,
+        telemetry=node.telemetry,
+    )
 
 
 def traffic(node: Node) -> Traffic:
@@ -291,6 +400,6 @@ def traffic(node: Node) -> Traffic:
     return Traffic(
         forward=sent.get("forward", 0),
         backward=sent.get("backward", 0),
-        merge=received.get("payload", 0),
-        evidence=sum(received.get(route, 0) for route in ("evidence", "window", "unit", "weights")),
+        merge=sum(received.get(route, 0) for route in ("leaves", "payload", "shard")),
+        evidence=sum(received.get(route, 0) for route in ("evidence", "window", "unit", "tree", "piece")),
     )

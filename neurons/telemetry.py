@@ -7,8 +7,9 @@ the time since the epoch from the clock handed in. Nobody parses log text.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from io import TextIOBase
 from pathlib import Path
@@ -32,6 +33,27 @@ class RoundStarted:
     stage: int | None
     replicas: list[int]
     roster: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """The roster has this miner in another state: waiting, joining, active, benched, out or left."""
+
+    round: int
+    state: str
+    stage: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Downloaded:
+    """The public state of a stage is here and checked: that with `held` rounds merged into it."""
+
+    held: int
+    stage: int
+    bytes: int
+    seconds: float
+    sources: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +105,18 @@ class TrainingClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordPublished:
+    """A record of this node is on chain; with it, `epoch_used` of `epoch_limit` bytes of the epoch are used."""
+
+    phase: str
+    round: int
+    block: int
+    bytes: int
+    epoch_used: int
+    epoch_limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class Merged:
     """The round's merge ended; `weights` is the digest of the stage's public weights."""
 
@@ -93,6 +127,32 @@ class Merged:
     void: bool
     weights: str
     seconds: float
+    carried: int
+    """Values that keep what they were, though the round counts."""
+    received: int
+    """Bytes fetched for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeFault:
+    """What a merge found wrong with a replica: its payload is `refused`, its bytes `forged`, its digest a `liar`'s."""
+
+    round: int
+    stage: int
+    hotkey: str
+    fault: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowChecked:
+    """A joiner computed units of a sibling again before it counts; `error` is the largest relative one."""
+
+    stage: int
+    sibling: str
+    units: int
+    passed: bool
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +243,32 @@ class NodeFailed:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """What `orion localnet` did to a node: kill, leave, freeze, thaw, join (first start), restart (start after a kill).
+
+    Or to the whole run: resume, with no node. `fault` is the option that asked for it, empty for what follows from it.
+    """
+
+    action: str
+    node: str
+    round: int
+    fault: str
+
+
 Event = (
     NodeStarted
     | RoundStarted
+    | StateChanged
+    | Downloaded
     | LocalStep
     | MicrobatchStarted
     | MicrobatchDone
     | TrainingClosed
+    | RecordPublished
     | Merged
+    | MergeFault
+    | ShadowChecked
     | Traffic
     | UnitAudited
     | Settled
@@ -200,6 +278,7 @@ Event = (
     | CheckpointWritten
     | NodeFinished
     | NodeFailed
+    | Intervention
 )
 
 EVENTS: dict[str, type[Event]] = {
@@ -217,8 +296,13 @@ class Telemetry:
 
     @classmethod
     def open(cls, path: Path, *, now: Callable[[], float]) -> Telemetry:
+        """Go on at the end of `path`. A line that a killed process left unfinished is ended: readers skip it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        return cls(path.open("a", encoding="utf-8", buffering=1), now=now)
+        torn = _is_torn(path)
+        stream = path.open("a", encoding="utf-8", buffering=1)
+        if torn:
+            stream.write("\n")
+        return cls(stream, now=now)
 
     def emit(self, event: Event) -> None:
         line = {"t": round(self._now(), 4), "kind": _KINDS[type(event)], **asdict(event)}
@@ -236,13 +320,37 @@ class Stamped:
     event: Event
 
 
-def read_events(lines: Iterator[str] | list[str]) -> Iterator[Stamped]:
-    """Events from complete lines of a log. Raises `ValueError` naming a line that is no event."""
-    for line in lines:
+def read_events(lines: Iterable[str]) -> Iterator[Stamped]:
+    """Events from lines of a log, torn ones left out. Raises `ValueError` naming a line of another version."""
+    return (stamped for line in lines if (stamped := read_event(line)) is not None)
+
+
+def read_event(line: str) -> Stamped | None:
+    """The event in one line; None for a torn one, of which a killed process wrote only a part.
+
+    Raises `ValueError` for a whole line that is no event of this version.
+    """
+    try:
         fields = json.loads(line)
-        moment, kind = fields.pop("t"), fields.pop("kind")
-        if kind not in EVENTS:
-            raise ValueError(f"event kind {kind!r} is unknown: the log was written by another version of Orion")
-        if kind == "weights_set":
-            fields["weights"] = {int(uid): weight for uid, weight in fields["weights"].items()}
-        yield Stamped(moment, EVENTS[kind](**fields))
+    except ValueError:
+        return None
+    if not isinstance(fields, dict) or not {"t", "kind"} <= fields.keys():
+        return None
+    moment, kind = fields.pop("t"), fields.pop("kind")
+    if kind not in EVENTS:
+        raise ValueError(f"event kind {kind!r} is unknown: the log was written by another version of Orion")
+    if kind == "weights_set":
+        fields["weights"] = {int(uid): weight for uid, weight in fields["weights"].items()}
+    try:
+        return Stamped(moment, EVENTS[kind](**fields))
+    except TypeError as error:
+        raise ValueError(f"event {kind} has other fields: the log was written by another version of Orion") from error
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a file ends in the middle of a line."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) != b"\n"

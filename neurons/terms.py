@@ -130,8 +130,8 @@ class Outcome:
 
     public: Merged
     """The next public state; where it is `incomplete`, what could not be had keeps its old value."""
-    record: Record
-    """As last published."""
+    record: Record | None
+    """As last published; None of who only watched."""
     listed: tuple[Source, ...]
     """The sources that the chain counts; none if the round is void."""
     merged: tuple[range, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,7 @@ class OpenInput:
     tensor: torch.Tensor
     digest: bytes
     taken_over: bool = False
-    """Fetched to compute a dead sibling's backward; this replica sent nothing forward for it."""
+    """Opened in place of a sibling that is gone: the gradient may come from whoever that one sent its output to."""
 
 
 @dataclass
@@ -32,6 +33,33 @@ class Awaited:
     sink: str
     since: float
     """Loop time of the delivery."""
+    shared: bool = False
+    """The other side had it from a sibling already: it is asked again, but nobody else is given the same work."""
+
+
+@dataclass
+class Sibling:
+    """Another head in this round: what it said of itself, what it knows of us, whether it is there. Times are the
+    loop's."""
+
+    started: int = 0
+    """It may have started its indices below this one."""
+    open: frozenset[int] = frozenset()
+    """Those of them that are not back."""
+    heard: float = -math.inf
+    """When its last notice came."""
+    met: bool = False
+    """It has answered or spoken in this round."""
+    failing: float | None = None
+    """Since when it has not answered as one who plays this round; None if it has."""
+    told: int = 0
+    """Up to which of our own indices it knows."""
+    asked: float | None = None
+    """Since when it owes an acknowledgement."""
+    exchanged: float = -math.inf
+    """When the last exchange that has ended began."""
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    """There is something to tell it now."""
 
 
 @dataclass
@@ -65,6 +93,25 @@ class TrainingRound:
     """Samples whose input nobody in the stage before has."""
     flights: dict[int, float] = field(default_factory=dict)
     """At the head: samples in flight and when they left."""
+    siblings: dict[str, Sibling] = field(default_factory=dict)
+    """At the head: the other heads."""
+    closing_at: float = math.inf
+    """At the head: when the round closes, by the loop's clock."""
+    watching: bool = False
+    lease: int = 0
+    """Own indices below this one are announced to the siblings; those below `started` have left."""
+    out: set[int] = field(default_factory=set)
+    """Own indices announced and not back."""
+    foreign: set[int] = field(default_factory=set)
+    """Samples of other heads that were taken up here."""
+    taken: set[int] = field(default_factory=set)
+    """Those of them whose gradient is here."""
+    elsewhere: set[int] = field(default_factory=set)
+    """Samples whose gradient another head says it has, though they are not its own."""
+    beat: float = math.inf
+    """At the head: when it last looked after its flights."""
+    woke: float = -math.inf
+    """When this process last found that it had been stopped."""
     started: int = 0
     completed: int = 0
     adopted: int = 0

@@ -16,80 +16,56 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from model.accounting import stage_flops
-from model.stage import Stage, assign_flat, build_stage, flatten
-from neurons.evidence import FETCH_DEADLINE, Case, EvidenceReader, replay_cases
+from neurons.evidence import Case, EvidenceReader, replay_cases
+from neurons.follower import PublicStates, RoundStart
 from neurons.node import Node, main
-from neurons.rounds import FETCH_PAUSE, public_digest
 from neurons.telemetry import (
     MinerScored,
     NodeFinished,
     RoundStarted,
     Settled,
     UnitAudited,
-    Validated,
     WeightsSet,
 )
 from subnet.chain import ChainRefused
 from subnet.identity import verify
-from subnet.messages import (
-    PublicPart,
-    WeightsRequest,
-    flat,
-)
 from subnet.metagraph import ChainState
-from subnet.swarm.merge import accepted, agreed_weights, cut_sources
-from subnet.swarm.record import Record
+from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import Roster, records_of
-from subnet.transport.errors import TransportError
-from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import Verdict, correctness, select_units, select_windows
 from subnet.trust.ledger import (
     Evidence,
-    digest,
 )
 from subnet.trust.scoring import Paid, Score, Settlement, score, settle, weights
 
 log = logging.getLogger("orion.neurons.validator")
 
-THETA_TRIES = 50
-AGREE_STEP = 4
-
 
 class Auditor:
-    """One validator's view of a run: the public weights of every stage and the scores of the closed rounds."""
+    """One validator's judgement of a run: what it audits, and the scores of the closed rounds."""
 
-    def __init__(self, node: Node) -> None:
-        manifest = node.loaded.manifest
-        config = manifest.model.config()
+    def __init__(self, node: Node, states: PublicStates) -> None:
         self._node = node
+        self._states = states
         self._reader = EvidenceReader(node)
-        self._stages: list[Stage] = [build_stage(config, plan, manifest.run.seed) for plan in node.plans]
-        self._theta = [flatten(stage) for stage in self._stages]
-        """Public weights of every stage, as last known."""
-        self._known = [0] * len(node.plans)
-        """The round at whose start they are that, by stage."""
-        self._rebased: set[str] = set()
-        """Replicas whose own weights differ from the public ones, because their contribution was carried over."""
         self._history: list[dict[str, Score]] = []
 
     # -- one round ------------------------------------------------------------------------------------------------
 
-    async def judge(self, roster: Roster, start: int) -> None:
-        """Audit, settle and score the round that began at block `start`, and set weights."""
+    async def judge(self, roster: Roster, start: RoundStart) -> None:
+        """Audit, settle and score a round whose roots are on chain, and set weights."""
         node = self._node
         marks, rules = node.loaded.manifest.round, node.loaded.manifest.audit
-        state = await node.state(start + marks.cut)
-        seed = await node.seed(start + marks.cut + rules.seed_delay, "orion/audit/1")
+        state = await node.state(roster.block + marks.cut)
+        seed = await node.seed(roster.block + marks.cut + rules.seed_delay, "orion/audit/1")
         records = records_of(state)
         members = [hotkey for stage in roster.stages for hotkey in stage]
         tables = await asyncio.gather(*(self._reader.tables(hotkey, roster, records.get(hotkey)) for hotkey in members))
         evidence = {hotkey: table for hotkey, table in zip(members, tables, strict=True) if table is not None}
         # Everything is fetched from all miners at once, so nobody's slowness makes another one late.
         fetched = await asyncio.gather(
-            *(self._audit(hotkey, roster, table, seed) for hotkey, table in evidence.items())
+            *(self._audit(hotkey, roster, table, seed, start) for hotkey, table in evidence.items())
         )
         verdicts = {
             hotkey: await asyncio.to_thread(self._replay, roster.stage_of(hotkey) or 0, parts)
@@ -107,7 +83,9 @@ class Auditor:
 
     # -- audits ---------------------------------------------------------------------------------------------------
 
-    async def _audit(self, hotkey: str, roster: Roster, evidence: Evidence, seed: bytes) -> list[Case]:
+    async def _audit(
+        self, hotkey: str, roster: Roster, evidence: Evidence, seed: bytes, start: RoundStart
+    ) -> list[Case]:
         """Weights and tensors of the units the seed picks in one miner's ledger."""
         rules = self._node.loaded.manifest.audit
         validator = self._node.identity.hotkey
@@ -119,19 +97,12 @@ class Auditor:
             )
             for window in windows
         ]
-        return await self._reader.cases(hotkey, roster, picks, public=self._public(hotkey, roster, evidence))
-
-    def _public(self, hotkey: str, roster: Roster, evidence: Evidence) -> dict[int, torch.Tensor]:
-        """The weights a round's first window must start from, where this validator knows them."""
-        index = roster.stage_of(hotkey) or 0
-        if self._known[index] != roster.round or hotkey in self._rebased or not evidence.windows:
-            return {}
-        return {min(window.version for window in evidence.windows): self._theta[index]}
+        return await self._reader.cases(hotkey, roster, picks, public=start.weights(hotkey, evidence))
 
     def _replay(self, index: int, cases: Sequence[Case]) -> list[Verdict]:
         manifest = self._node.loaded.manifest
         return replay_cases(
-            self._stages[index],
+            self._states.stages[index],
             cases,
             self._node.corpus,
             accumulation=manifest.optimizer.accumulation,
@@ -204,113 +175,35 @@ class Auditor:
             return
         node.telemetry.emit(WeightsSet(round=roster.round, block=block, weights=by_uid))
 
-    # -- public weights and validation loss -----------------------------------------------------------------------
-
-    async def follow(self, roster: Roster, start: int) -> None:
-        """Take the public weights after the round that began at `start`, from whoever serves what the chain says."""
-        marks = self._node.loaded.manifest.round
-        at_cut, at_have = [await self._records(start + mark) for mark in (marks.cut, marks.have)]
-        self._rebased = set()
-        for index, replicas in enumerate(roster.stages):
-            sources = cut_sources(replicas, at_cut, roster.round)
-            listed = [source.hotkey for source in accepted(sources, at_have, roster.round)]
-            self._rebased.update(set(replicas) - set(listed))
-            if not listed:  # a void round leaves the public weights as they are
-                self._known[index] += self._known[index] == roster.round
-                continue
-            agreed = await self._agreed(listed, roster.round, start + marks.length)
-            if agreed is None:
-                log.warning("round %d: stage %d agreed on no weights in time", roster.round, index)
-            else:
-                await self._take_theta(index, listed, roster.round + 1, agreed)
-
-    async def _records(self, block: int) -> dict[str, Record | None]:
-        return records_of(await self._node.state(block))
-
-    async def _agreed(self, replicas: Sequence[str], number: int, block: int) -> bytes | None:
-        """What most of the merge's sources committed as the weights after round `number`, from `block` on."""
-        for later in range(0, self._node.loaded.manifest.round.close, AGREE_STEP):
-            records = await self._records(block + later)
-            agreed = agreed_weights(replicas, records, number)
-            if agreed is not None:
-                return agreed
-        return None
-
-    async def _take_theta(self, index: int, replicas: Sequence[str], number: int, agreed: bytes) -> None:
-        node = self._node
-        for attempt in range(THETA_TRIES):
-            hotkey = replicas[attempt % len(replicas)]
-            try:
-                reply, tensors = await node.dendrite.call(
-                    node.neighbours.endpoints.get(hotkey, ""),
-                    hotkey,
-                    WeightsRequest(run=node.loaded.run_id.hex(), round=number, part="theta"),
-                    reply=PublicPart,
-                    reply_specs={"weights": flat(self._theta[index].numel())},
-                    deadline=FETCH_DEADLINE,
-                )
-            except TransportError as error:
-                log.debug("weights of stage %d from %s: %s", index, hotkey, error)
-                await asyncio.sleep(FETCH_PAUSE)
-                continue
-            if public_digest(digest(tensor_bytes(tensors["weights"])), bytes.fromhex(reply.other)) == agreed:
-                self._theta[index], self._known[index] = tensors["weights"], number
-                return
-            log.warning("weights of stage %d from %s are not what the chain says", index, hotkey)
-        log.warning("nobody served the weights of stage %d at the start of round %d", index, number)
-
-    async def validate(self, number: int) -> None:
-        """Validation loss of the public weights at the start of round `number`, one stage at a time."""
-        manifest = self._node.loaded.manifest
-        if any(known != number for known in self._known):
-            log.warning("no validation loss at the start of round %d: some stage's weights are not known", number)
-            return
-        loss = await asyncio.to_thread(self._validation_loss)
-        tokens = manifest.data.validation_batches * manifest.tokens_per_microbatch
-        self._node.telemetry.emit(Validated(round=number, loss=round(loss, 5), tokens=tokens))
-
-    @torch.no_grad()
-    def _validation_loss(self) -> float:
-        batches = [
-            self._node.corpus.validation_sample(index)
-            for index in range(self._node.loaded.manifest.data.validation_batches)
-        ]
-        held = [tokens[:, :-1] for tokens in batches]
-        for stage, theta in zip(self._stages, self._theta, strict=True):
-            assign_flat(stage, theta)
-            if stage.plan.is_last:
-                losses = [stage.loss(x, tokens[:, 1:]) for x, tokens in zip(held, batches, strict=True)]
-                return float(torch.stack(losses).mean())
-            wire = self._node.shapes.boundary.dtype
-            held = [stage(x).to(wire).to(torch.float32) for x in held]
-        raise AssertionError("a split always ends with a last stage")
-
 
 async def validate(node: Node) -> None:
     """A validator's whole life in one run."""
     manifest = node.loaded.manifest
+    node.flags |= Flags.OBSERVER
     await node.listen()
-    auditor = Auditor(node)
-    await auditor.validate(0)
-    roster, start = await node.first_roster()
-    number = 0
-    while manifest.round.count == 0 or number < manifest.round.count:
-        block = manifest.round_start(start, number)
+    states = PublicStates(node)
+    auditor = Auditor(node, states)
+    roster = await node.enter()
+    if roster.round == 0:
+        await states.validate(0)
+    while manifest.round.count == 0 or roster.round < manifest.round.count:
         node.telemetry.emit(
             RoundStarted(
-                round=number,
-                block=block,
+                round=roster.round,
+                block=roster.block,
                 stage=None,
                 replicas=[len(stage) for stage in roster.stages],
                 roster=roster.digest.hex(),
             )
         )
-        await auditor.judge(roster, block)
-        await auditor.follow(roster, block)
-        await auditor.validate(number + 1)
-        number += 1
-        roster = await node.next_roster(roster, manifest.round_start(start, number))
-    node.telemetry.emit(NodeFinished(rounds=number))
+        await node.publish(Record(run=node.loaded.run_id, round=roster.round, phase=Phase.READY))
+        start = states.round_start(roster)
+        following = asyncio.create_task(states.follow(roster))
+        await auditor.judge(roster, start)
+        await following
+        await states.validate(roster.round + 1)
+        roster = await node.next_roster()
+    node.telemetry.emit(NodeFinished(rounds=roster.round))
 
 
 def run(argv: list[str]) -> int:

@@ -6,6 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+RESUME_TAKES = {"command", "resume", "plain"}
+"""The only options that go with --resume."""
+
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export = commands.add_parser(
@@ -33,15 +36,27 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate.add_argument("--seed", type=int, default=0, help="seed of the draws above temperature 0 (default: 0)")
 
 
-def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(
-        prog="orion", description="Train one large language model together, on Bittensor, without an orchestrator."
+def _add_roster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    roster = commands.add_parser(
+        "roster",
+        help="recompute the roster from the chain and print why each neuron is where it is",
+        description="Replay a run's rosters from round 0 on, from the chain alone, and print the one of a block.",
     )
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    roster.add_argument("--at", type=int, default=None, metavar="BLOCK", help="block (default: the newest finalized)")
+    roster.add_argument("--run", type=Path, default=None, help="folder of a local run: manifest.toml and chain.url")
+    roster.add_argument("--network", default=None, help="network name or ws:// URL, with --manifest instead of --run")
+    roster.add_argument("--manifest", type=Path, default=None, help="manifest.toml of the run")
+    roster.add_argument("--netuid", type=int, default=None, help="subnet (default: the manifest's)")
+    roster.add_argument("--archive", default=None, help="ws:// URL to read what the network's nodes have pruned from")
+
+
+def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     localnet = commands.add_parser(
         "localnet",
         help="run a whole swarm on this machine: a development chain, miners, validators",
         description="Start a development chain, miners and validators on this machine, train, and print the result.",
+        epilog="WHO is miner:3 or stage:2 (one replica of it, whoever holds it). ROUND is round1 for the middle of "
+        "round 1, round1+0.95 for another place in it. SECONDS are half a round if left out. Repeat any for more.",
     )
     localnet.add_argument("--stages", type=int, default=4, help="pipeline stages (default: 4)")
     localnet.add_argument("--replicas", type=int, default=2, help="miners per stage (default: 2)")
@@ -49,21 +64,51 @@ def parser() -> argparse.ArgumentParser:
     localnet.add_argument("--rounds", type=int, default=3, help="rounds of training and merging (default: 3)")
     localnet.add_argument("--model", default="nano", help="model preset (default: nano)")
     localnet.add_argument("--out", type=Path, default=None, help="folder for everything (default: runs/<time>)")
+    localnet.add_argument(
+        "--resume",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="go on with the run in DIR, all of whose processes have died; it keeps the options it was started with",
+    )
     localnet.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
     localnet.add_argument("--block-time", type=float, default=0.1, help="seconds per block (default: 0.1)")
     localnet.add_argument(
         "--round-seconds", type=float, default=40.0, help="length of a round, at least 10 s (default: 40)"
     )
     localnet.add_argument(
-        "--kill",
-        action="append",
-        default=[],
-        metavar="WHO@ROUND",
-        help="kill -9 a node in the middle of a round: miner:3@round1 or stage:2@round1; repeat for more",
+        "--no-overlap",
+        action="store_true",
+        help="merge at the end of a round, while nobody trains, instead of during the next one",
     )
+    localnet.add_argument(
+        "--codec", default="topk2bit", choices=("topk2bit", "int8", "bf16"), help="what merges send (default: topk2bit)"
+    )
+    churn = localnet.add_argument_group("churn on demand")
+    for action, form, text in (
+        ("kill", "WHO@ROUND", "kill -9 of a miner"),
+        ("leave", "WHO@ROUND", "a miner leaves cleanly at the end of its round"),
+        ("freeze", "WHO@ROUND[:SECONDS]", "a miner stands still for a while (SIGSTOP)"),
+        ("restart", "WHO@ROUND[:SECONDS]", "kill -9 of a miner, which is started again after a while"),
+        ("join", "N@ROUND", "N miners more"),
+    ):
+        churn.add_argument(f"--{action}", action="append", default=[], metavar=form, help=text)
+    network = localnet.add_argument_group("the network between nodes")
+    network.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
+    network.add_argument("--bandwidth", default=None, metavar="200mbit", help="of every node (default: no limit)")
+    network.add_argument("--loss", default=None, metavar="0.5%", help="share of packets lost (default: none)")
     localnet.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="orion", description="Train one large language model together, on Bittensor, without an orchestrator."
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_localnet(commands)
     _add_export(commands)
     _add_generate(commands)
+    _add_roster(commands)
     # Its options are the chain's own: `main` hands them over unparsed.
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
@@ -93,22 +138,59 @@ def main(argv: list[str] | None = None) -> int:
             temperature=flags.temperature,
             seed=flags.seed,
         )
-    from scripts.localnet import LocalnetOptions, localnet  # noqa: PLC0415 - heavy, and only for this command
+    if flags.command == "roster":
+        from scripts.roster import show_roster  # noqa: PLC0415 - heavy, and only for this command
 
+        return show_roster(
+            at=flags.at,
+            run=flags.run,
+            network=flags.network,
+            manifest=flags.manifest,
+            netuid=flags.netuid,
+            archive=flags.archive,
+        )
+    return _localnet(flags)
+
+
+def _localnet(flags: argparse.Namespace) -> int:
+    from scripts.faults import ACTIONS, FaultError, parse_faults  # noqa: PLC0415 - heavy, and only for this command
+    from scripts.localnet import localnet, resume  # noqa: PLC0415
+    from scripts.options import LocalnetOptions  # noqa: PLC0415
+
+    if flags.resume is not None:
+        fresh = parser().parse_args(["localnet"])
+        others = [
+            name for name, value in vars(flags).items() if name not in RESUME_TAKES and value != getattr(fresh, name)
+        ]
+        if others:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            print(
+                f"orion localnet: --resume takes its options from the run's folder: leave out {given}", file=sys.stderr
+            )
+            return 2
+        return resume(flags.resume, plain=flags.plain)
+    try:
+        faults = parse_faults({action: getattr(flags, action) for action in ACTIONS})
+    except FaultError as error:
+        print(f"orion localnet: {error}", file=sys.stderr)
+        return 1
     options = LocalnetOptions(
         stages=flags.stages,
         replicas=flags.replicas,
         validators=flags.validators,
         rounds=flags.rounds,
         model=flags.model,
-        out=flags.out,
         seed=flags.seed,
         block_time=flags.block_time,
         round_seconds=flags.round_seconds,
-        kill=tuple(flags.kill),
-        plain=flags.plain,
+        overlap=not flags.no_overlap,
+        codec=flags.codec,
+        latency=flags.latency,
+        bandwidth=flags.bandwidth,
+        loss=flags.loss,
+        faults=faults,
     )
-    return localnet(options)
+    return localnet(options, out=flags.out, plain=flags.plain)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from model.config import ConfigError
 from model.corpus import find_tokenizer
 from model.data import DataError
 from model.export import ExportError, ExportSource, export
-from neurons.rounds import checkpoint_path
 from neurons.telemetry import Validated, read_events
+from neurons.vault import stage_file
 from scripts.localnet import cache_folder
 from subnet.manifest import LoadedManifest, ManifestError, load_manifest
 
@@ -49,7 +49,7 @@ def _source(run: Path, loaded: LoadedManifest, number: int | None, tokenizer: Pa
         name=manifest.run.name,
         config=manifest.model.config(),
         wire_dtype=manifest.model.wire_dtype,
-        checkpoints=[checkpoint_path(run, stage, chosen) for stage in range(stages)],
+        checkpoints=[run / stage_file(stage, chosen) for stage in range(stages)],
         manifest_hash=loaded.digest.hex(),
         round=chosen,
         tokenizer=tokenizer or _tokenizer(loaded),
@@ -59,7 +59,7 @@ def _source(run: Path, loaded: LoadedManifest, number: int | None, tokenizer: Pa
 
 def _newest(run: Path, stages: int) -> int:
     """The newest round of which every stage has a file. Raises `ExportError` naming what each stage has."""
-    held = [_rounds(checkpoint_path(run, stage, 0).parent) for stage in range(stages)]
+    held = [_rounds((run / stage_file(stage, 0)).parent) for stage in range(stages)]
     complete = set.intersection(*held)
     if not complete:
         have = ", ".join(f"stage {stage}: {max(rounds, default='none')}" for stage, rounds in enumerate(held))

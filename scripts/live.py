@@ -16,11 +16,19 @@ from scripts.tally import MinerTally, Tally
 _COLOURS = {
     "starting": "dim",
     "waiting": "yellow",
+    "joining": "magenta",
+    "active": "green",
     "training": "green",
     "merging": "cyan",
     "merged": "blue",
+    "benched": "dark_orange",
+    "out": "dim",
+    "left": "dim",
+    "frozen": "bright_blue",
     "dead": "red",
 }
+AWAY = frozenset({"waiting", "benched", "out", "left"})
+"""States of miners that hold no stage, or hold it no more."""
 NEWS_LINES = 8
 
 
@@ -29,7 +37,7 @@ def grid(tally: Tally, stages: int) -> Table:
     table = Table(title=None, expand=False, pad_edge=False)
     columns: list[list[MinerTally]] = [[] for _ in range(stages)]
     for miner in sorted(tally.miners.values(), key=lambda miner: miner.name):
-        if miner.stage is not None:
+        if miner.stage is not None and miner.state not in AWAY:
             columns[miner.stage].append(miner)
     for stage in range(stages):
         role = "head" if stage == 0 else "tail" if stage == stages - 1 else "body"
@@ -46,6 +54,16 @@ def _cell(miner: MinerTally) -> Text:
     return text
 
 
+def away(tally: Tally) -> Text:
+    """Miners that stand in no stage: name and state; empty if there are none."""
+    text = Text()
+    for miner in sorted(tally.miners.values(), key=lambda miner: miner.name):
+        if miner.state in AWAY or (miner.stage is None and miner.state != "starting"):
+            text.append(f"{miner.name} ", style="bold")
+            text.append(f"{miner.state}  ", style=_COLOURS.get(miner.state, ""))
+    return text
+
+
 def facts(tally: Tally) -> Table:
     """The numbers under the grid."""
     table = Table.grid(padding=(0, 3))
@@ -59,6 +77,13 @@ def facts(tally: Tally) -> Table:
         "audits", f"{tally.audits_passed} passed, {tally.audits_failed} failed", "bytes moved", f"{moved / 1e6:,.1f} MB"
     )
     table.add_row("microbatches", f"{tally.completed} done, {tally.lost} lost", "weights set", str(tally.weights_set))
+    churn = tally.churn
+    table.add_row(
+        "churn",
+        f"{churn.joined} joined, {churn.left} left, {churn.benched} benched",
+        "ended",
+        f"{churn.killed} killed, {churn.restarted} started again, {tally.gradients_lost} gradients lost",
+    )
     return table
 
 
@@ -117,7 +142,7 @@ class View:
             )
 
     def _panel(self, tally: Tally, elapsed: float) -> RenderableType:
-        parts: Sequence[RenderableType] = [grid(tally, self._stages), facts(tally)]
+        parts: Sequence[RenderableType] = [grid(tally, self._stages), away(tally), facts(tally)]
         if tally.weights:
             parts = [*parts, weights(tally)]
         news = Text("\n".join(self._news[-NEWS_LINES:]), style="dim")

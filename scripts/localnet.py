@@ -2,7 +2,8 @@
 
 Everything is the real thing: the unmodified SDK against a chain process, wallets on disk, one process per neuron with
 the flags a real network takes. This command plays the subnet's owner: it registers the hotkeys and publishes the
-manifest's hash. After that it only watches event logs; nobody waits for it.
+manifest's hash. After that it only watches event logs, and does to nodes what was asked for; nobody waits for it. What
+it needs to go on after everything has died, itself included, is in the run's folder.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import asyncio
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from scripts.faults import Fault, FaultError, FaultPlan
+from scripts.churn import Churn, Named, to_start
+from scripts.faults import FaultError, FaultPlan
 from scripts.live import View, grid, weights
-from scripts.nodes import NodeProcess, start_chain, start_node, start_server, stop_nodes, stop_server
-from scripts.tally import LogFollower, Tally, summary, write_summary
+from scripts.locks import Lock, StillRunning, claim_run, lock_path
+from scripts.nodes import NodeProcess, start_chain, start_server, stop_nodes, stop_server, wait_for_server
+from scripts.options import LocalnetError, LocalnetOptions, check_options, claim_folder
+from scripts.resume import CHAIN_FILE, RunFile, read_run
+from scripts.summary import summary, write_summary
+from scripts.tally import LogFollower, Tally
 
 NETUID = 9
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -27,44 +33,40 @@ TEMPO = 20
 CHAIN_START = 30.0
 STOP_PATIENCE = 3.0
 LOOK = 0.25
-MOST_NODES = 200
 GRACE = 120.0
 """Seconds, on top of twice the rounds' own length, after which a swarm that has not finished is given up."""
-PHASE_SECONDS = 1.5
-SHORTEST_PHASE = 6
-"""Blocks: a record takes two or three to be final, and the shortest mortal era has four."""
 VALIDATOR_STAKE = 10_000.0
 
 
-class LocalnetError(Exception):
-    """The swarm could not be started: one line with the value and the remedy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalnetOptions:
-    stages: int
-    replicas: int
-    validators: int
-    rounds: int
-    model: str
-    out: Path | None
-    seed: int
-    block_time: float
-    round_seconds: float
-    kill: tuple[str, ...]
-    """Faults on demand, see `scripts.faults`."""
-    plain: bool
-
-
-def localnet(options: LocalnetOptions) -> int:
+def localnet(options: LocalnetOptions, *, out: Path | None, plain: bool) -> int:
     """Run a swarm; 0 if every node finished and every validator set weights, 1 if not, 130 when it was stopped."""
+
+    def new() -> _Run:
+        folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+        check_options(options)
+        claim_folder(folder)
+        return _Run(options, folder, claim_run(folder), plain=plain)
+
+    return _managed(new)
+
+
+def resume(folder: Path, *, plain: bool) -> int:
+    """Go on with the run in `folder`, whose processes have all died; the status is that of `localnet`."""
+
+    def old() -> _Run:
+        read_run(folder)
+        lock = claim_run(folder)
+        run = read_run(folder)  # again: it may have been completed before the lock was ours
+        return _Run(run.options(), folder, lock, plain=plain, saved=run)
+
+    return _managed(old)
+
+
+def _managed(make: Callable[[], _Run]) -> int:
     console = Console(soft_wrap=True, markup=False)
-    started_at = time.time()
-    out = options.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     try:
-        _check(options, out)
-        run = _Run(options, out, console, started_at)
-    except (LocalnetError, FaultError) as error:
+        run = make()
+    except (LocalnetError, FaultError, StillRunning) as error:
         console.print(f"orion localnet: {error}", style="red", highlight=False)
         return 1
 
@@ -89,60 +91,35 @@ def localnet(options: LocalnetOptions) -> int:
     return 130
 
 
-LIMITS = {
-    "stages": (1, 64),
-    "replicas": (1, 64),
-    "validators": (1, 64),
-    "rounds": (1, 1_000_000),
-    "round_seconds": (10, 86_400),
-    "block_time": (0.05, 12),
-}
-
-
-def _check(options: LocalnetOptions, out: Path) -> None:
-    for name, (least, most) in LIMITS.items():
-        value = getattr(options, name)
-        if not least <= value <= most:
-            raise LocalnetError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}: choose one inside")
-    nodes = options.stages * options.replicas + options.validators
-    if nodes > MOST_NODES:
-        raise LocalnetError(f"{nodes} nodes are more than the {MOST_NODES} a machine should run: lower --replicas")
-    if phase_blocks(options) * 4 > round(options.round_seconds / options.block_time):
-        raise LocalnetError(
-            f"--round-seconds {options.round_seconds:g} has no room for its deadlines in blocks of "
-            f"{options.block_time:g} s: raise it or lower --block-time"
-        )
-    try:
-        if out.exists() and any(out.iterdir()):
-            raise LocalnetError(f"--out {out} is not empty: give a new folder, nothing in it was touched")
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LocalnetError(f"--out {out} cannot be used ({error.strerror}): give another folder") from error
-
-
-def phase_blocks(options: LocalnetOptions) -> int:
-    """Length of each of a round's last three phases, in blocks."""
-    return max(SHORTEST_PHASE, round(PHASE_SECONDS / options.block_time))
-
-
 class _Run:
     """One swarm, from its first process to its summary."""
 
-    def __init__(self, options: LocalnetOptions, out: Path, console: Console, started_at: float) -> None:
-        self.options, self.out, self.console, self.started_at = options, out, console, started_at
+    def __init__(
+        self, options: LocalnetOptions, out: Path, lock: Lock, *, plain: bool, saved: RunFile | None = None
+    ) -> None:
+        self.options, self.out, self.plain, self.saved = options, out, plain, saved
+        self.console = Console(soft_wrap=True, markup=False)
+        self.began_at = time.time()
+        self.started_at = self.began_at if saved is None else saved.started_at
+        self.lock = lock
         self.chain: NodeProcess | None = None
         self.interrupted = False
-        self.nodes: list[NodeProcess] = []
+        self.reported = False
+        self.churn: Churn | None = None
         self.tally: Tally | None = None
+        self.follower = LogFollower(out / "events")
         self.parameters = 0
         self.url = ""
-        self.faults = FaultPlan([Fault.parse(text) for text in options.kill], round_seconds=options.round_seconds)
-        self.killed: set[str] = set()
         self.chain_facts: dict[str, object] = {"blocks": 0, "weights": {}, "incentive": {}}
+
+    @property
+    def nodes(self) -> list[NodeProcess]:
+        return [] if self.churn is None else self.churn.nodes
 
     def whole(self) -> int:
         start_server()
-        self._start_chain()
+        if self.saved is None:
+            self._start_chain()  # of a run that goes on, blocks that pass before its nodes run are lost to it
         from model.accounting import total_parameters  # noqa: PLC0415 - torch is imported while others start
         from model.config import ConfigError, preset  # noqa: PLC0415
 
@@ -160,7 +137,7 @@ class _Run:
             self.console,
             title=f"orion localnet · {self.options.model}",
             stages=self.options.stages,
-            plain=self.options.plain,
+            plain=self.plain,
         ) as view:
             view.say(f"{self._title(config.layers)}; everything goes to {self.out}")
             self._prepared(view)
@@ -182,18 +159,23 @@ class _Run:
         from subnet.chain import ChainError  # noqa: PLC0415 - heavy, while others start
 
         try:
-            asyncio.run(self._prepare(view))
+            if self.saved is None:
+                asyncio.run(self._prepare(view))
+            else:
+                self._continue(view, self.saved)
         except ChainError as error:
             raise LocalnetError(f"{error}; see {self._logs() / 'chain.log'}") from error
 
     # -- starting -------------------------------------------------------------------------------------------------
 
     def _start_chain(self) -> None:
+        (self.out / "chain.url").unlink(missing_ok=True)
         flags = [
             *("--port", "0", "--ready-file", str(self.out / "chain.url"), "--netuid", str(NETUID)),
             *("--block-time", str(self.options.block_time), "--tempo", str(TEMPO)),
+            *("--state", str((self.out / CHAIN_FILE).parent)),
         ]
-        self.chain = start_chain(flags, log=self._logs() / "chain.log")
+        self.chain = start_chain(flags, log=self._logs() / "chain.log", lock=lock_path(self.out, "chain"))
 
     def _wait_for_chain(self) -> str:
         ready = self.out / "chain.url"
@@ -225,7 +207,7 @@ class _Run:
         )
         keys = self.out / "wallets"
         owner = create_wallet("local", "owner", keys, coldkey_uri=OWNER_COLDKEY_URI, hotkey_uri=OWNER_HOTKEY_URI)
-        names = self._names()
+        names = [*self._first(), *self._joiners()]
         hotkeys = {name: create_wallet("local", name, keys).hotkey.ss58_address for name, _ in names}
         self.url = await asyncio.to_thread(self._wait_for_chain)
         chain = await BittensorChain.connect(self.url, NETUID, owner, timeout=CHAIN_START)
@@ -243,30 +225,74 @@ class _Run:
                 stages=options.stages,
                 replicas=options.replicas,
                 rounds=options.rounds,
-                round_blocks=round(options.round_seconds / options.block_time),
-                phase_blocks=phase_blocks(options),
+                round_blocks=options.round_blocks,
+                phase_blocks=options.phase_blocks,
                 seed=options.seed,
                 authority=owner.hotkey.ss58_address,
                 netuid=NETUID,
                 activation_block=head.number,
                 corpus=corpus,
+                overlap=options.overlap,
+                codec=options.codec,
             )
             loaded = manifest.write(self.out / "manifest.toml")
             self.tally = Tally(manifest.tokens_per_microbatch)
             await chain.publish(Announcement(head.number, loaded.digest).encode())
+            saved = RunFile.of(options, started_at=self.started_at, manifest=loaded.digest.hex(), data=corpus.folder)
+            saved.write(self.out)
             digest = loaded.digest.hex()[:16]
-            view.say(f"{self._elapsed():6.1f} s  manifest {digest} is on chain; starting {len(names)} nodes")
+            view.say(f"{self._elapsed():6.1f} s  manifest {digest} is on chain; starting {len(self._first())} nodes")
         finally:
             await chain.close()
-        for name, role in names:
-            self.nodes.append(
-                start_node(name, role, self._flags(name, corpus.folder), log=self._logs() / f"{name}.log")
-            )
+        self.churn = self._churn(self.tally, corpus.folder)
+        for name, role in self._first():
+            self.churn.start(name, role)
 
-    def _names(self) -> list[tuple[str, str]]:
+    def _continue(self, view: View, saved: RunFile) -> None:
+        """The story so far, the chain where it stood, and the processes that have to run."""
+        from subnet.manifest import ManifestError, load_manifest  # noqa: PLC0415 - torch is imported while others start
+
+        try:
+            manifest = load_manifest(self.out / "manifest.toml").manifest
+        except ManifestError as error:
+            raise LocalnetError(str(error)) from error
+        self.tally = Tally(manifest.tokens_per_microbatch)
+        for name, stamped in self.follower.read():
+            self.tally.add(name, stamped)
+        self.tally.news.clear()
+        names = to_start(self._first(), self._joiners(), self.tally)
+        self.churn = self._churn(self.tally, Path(saved.data))
+        wait_for_server()
+        self._start_chain()
+        self.url = self._wait_for_chain()
+        self.churn.resumed(self.tally.round)
+        view.say(
+            f"{self._elapsed():6.1f} s  chain {self.url} goes on; the run stood in round {self.tally.round}; "
+            f"starting {len(names)} nodes"
+        )
+        for name, role in names:
+            self.churn.start(name, role)
+
+    def _churn(self, tally: Tally, data: Path) -> Churn:
         options = self.options
-        miners = [(f"miner-{index}", "miner") for index in range(options.stages * options.replicas)]
+        plan = FaultPlan(
+            options.faults,
+            round_seconds=options.round_seconds,
+            first_joiner=options.first_miners,
+            done=tally.struck,
+        )
+        return Churn(self.out, plan, flags=lambda name: self._flags(name, data), now=time.time)
+
+    def _first(self) -> list[Named]:
+        """The nodes that are there from the start."""
+        options = self.options
+        miners = [(f"miner-{index}", "miner") for index in range(options.first_miners)]
         return miners + [(f"validator-{index}", "validator") for index in range(options.validators)]
+
+    def _joiners(self) -> list[Named]:
+        """The miners that come later."""
+        first = self.options.first_miners
+        return [(f"miner-{index}", "miner") for index in range(first, first + self.options.joiners)]
 
     def _flags(self, name: str, data: Path) -> list[str]:
         return [
@@ -274,17 +300,19 @@ class _Run:
             *("--wallet", "local", "--hotkey", name, "--wallet-path", str(self.out / "wallets")),
             *("--manifest", str(self.out / "manifest.toml"), "--data", str(data), "--out", str(self.out)),
             *("--host", "127.0.0.1", "--port", "0", "--threads", "1"),
+            *self.options.network_flags,
         ]
 
     # -- running --------------------------------------------------------------------------------------------------
 
     def _elapsed(self) -> float:
-        return time.time() - self.started_at
+        return time.time() - self.began_at
 
     def _watch(self, view: View) -> None:
         """Follow the event logs until every node is done, or one has failed and the rest cannot finish."""
         assert self.tally is not None  # noqa: S101 - set by _prepare
-        follower = LogFollower(self.out / "events")
+        assert self.churn is not None  # noqa: S101
+        tally, churn = self.tally, self.churn
         limit = self._elapsed() + 2 * self.options.rounds * self.options.round_seconds + GRACE
         while not self.interrupted:
             if self._elapsed() > limit:
@@ -293,28 +321,33 @@ class _Run:
                     f"not finished after {self._elapsed():.0f} s, waiting for {waiting}: see {self._logs()}"
                 )
             ended = all(node.finished for node in self.nodes)
-            for name, stamped in follower.read():
-                self.tally.add(name, stamped)
-            view.show(self.tally, elapsed=self._elapsed())
-            if ended:
-                return
-            self._kill_due(view, self.tally)
+            for name, stamped in self.follower.read():
+                tally.add(name, stamped)
+            view.show(tally, elapsed=self._elapsed())
+            if ended and not (churn.returning and self._goes_on()):
+                break
             for node in self.nodes:
-                if node.process.exitcode not in (None, 0) and node.name not in {*self.tally.failures, *self.killed}:
-                    self.tally.failures[node.name] = f"ended with status {node.process.exitcode}: see {node.log}"
-                    view.say(f"{self._elapsed():6.1f} s  {node.name} {self.tally.failures[node.name]}")
+                if node.process.exitcode not in (None, 0) and node.name not in {*tally.failures, *self._dead()}:
+                    tally.failures[node.name] = f"ended with status {node.process.exitcode}: see {node.log}"
+                    view.say(f"{self._elapsed():6.1f} s  {node.name} {tally.failures[node.name]}")
+            # After the look at who has failed: a node struck here is known to be so with the next events.
+            for line in churn.strike(tally, now=time.monotonic()):
+                view.say(f"{self._elapsed():6.1f} s  {line}")
             if self.chain is not None and self.chain.finished:
                 raise LocalnetError(f"the local chain ended: see {self._logs() / 'chain.log'}")
             time.sleep(LOOK)
+        for option in churn.left:
+            view.say(f"{self._elapsed():6.1f} s  {option} did not come: the run ended before")
 
-    def _kill_due(self, view: View, tally: Tally) -> None:
-        for name in self.faults.due(tally, now=self._elapsed()):
-            for node in self.nodes:
-                if node.name == name and not node.finished:
-                    node.process.kill()
-                    self.killed.add(name)
-                    tally.died(name)
-                    view.say(f"{self._elapsed():6.1f} s  killed {name} in round {tally.round}, as asked")
+    def _goes_on(self) -> bool:
+        """Whether the run has still to be finished: no validator is done."""
+        assert self.tally is not None  # noqa: S101 - callers check
+        return not any(name in self.tally.finished for name, role in self._first() if role == "validator")
+
+    def _dead(self) -> set[str]:
+        """Miners that were killed as asked."""
+        assert self.tally is not None  # noqa: S101 - callers check
+        return {miner.name for miner in self.tally.miners.values() if miner.state == "dead"}
 
     async def _read_chain(self) -> None:
         """Weights and incentive as the SDK reads them back, after the epoch that takes up the last weights."""
@@ -341,16 +374,16 @@ class _Run:
 
     def _report(self) -> int:
         assert self.tally is not None  # noqa: S101 - set by _prepare
-        content = self._summary()
+        failed = {node.name for node in self.nodes if node.process.exitcode != 0} | set(self.tally.failures)
+        failed -= self._dead()
+        setters = {name for name, role in self._first() if role == "validator"}
+        good = not failed and setters <= set(self.tally.weights) and self._rows_on_chain() >= len(setters)
+        content = self._summary(complete=not failed and setters <= self.tally.finished)
         console = self.console
         console.print()
-        if self.options.plain or not console.is_terminal:
+        if self.plain or not console.is_terminal:
             console.print(grid(self.tally, self.options.stages))
             console.print(weights(self.tally))
-        failed = {node.name for node in self.nodes if node.process.exitcode != 0} | set(self.tally.failures)
-        failed -= self.killed
-        setters = {node.name for node in self.nodes if node.role == "validator"}
-        good = not failed and setters <= set(self.tally.weights) and self._rows_on_chain() >= len(setters)
         console.print(_result_lines(content), highlight=False)
         console.print(f"summary: {self.out / 'summary.json'}", highlight=False)
         if not good:
@@ -361,7 +394,7 @@ class _Run:
         held = self.chain_facts["weights"]
         return len(held) if isinstance(held, dict) else 0
 
-    def _summary(self) -> dict[str, object]:
+    def _summary(self, *, complete: bool) -> dict[str, object]:
         assert self.tally is not None  # noqa: S101 - callers check
         content = summary(
             self.tally,
@@ -373,8 +406,11 @@ class _Run:
             started_at=self.started_at,
             wall_seconds=self._elapsed(),
             chain=self.chain_facts,
+            complete=complete,
+            torn=self.follower.torn,
         )
         write_summary(self.out / "summary.json", content)
+        self.reported = True
         return content
 
     def close(self) -> None:
@@ -382,12 +418,15 @@ class _Run:
         previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
         stop_server()
         stop_nodes([*self.nodes, *([self.chain] if self.chain is not None else [])], patience=STOP_PATIENCE)
-        if self.tally is not None and not (self.out / "summary.json").exists():
-            for name, stamped in LogFollower(self.out / "events").read():
+        if self.churn is not None:
+            self.churn.close()
+        if self.tally is not None and not self.reported:
+            for name, stamped in self.follower.read():
                 self.tally.add(name, stamped)
-            content = self._summary()
+            content = self._summary(complete=False)
             self.console.print(_result_lines(content), highlight=False)
             self.console.print(f"stopped early; summary: {self.out / 'summary.json'}", highlight=False)
+        self.lock.release()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from model.config import preset
 from model.corpus import CorpusFiles
 from model.optimizer import NANO_OPTIMIZER, OptimizerConfig
+from scripts.options import Codec
 from subnet.manifest import (
     AuditSection,
     DataSection,
@@ -18,6 +19,10 @@ from subnet.manifest import (
     ShardSection,
     SwarmSection,
 )
+
+DECAY = 0.95
+LAST_STEP_BLOCKS = 2
+"""With overlap training ends so many blocks before the round: a unit and a step in flight have to end somewhere."""
 
 INNER = {"nano": NANO_OPTIMIZER}
 DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
@@ -36,10 +41,14 @@ def local_manifest(
     activation_block: int,
     phase_blocks: int,
     corpus: CorpusFiles,
+    overlap: bool,
+    codec: Codec,
 ) -> Manifest:
     """A manifest for a swarm on one machine.
 
-    A round has `round_blocks` blocks; its last three phases (CUT, HAVE, new weights) have `phase_blocks` each.
+    A round begins every `round_blocks` blocks; the phases of its merge (CUT, HAVE, MERGE) have `phase_blocks` each.
+    With `overlap` they lie in the next round, without it at the end of the round itself, where a fourth one is for the
+    record of the new state.
     """
     config = preset(model)
     inner = INNER.get(model, DEFAULT_INNER)
@@ -71,16 +80,21 @@ def local_manifest(
             outer_lr=1.0,
             outer_momentum=0.0,
         ),
-        merge=MergeSection(codec="bf16", decay=0.95),
-        round=RoundSection(
-            count=rounds,
-            close=round_blocks - 3 * phase_blocks,
-            cut=round_blocks - 2 * phase_blocks,
-            have=round_blocks - phase_blocks,
-            merge=round_blocks,
-            length=round_blocks,
-            linger=4 * phase_blocks,
-        ),
+        merge=MergeSection(codec=codec, decay=DECAY),
+        round=_round(rounds, round_blocks, phase_blocks, overlap=overlap),
         audit=AuditSection(seed_delay=2, windows=1, units=4, tolerance=0.02),
         score=ScoreSection(rounds=3),
+    )
+
+
+def _round(count: int, length: int, phase: int, *, overlap: bool) -> RoundSection:
+    merge = length + 3 * phase if overlap else length - phase
+    return RoundSection(
+        count=count,
+        close=length - LAST_STEP_BLOCKS if overlap else length - 4 * phase,
+        cut=merge - 2 * phase,
+        have=merge - phase,
+        merge=merge,
+        length=length,
+        linger=4 * phase,
     )

@@ -20,6 +20,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from pathlib import Path
 
+from scripts.locks import Lock
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -35,6 +37,17 @@ def start_server() -> None:
     signal.signal(signal.SIGINT, previous)
 
 
+def wait_for_server() -> None:
+    """Until the fork server has imported everything: a node then starts at once."""
+    process = _CONTEXT.Process(target=_nothing)
+    process.start()
+    process.join()
+
+
+def _nothing() -> None:
+    """What a process does that is only waited for."""
+
+
 def stop_server() -> None:
     """End the fork server, also in the middle of its imports, so that nothing outlives the command."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
@@ -43,10 +56,10 @@ def stop_server() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def start_chain(flags: Sequence[str], *, log: Path) -> NodeProcess:
+def start_chain(flags: Sequence[str], *, log: Path, lock: Path) -> NodeProcess:
     """Start the development chain; it needs no torch and does not wait for the fork server."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = _SPAWN.Process(target=_run, args=("chain", list(flags), str(log)), name="chain")
+    process = _SPAWN.Process(target=_run, args=("chain", list(flags), str(log), str(lock)), name="chain")
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.start()
     signal.signal(signal.SIGINT, previous)
@@ -64,11 +77,17 @@ class NodeProcess:
     def finished(self) -> bool:
         return self.process.exitcode is not None
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.process.pid is not None and not self.finished:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
 
-def start_node(name: str, role: str, flags: Sequence[str], *, log: Path) -> NodeProcess:
-    """Fork a node. Its standard output and error go to `log`."""
+
+def start_node(name: str, role: str, flags: Sequence[str], *, log: Path, lock: Path) -> NodeProcess:
+    """Fork a node. Its standard output and error go to `log`; it holds `lock` for as long as it lives."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = _CONTEXT.Process(target=_run, args=(role, list(flags), str(log)), name=name)
+    process = _CONTEXT.Process(target=_run, args=(role, list(flags), str(log), str(lock)), name=name)
     process.start()
     return NodeProcess(name, role, process, log)
 
@@ -78,6 +97,7 @@ def stop_nodes(nodes: Sequence[NodeProcess], *, patience: float) -> None:
     for node in nodes:
         if node.process.is_alive():
             node.process.terminate()
+            node.signal(signal.SIGCONT)  # a frozen one hears nothing else
     deadline = threading.Event()
     timer = threading.Timer(patience, deadline.set)
     timer.start()
@@ -90,16 +110,21 @@ def stop_nodes(nodes: Sequence[NodeProcess], *, patience: float) -> None:
             node.process.join()
 
 
-def _run(role: str, flags: list[str], log: str) -> None:
+def _run(role: str, flags: list[str], log: str, lock: str) -> None:
     """In the forked child: become the node."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    held = Lock.take(Path(lock))
     threading.Thread(target=_follow_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if role == "chain":
         os.setsid()  # it listens to SIGINT; Ctrl-C must not end it before its nodes
-    sys.exit(_entry(role)(flags))
+    try:
+        status = _entry(role)(flags)
+    finally:
+        held.release()
+    sys.exit(status)
 
 
 def _follow_parent() -> None:

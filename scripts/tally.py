@@ -1,16 +1,22 @@
-"""A swarm's story so far, folded from the event logs of its nodes: what the live view shows and the summary says."""
+"""A swarm's story so far, folded from the event logs of its nodes: what the live view shows and the summary says.
+
+The fold takes events in the order of their times, but holds with any order between nodes. A microbatch is one sample
+of one round, however often it was started or came back.
+"""
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from neurons.telemetry import (
+    Downloaded,
+    Intervention,
     LocalStep,
     Merged,
+    MergeFault,
     MicrobatchDone,
     MicrobatchStarted,
     MinerScored,
@@ -19,15 +25,32 @@ from neurons.telemetry import (
     NodeStarted,
     RoundStarted,
     Stamped,
+    StateChanged,
     Traffic,
     TrainingClosed,
     UnitAudited,
     Validated,
     WeightsSet,
-    read_events,
+    read_event,
 )
+from scripts.recovery import Recovery
 
 RECENT = 20
+NO_TRAFFIC = Traffic(0, 0, 0, 0)
+GONE = frozenset({"dead", "left"})
+"""States of a miner that does nothing any more."""
+AT_WORK = frozenset({"training", "merging", "merged"})
+Sample = tuple[int, int]
+"""Round and sample id: one microbatch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When something of a round went on, in seconds since the epoch."""
+
+    round: int
+    begin: float
+    end: float
 
 
 @dataclass
@@ -39,12 +62,67 @@ class MinerTally:
     stage: int | None = None
     units: int = 0
     steps: int = 0
-    unmerged: int = 0
-    """Units in steps since its last merge."""
+    unmerged: dict[int, int] = field(default_factory=dict)
+    """Units in steps whose gradients no merge has taken yet, by round."""
     state: str = "starting"
     weights: str = ""
     """Digest of the public weights after its last merge."""
-    traffic: Traffic = field(default_factory=lambda: Traffic(0, 0, 0, 0))
+    starts: int = 0
+    traffic_before: Traffic = NO_TRAFFIC
+    """Of the processes before the one that runs now."""
+    traffic_now: Traffic = NO_TRAFFIC
+    training: list[Span] = field(default_factory=list)
+    merging: list[Span] = field(default_factory=list)
+    merge_bytes: int = 0
+    """Fetched for its merges."""
+    carried: int = 0
+    """Values that kept what they were in merges of rounds that counted."""
+    began: dict[int, float] = field(default_factory=dict)
+    """When its training of a round that has not closed began."""
+    downloads: list[Downloaded] = field(default_factory=list)
+    joining: bool = False
+    """Whether it has to become active yet."""
+    was_active: bool = False
+    active_round: int | None = None
+    """The first round it counted in as one that joined; None for those of the first roster."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes sent by all its processes."""
+        return _sum(self.traffic_before, self.traffic_now)
+
+
+def _sum(a: Traffic, b: Traffic) -> Traffic:
+    return Traffic(a.forward + b.forward, a.backward + b.backward, a.merge + b.merge, a.evidence + b.evidence)
+
+
+@dataclass
+class RoundTally:
+    """The microbatches of one round."""
+
+    started: set[int] = field(default_factory=set)
+    done: set[int] = field(default_factory=set)
+    loss: float = 0.0
+    """Sum over `done`, nats per token."""
+    closed: bool = False
+    """Whether it has closed at a head."""
+
+    @property
+    def in_flight(self) -> set[int]:
+        return self.started - self.done
+
+
+@dataclass
+class Churn:
+    """How often the swarm changed."""
+
+    killed: int = 0
+    frozen: int = 0
+    joined: int = 0
+    left: int = 0
+    benched: int = 0
+    restarted: int = 0
+    resumed: int = 0
 
 
 @dataclass
@@ -54,17 +132,20 @@ class Tally:
     tokens_per_microbatch: int
     miners: dict[str, MinerTally] = field(default_factory=dict)
     round: int = -1
+    rounds: dict[int, RoundTally] = field(default_factory=dict)
     started: int = 0
     completed: int = 0
     rerouted: int = 0
     adopted: int = 0
     """Backwards that a sibling computed in place of a replica that was gone."""
-    in_flight: dict[int, set[int]] = field(default_factory=dict)
-    """Samples started and not back, by round."""
-    closed: set[int] = field(default_factory=set)
-    """Rounds that have closed at a head."""
     gradients_lost: int = 0
-    """Units of dead replicas whose gradients were never merged."""
+    """Units of processes that ended whose gradients were never merged."""
+    churn: Churn = field(default_factory=Churn)
+    recoveries: list[Recovery] = field(default_factory=list)
+    returning: set[str] = field(default_factory=set)
+    """Nodes killed by an option that also starts them again, and not started yet."""
+    struck: dict[str, int] = field(default_factory=dict)
+    """Fault options handed out, with how often."""
     losses: list[float] = field(default_factory=list)
     recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
     validation: dict[int, float] = field(default_factory=dict)
@@ -76,10 +157,16 @@ class Tally:
     """Last score by hotkey."""
     weights_set: int = 0
     first_step: float | None = None
-    first_done: float | None = None
     last_merge: float | None = None
+    last_event: float | None = None
+    still: float = 0.0
+    """Seconds after the first step in which the run was dead, from its last event until it was resumed."""
+    pause: float = 0.0
+    """The same, after which nothing has been done yet."""
     merges: dict[tuple[int, int], set[str]] = field(default_factory=dict)
     """Digests of the public weights by (round, stage): one each when replicas are bit-identical."""
+    merge_faults: list[MergeFault] = field(default_factory=list)
+    """What merges found wrong with a replica, once each, whoever found it."""
     finished: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
     news: list[str] = field(default_factory=list)
@@ -88,7 +175,7 @@ class Tally:
     @property
     def lost(self) -> int:
         """Microbatches that were in flight when their round closed."""
-        return sum(len(samples) for number, samples in self.in_flight.items() if number in self.closed)
+        return sum(len(number.in_flight) for number in self.rounds.values() if number.closed)
 
     @property
     def tokens(self) -> int:
@@ -96,11 +183,12 @@ class Tally:
 
     @property
     def tokens_per_second(self) -> float:
-        """From the first local step to the last merge (or the last microbatch): merges included."""
+        """From the first local step to the last merge (or the last microbatch): merges included, standstill not."""
         if self.first_step is None or not self.recent:
             return 0.0
         end = max(self.last_merge or 0.0, self.recent[-1][0])
-        return self.tokens / (end - self.first_step) if end > self.first_step else 0.0
+        seconds = end - self.first_step - self.still
+        return self.tokens / seconds if seconds > 0 else 0.0
 
     @property
     def recent_loss(self) -> float:
@@ -112,30 +200,32 @@ class Tally:
     def add(self, name: str, stamped: Stamped) -> None:  # noqa: C901, PLR0912 - one case per kind of event
         """Fold in one event of the node `name`."""
         match stamped.event:
-            case NodeStarted(hotkey=hotkey, role="miner"):
-                miner = self.miner(name)
-                miner.hotkey, miner.state = hotkey, "waiting"
+            case NodeStarted() as event:
+                self._node_started(name, event)
             case RoundStarted() as event:
-                self._round_started(name, event)
-            case LocalStep(units=units):
-                self.miner(name).steps += 1
-                self.miner(name).units += units
-                self.miner(name).unmerged += units
-                self.first_step = min(self.first_step or stamped.time, stamped.time)
+                self._round_started(name, stamped.time, event)
+            case StateChanged() as event:
+                self._state_changed(name, event)
+            case Downloaded() as event:
+                self.miner(name).downloads.append(event)
+                self.news.append(
+                    f"{name} has stage {event.stage} with {event.held} rounds in it: {event.bytes / 1e6:,.1f} MB "
+                    f"from {event.sources} source(s) in {event.seconds:.1f} s"
+                )
+            case LocalStep() as event:
+                self._stepped(name, stamped.time, event)
             case MicrobatchStarted(round=number, sample=sample):
-                self.started += 1
-                self.in_flight.setdefault(number, set()).add(sample)
-            case MicrobatchDone(round=number, sample=sample, loss=loss):
-                self.in_flight.setdefault(number, set()).discard(sample)
-                self.completed += 1
-                self.losses.append(loss)
-                self.recent.append((stamped.time, loss))
+                self._start((number, sample))
+            case MicrobatchDone() as event:
+                self._done(stamped.time, event)
             case TrainingClosed() as event:
-                self._closed(name, event)
+                self._closed(name, stamped.time, event)
             case Merged() as event:
                 self._merged(name, stamped.time, event)
+            case MergeFault() as event:
+                self._merge_fault(event)
             case Traffic() as event:
-                self.miner(name).traffic = event
+                self.miner(name).traffic_now = event
             case UnitAudited(passed=passed):
                 self.audits_passed += passed
                 self.audits_failed += not passed
@@ -154,39 +244,160 @@ class Tally:
             case NodeFailed(message=message):
                 self.failures[name] = message
                 self.news.append(f"{name} failed: {message}")
+            case Intervention() as event:
+                self._intervened(stamped.time, event)
             case _:
                 pass
+        self.last_event = max(self.last_event or stamped.time, stamped.time)
 
-    def _round_started(self, name: str, event: RoundStarted) -> None:
+    # -- nodes ----------------------------------------------------------------------------------------------------
+
+    def _node_started(self, name: str, event: NodeStarted) -> None:
+        self.failures.pop(name, None)
+        self.finished.discard(name)
+        self.returning.discard(name)
+        if event.role != "miner":
+            return
+        miner = self.miner(name)
+        self._drop_unmerged(miner)
+        miner.traffic_before, miner.traffic_now = miner.traffic, NO_TRAFFIC
+        miner.began.clear()
+        miner.joining = False
+        self.churn.restarted += miner.starts > 0
+        miner.starts += 1
+        miner.hotkey, miner.state = event.hotkey, "waiting"
+
+    def _state_changed(self, name: str, event: StateChanged) -> None:
+        miner = self.miner(name)
+        if event.stage is not None:
+            miner.stage = event.stage
+        if event.state == "active":
+            if miner.joining and not miner.was_active:
+                miner.active_round = event.round
+                self.churn.joined += 1
+            if miner.joining:
+                self.news.append(f"{name} counts at stage {miner.stage} from round {event.round}: {event.reason}")
+            miner.was_active, miner.joining = True, False
+        elif event.state != miner.state:
+            self.news.append(f"{name} is {event.state} from round {event.round}: {event.reason}")
+        miner.joining = miner.joining or event.state == "joining"
+        self.churn.left += event.state == "left" and miner.state != "left"
+        self.churn.benched += event.state == "benched" and miner.state != "benched"
+        if event.state != "active" or miner.state not in AT_WORK:
+            miner.state = event.state
+
+    def _intervened(self, time: float, event: Intervention) -> None:
+        if event.fault:
+            self.struck[event.fault] = self.struck.get(event.fault, 0) + 1
+        if event.action == "resume":
+            self.churn.resumed += 1
+            if self.first_step is not None and self.last_event is not None:
+                self.pause += max(0.0, time - self.last_event)
+            self.recoveries = [replace(recovery, waiting=set()) for recovery in self.recoveries]
+            return
+        if event.action in {"kill", "freeze"}:
+            flying = {(number, sample) for number, tally in self.rounds.items() for sample in tally.in_flight}
+            closed = {number for number, tally in self.rounds.items() if tally.closed}
+            flying = {key for key in flying if key[0] not in closed}
+            self.recoveries.append(Recovery(event.node, event.round, time, len(flying), flying))
+        if event.action == "freeze":
+            self.churn.frozen += 1
+            self.miner(event.node).state = "frozen"
+        if event.action == "thaw":
+            self.miner(event.node).state = "training"
+        if event.action in {"join", "restart"}:
+            self.miner(event.node).state = "starting"
+            self.returning.discard(event.node)
+        if event.action == "kill":
+            self.churn.killed += 1
+            if event.fault.startswith("--restart"):
+                self.returning.add(event.node)
+            miner = self.miner(event.node)
+            miner.state = "dead"
+            self._drop_unmerged(miner)
+
+    def _drop_unmerged(self, miner: MinerTally) -> None:
+        """A process has ended: what it computed since its last merge is lost."""
+        self.gradients_lost += sum(miner.unmerged.values())
+        miner.unmerged.clear()
+
+    # -- rounds ---------------------------------------------------------------------------------------------------
+
+    def _round_started(self, name: str, time: float, event: RoundStarted) -> None:
         if event.stage is not None:
             miner = self.miner(name)
+            miner.was_active = miner.was_active or miner.state != "joining"
             miner.stage, miner.state = event.stage, "training"
+            miner.began[event.round] = time
         if event.round > self.round:
             self.round = event.round
             grid = " ".join(str(replicas) for replicas in event.replicas)
             self.news.append(f"round {event.round} begins at block {event.block}: replicas per stage {grid}")
 
-    def _closed(self, name: str, event: TrainingClosed) -> None:
+    def _stepped(self, name: str, time: float, event: LocalStep) -> None:
+        miner = self.miner(name)
+        miner.steps += 1
+        miner.units += event.units
+        miner.unmerged[event.round] = miner.unmerged.get(event.round, 0) + event.units
+        self.first_step = min(self.first_step or time, time)
+
+    def _start(self, key: Sample) -> None:
+        number = self.rounds.setdefault(key[0], RoundTally())
+        self.started += key[1] not in number.started
+        number.started.add(key[1])
+
+    def _done(self, time: float, event: MicrobatchDone) -> None:
+        key = (event.round, event.sample)
+        self._start(key)
+        number = self.rounds[event.round]
+        for recovery in self.recoveries:
+            recovery.done(key, time)
+        if event.sample in number.done:
+            return
+        number.done.add(event.sample)
+        self._go_on()
+        number.loss += event.loss
+        self.completed += 1
+        self.losses.append(event.loss)
+        self.recent.append((time, event.loss))
+
+    def _go_on(self) -> None:
+        """Something was done: a pause before it lies inside the time that rates are taken over."""
+        self.still += self.pause
+        self.pause = 0.0
+
+    def _closed(self, name: str, time: float, event: TrainingClosed) -> None:
         miner = self.miner(name)
         miner.state = "merging"
+        begin = miner.began.pop(event.round, None)
+        if begin is not None:
+            miner.training.append(Span(event.round, begin, time))
         self.rerouted += event.rerouted
         self.adopted += event.adopted
         if event.stage == 0:
-            self.closed.add(event.round)
-
-    def died(self, name: str) -> None:
-        """A node was killed: what it computed since its last merge is lost."""
-        miner = self.miner(name)
-        miner.state = "dead"
-        self.gradients_lost += miner.unmerged
+            self.rounds.setdefault(event.round, RoundTally()).closed = True
 
     def _merged(self, name: str, time: float, event: Merged) -> None:
         miner = self.miner(name)
-        miner.state, miner.weights, miner.unmerged = "merged", event.weights, 0
+        miner.weights = event.weights
+        if miner.state == "merging":
+            miner.state = "merged"
+        if event.included and not event.void:  # else its contribution carries over
+            miner.unmerged = {number: units for number, units in miner.unmerged.items() if number > event.round}
+        miner.merge_bytes += event.received
+        miner.carried += event.carried
+        miner.merging.append(Span(event.round, time - event.seconds, time))
+        self._go_on()
         self.last_merge = max(self.last_merge or time, time)
         self.merges.setdefault((event.round, event.stage), set()).add(event.weights)
         if event.void:
             self.news.append(f"round {event.round} is void at stage {event.stage}: contributions carry over")
+
+    def _merge_fault(self, event: MergeFault) -> None:
+        key = (event.round, event.hotkey, event.fault)
+        if all((fault.round, fault.hotkey, fault.fault) != key for fault in self.merge_faults):
+            self.merge_faults.append(event)
+            self.news.append(f"{event.hotkey} is {event.fault} in the merge of round {event.round}: {event.reason}")
 
 
 class LogFollower:
@@ -195,92 +406,22 @@ class LogFollower:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._offsets: dict[Path, int] = {}
+        self.torn = 0
+        """Lines left out because a killed process wrote only a part of them."""
 
     def read(self) -> Iterator[tuple[str, Stamped]]:
-        """(node name, event) in the order of each log; a line still being written waits for the next look."""
+        """(node name, event), oldest first; a line still being written waits for the next look."""
+        found: list[tuple[str, Stamped]] = []
         for path in sorted(self._folder.glob("*.jsonl")):
             with path.open("rb") as stream:
                 stream.seek(self._offsets.get(path, 0))
                 data = stream.read()
             end = data.rfind(b"\n") + 1
             self._offsets[path] = self._offsets.get(path, 0) + end
-            for stamped in read_events(data[:end].decode().splitlines()):
-                yield path.stem, stamped
-
-
-def summary(
-    tally: Tally,
-    *,
-    model: str,
-    parameters: int,
-    stages: int,
-    replicas: int,
-    rounds: int,
-    started_at: float,
-    wall_seconds: float,
-    chain: dict[str, object],
-) -> dict[str, object]:
-    """The content of `summary.json`: documented in docs/summary.md, stable, later versions only add fields."""
-    first = tally.losses[: max(1, min(8, len(tally.losses)))]
-    last = tally.losses[-max(1, min(8, len(tally.losses))) :]
-    rounds_validated = sorted(tally.validation)
-    return {
-        "model": model,
-        "parameters": parameters,
-        "stages": stages,
-        "replicas": replicas,
-        "rounds": rounds,
-        "tokens": tally.tokens,
-        "tokens_per_second": round(tally.tokens_per_second, 1),
-        "seconds_to_first_step": None if tally.first_step is None else round(tally.first_step - started_at, 2),
-        "wall_seconds": round(wall_seconds, 2),
-        "loss": {
-            "first": _mean(first),
-            "last": _mean(last),
-            "validation_first": tally.validation[rounds_validated[0]] if rounds_validated else None,
-            "validation_last": tally.validation[rounds_validated[-1]] if rounds_validated else None,
-        },
-        "microbatches": {
-            "started": tally.started,
-            "completed": tally.completed,
-            "rerouted": tally.rerouted,
-            "adopted": tally.adopted,
-            "lost": tally.lost,
-            "gradients_lost": tally.gradients_lost,
-        },
-        "bytes": {
-            "forward": sum(miner.traffic.forward for miner in tally.miners.values()),
-            "backward": sum(miner.traffic.backward for miner in tally.miners.values()),
-            "merge": sum(miner.traffic.merge for miner in tally.miners.values()),
-        },
-        "chain": {**chain, "weights_set": tally.weights_set},
-        "audits": {
-            "units": tally.audits_passed + tally.audits_failed,
-            "passed": tally.audits_passed,
-            "failed": tally.audits_failed,
-        },
-        "replicas_identical": all(len(digests) == 1 for digests in tally.merges.values()) if tally.merges else None,
-        "miners": [
-            {
-                "uid": scored.uid if (scored := tally.scores.get(miner.hotkey)) else None,
-                "hotkey": miner.hotkey,
-                "stage": miner.stage,
-                "units": miner.units,
-                "score": scored.score if scored else 0.0,
-                "weight": scored.weight if scored else 0.0,
-            }
-            for miner in sorted(tally.miners.values(), key=lambda miner: (miner.stage or 0, miner.hotkey))
-        ],
-        "failures": tally.failures,
-    }
-
-
-def write_summary(path: Path, content: dict[str, object]) -> None:
-    """Write `summary.json` whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def _mean(values: list[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
+            for line in data[:end].decode(errors="replace").split("\n")[:-1]:
+                stamped = read_event(line)
+                if stamped is None:
+                    self.torn += 1
+                else:
+                    found.append((path.stem, stamped))
+        yield from sorted(found, key=lambda entry: entry[1].time)

@@ -5,9 +5,10 @@ network, the local development chain included, over one websocket. What matters 
 pinned by hash. One subscription to finalized heads feeds `finalized` and `wait_for_block`, so an idle node
 costs one small message per block.
 
-Writes are signed by the hotkey, one at a time (they share one nonce sequence), with a short mortal era: an
-extrinsic that is late can no longer land, so nothing published for one phase of a round turns up in the next.
-Every await has a deadline. Reads are retried on a lost connection a bounded number of times; writes never
+Writes are signed by the hotkey, one at a time and in the order of the calls (they share one nonce sequence, read anew
+for each), with a short mortal era: an extrinsic that is late can no longer land, so nothing published for one phase of
+a round turns up in the next, and one that is stuck holds up the others until its era is over, not longer. Every await
+has a deadline. Reads are retried on a lost connection a bounded number of times; writes never
 are, as they may have landed.
 """
 
@@ -34,6 +35,7 @@ from subnet.chain_errors import (
     translated,
 )
 from subnet.metagraph import ChainState, Endpoint, Head, Neuron, decode_neuron
+from subnet.space import FIELD_LIMIT, Space, charge
 from subnet.wallets import create_wallet, load_wallet
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Head",
     "Neuron",
     "NotRegistered",
+    "Space",
     "WalletError",
     "create_wallet",
     "load_wallet",
@@ -54,7 +57,6 @@ __all__ = [
 
 log = logging.getLogger("orion.subnet.chain")
 
-RECORD_LIMIT = 128
 U16_MAX = 65_535
 
 _DEFAULT_ERA = 16
@@ -89,11 +91,15 @@ class Chain(Protocol):
     async def serve_axon(self, endpoint: Endpoint) -> None:
         """Publish where this hotkey listens."""
 
-    async def publish(self, record: bytes, *, until_block: int | None = None) -> int:
-        """Replace this hotkey's record (at most 128 bytes).
+    async def publish(self, record: bytes, shards: bytes = b"", *, until_block: int | None = None) -> int:
+        """Replace this hotkey's record, and the shard digests that go with it (at most 128 bytes each).
 
-        Returns the block that includes it, `until_block` at the latest.
+        Returns the block that includes it, `until_block` at the latest. ChainRefused, before anything is sent, for
+        what is too long or would be more than the epoch's space.
         """
+
+    async def space(self) -> Space:
+        """What this hotkey has published in this epoch, and may."""
 
     async def set_weights(self, weights: Mapping[int, float]) -> int:
         """Set this hotkey's weights, uid to any non-negative number. Returns the block that includes them."""
@@ -130,6 +136,7 @@ class BittensorChain:
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._lost: ChainUnreachable | None = None
         self._hotkey_lock = asyncio.Lock()
+        self._last_sent = (-1, -1)  # nonce, and the last block in which it may land
         self._heads: OrderedDict[int, Head] = OrderedDict()
         self._states: OrderedDict[int, ChainState] = OrderedDict()
         self._watcher: asyncio.Task[None] | None = None
@@ -249,7 +256,12 @@ class BittensorChain:
         """The newest finalized block."""
         if self._lost is not None:
             raise self._lost
-        return await self._head(self._finalized)
+        try:
+            return await self._head(self._finalized)
+        except ChainUnreachable:
+            if not self._heads:
+                raise
+            return self._heads[max(self._heads)]  # its number was heard, the rest of it not
 
     async def wait_for_block(self, number: int, *, timeout: float) -> Head:  # noqa: ASYNC109
         """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""
@@ -355,11 +367,13 @@ class BittensorChain:
 
     async def next_epoch_block(self) -> int:
         """The block at which the subnet's next epoch runs."""
-        head = await self.finalized()
+        return await self._next_epoch((await self.finalized()).hash)
+
+    async def _next_epoch(self, block_hash: str) -> int:
         block = await self._read(
             "reading the epoch schedule",
             lambda: self._substrate.runtime_call(
-                "SubnetInfoRuntimeApi", "get_next_epoch_start_block", [self.netuid], block_hash=head.hash
+                "SubnetInfoRuntimeApi", "get_next_epoch_start_block", [self.netuid], block_hash=block_hash
             ),
         )
         if block is None:
@@ -397,22 +411,59 @@ class BittensorChain:
         intent = bt.ServeAxon(netuid=self.netuid, ip=endpoint.ip, port=endpoint.port)
         await self._execute(what, intent)
 
-    async def publish(self, record: bytes, *, until_block: int | None = None) -> int:
-        """Replace this hotkey's record (at most 128 bytes).
+    async def publish(self, record: bytes, shards: bytes = b"", *, until_block: int | None = None) -> int:
+        """Replace this hotkey's record, and the shard digests that go with it (at most 128 bytes each).
 
-        Returns the block that includes it, `until_block` at the latest.
+        Returns the block that includes it, `until_block` at the latest. ChainRefused, before anything is sent, for
+        what is too long or would be more than the epoch's space.
         """
-        if len(record) > RECORD_LIMIT:
-            raise ChainRefused(
-                f"publishing a record of {len(record)} bytes: the chain takes {RECORD_LIMIT}; shorten it"
-            )
-        info = {"fields": [[{f"Raw{len(record)}": record}]]}
+        fields = [record, shards] if shards else [record]
+        what = f"publishing a record of {' + '.join(str(len(field)) for field in fields)} bytes"
+        if max(map(len, fields)) > FIELD_LIMIT:
+            raise ChainRefused(f"{what}: the chain takes {FIELD_LIMIT} in a field; shorten it")
+        self._signer(what)
+        info = {"fields": [[{f"Raw{len(field)}": field} for field in fields]]}
         call = bt.calls.Commitments.set_commitment(netuid=self.netuid, info=info)
-        what = f"publishing a record of {len(record)} bytes"
         compose: Callable[[object], Awaitable[object]] = self._substrate.compose
-        composed = await self._read(what, lambda: compose(call))
         async with self._hotkey_lock:
+            await self._check_space(what, charge(*map(len, fields)))
+            composed = await self._read(what, lambda: compose(call))
             return await self._submit(what, composed, until_block)
+
+    async def space(self) -> Space:
+        """What this hotkey has published in this epoch, and may, as of the newest finalized block."""
+        what = "reading the space for records"
+        hotkey = self._signer(what).hotkey.ss58_address
+        block_hash = (await self.finalized()).hash
+
+        async def read(pallet: str, name: str, *keys: object) -> object:
+            return await self._read(
+                what, lambda: self._substrate.query(pallet, name, list(keys), block_hash=block_hash)
+            )
+
+        epoch = int(cast("int", await read("SubtensorModule", "SubnetEpochIndex", self.netuid)))
+        usage = cast("Mapping[str, int] | None", await read("Commitments", "UsedSpaceOf", self.netuid, hotkey))
+        limit = int(cast("int", await read("Commitments", "MaxSpace")))
+        used = int(usage["used_space"]) if usage is not None and int(usage["last_epoch"]) == epoch else 0
+        return Space(used, limit, epoch, await self._next_epoch(block_hash))
+
+    async def _check_space(self, what: str, needed: int) -> None:
+        """ChainRefused if a commitment that counts as `needed` bytes would be refused on chain, at a nonce's price.
+
+        On a chain that does not count, or counts in another place, nothing is refused here: it decides by itself.
+        """
+        try:
+            space = await self.space()
+        except ChainRefused as error:
+            log.warning("%s: not checked against the epoch's space (%s)", what, error)
+            return
+        # It lands in a later block than the finalized one; if that is in the next epoch, it counts there.
+        starts_anew = space.next_epoch <= self._finalized + 1
+        if not starts_anew and space.used + needed > space.limit:
+            raise ChainRefused(
+                f"{what}: it counts as {needed} bytes, and {space.used} of the {space.limit} of epoch {space.epoch} "
+                f"are used; wait for the next epoch, block {space.next_epoch}, or publish less per round"
+            )
 
     async def set_weights(self, weights: Mapping[int, float]) -> int:
         """Set this hotkey's weights, uid to any non-negative number. Returns the block that includes them."""
@@ -473,8 +524,15 @@ class BittensorChain:
                 period = _era_ending_by(until_block, birth, what)
             unsigned = await self._prepare(what, call, keypair.ss58_address, period)
             birth = int(cast("Mapping[str, int]", unsigned.era)["current"])
-            if until_block is None or birth + period - 1 <= until_block:
+            last_nonce, last_block = self._last_sent
+            if unsigned.nonce < last_nonce and birth < last_block:
+                # The one before the last was lost, and the last waits for it: with this one in its place, the last
+                # would land behind it. So it must be out of time first.
+                await self._reach(last_block, self._timeout + (last_block - birth) * self._block_time)
+                birth = self._finalized
+            elif until_block is None or birth + period - 1 <= until_block:
                 break
+        self._last_sent = (unsigned.nonce, birth + period - 1)
         signature = bytes(keypair.sign(unsigned.payload))
         blocks = period + 2 * _SHORTEST_ERA  # until the era is over, and finality behind it
         deadline = self._timeout + blocks * self._block_time
@@ -483,7 +541,9 @@ class BittensorChain:
                 result = await self._substrate.submit_signature(unsigned, signature)
         except (bt.BittensorError, OSError, TimeoutError) as error:
             raise translated(what, error, deadline) from error
-        return _included_in(what, result)
+        block = _included_in(what, result)
+        self._advance(block)
+        return block
 
     async def _prepare(self, what: str, call: object, address: str, period: int) -> bt.UnsignedExtrinsic:
         return await self._read(what, lambda: self._substrate.prepare(call, address=address, period=period))

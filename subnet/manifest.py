@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.optimizer import OptimizerConfig, OuterConfig
+from subnet.space import FIELD_LIMIT, charge
 
 Sha256Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -335,3 +336,78 @@ def check_announced(loaded: LoadedManifest, committed: bytes | None) -> None:
             f"manifest {loaded.digest.hex()[:16]} is not the one on chain ({announcement.manifest.hex()[:16]}): "
             "take the current manifest from its publisher and pass it with --manifest"
         )
+
+
+RECORD_BYTES = 108
+"""Size of a record (`subnet.swarm.record`)."""
+
+
+def space_per_epoch(manifest: Manifest, tempo: int) -> int:
+    """The most bytes that the records of one miner can count as in an epoch of `tempo` blocks.
+
+    At most five a round, each of 108 bytes and counted as such (the chain's least is 100): READY until `close`, the
+    roots until `cut`, the bitmap until `have`, with the butterfly the shard digests until `merge`, in a second field of
+    at most 128 bytes, and DONE before the next record. That is 108 * 4 = 432 bytes a round with the all-gather and
+    108 * 5 + 128 = 668 with the butterfly. An epoch of 360 blocks holds 4 rounds of 90 blocks, 3.6 of 100 or 3 of 120,
+    and as a record may come at any time until its mark, one more at the edge: 4 * 668 + 236 = 2,908 bytes for rounds of
+    90 blocks, of the 3,100 that the chain allows. Where the merge overlaps the next round, that round's READY may come
+    at the same edge: 3,016 bytes.
+
+    The value is exact: the largest sum over all offsets of the epoch's first block within a round, where a record
+    counts if some block in which it may land is in the epoch.
+    """
+    return _largest_sum(_landings(manifest), manifest.round.length, tempo)
+
+
+def check_space(manifest: Manifest, tempo: int, limit: int) -> None:
+    """Refuse a manifest whose records the chain would not take. Raises `ManifestError`.
+
+    tempo: blocks between the subnet's epochs. limit: bytes per hotkey and epoch, as the chain has it
+    (`BittensorChain.space`).
+    """
+    needed = space_per_epoch(manifest, tempo)
+    if needed <= limit:
+        return
+    landings, length = _landings(manifest), manifest.round.length
+    if sum(landing.charge for landing in landings) > limit:
+        remedy = "no round is long enough, choose another subnet or codec topk2bit"
+    else:
+        while _largest_sum(landings, length, tempo) > limit:
+            length += 1
+        remedy = f"raise round.length to {length}"
+    raise ManifestError(
+        f"records of rounds of {manifest.round.length} blocks count as up to {needed} bytes in an epoch of {tempo} "
+        f"blocks, more than the {limit} that the chain takes from a hotkey: {remedy}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Landing:
+    """When a record of a round may land, in blocks after the round's first, and what it counts as."""
+
+    first: int
+    last: int
+    charge: int
+
+
+def _landings(manifest: Manifest) -> list[_Landing]:
+    marks = manifest.round
+    landings = [
+        _Landing(0, marks.close, charge(RECORD_BYTES)),
+        _Landing(marks.close + 1, marks.cut, charge(RECORD_BYTES)),
+        _Landing(marks.cut + 1, marks.have, charge(RECORD_BYTES)),
+    ]
+    if manifest.merge.codec == "topk2bit":
+        return [*landings, _Landing(marks.have + 1, max(marks.merge, marks.length), charge(RECORD_BYTES))]
+    shards = _Landing(marks.have + 1, marks.merge, charge(RECORD_BYTES, FIELD_LIMIT))
+    return [*landings, shards, _Landing(marks.merge + 1, marks.length + marks.close, charge(RECORD_BYTES))]
+
+
+def _largest_sum(landings: list[_Landing], length: int, tempo: int) -> int:
+    """The largest sum of what can land within `tempo` blocks, over their offsets in a round of `length` blocks."""
+
+    def rounds(landing: _Landing, first: int) -> int:
+        """How many rounds have a block of `landing` among the blocks first .. first + tempo - 1."""
+        return (first + tempo - 1 - landing.first) // length - (first - 1 - landing.last) // length
+
+    return max(sum(landing.charge * rounds(landing, first) for landing in landings) for first in range(length))

@@ -7,8 +7,9 @@ Shapes are functions of the manifest (`Shapes`), so a receiver knows them before
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,6 +17,9 @@ from pydantic import Field
 from model.config import ModelConfig
 from model.split import StagePlan
 from subnet.manifest import Manifest
+from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
+from subnet.swarm.public import PARTS, Part, pieces_of, span_of
+from subnet.swarm.snapshot import SNAPSHOT_LIMIT
 from subnet.transport.synapse import Synapse, TensorSpec
 from subnet.trust.ledger import LEAF_BYTES, MAX_LOSS, WINDOW_BYTES
 
@@ -70,17 +74,55 @@ class InputRequest(RunSynapse):
     sample: Sample
 
 
-class PayloadRequest(RunSynapse):
-    """The pseudo-gradient of `source`, from whoever holds it."""
+OPEN_LIMIT = 1024
+"""Microbatches that a notice may list: more than a head has in flight."""
 
-    route: ClassVar[str] = "payload"
+
+class Notice(RunSynapse):
+    """A head tells a sibling head how far it is, so that the sibling can go on for it when it is gone."""
+
+    route: ClassVar[str] = "notice"
+    started: Annotated[int, Field(ge=0, lt=2**32)]
+    """It starts no index from this one on before it has said so; announced ahead, so that nothing waits for it."""
+    open: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(max_length=OPEN_LIMIT)]
+    """Its indices below `started` that are not back."""
+    taken: Annotated[list[Sample], Field(max_length=OPEN_LIMIT)]
+    """Samples of other heads whose gradient it has."""
+
+
+class Noted(Synapse):
+    """The answer to a notice: which of the caller's samples the answering head has the gradient of."""
+
+    taken: Annotated[list[Sample], Field(max_length=OPEN_LIMIT)]
+
+
+class LeavesRequest(RunSynapse):
+    """The hashes of the pieces of `source`'s payload, from whoever holds them."""
+
+    route: ClassVar[str] = "leaves"
     source: Hotkey
 
 
-class Payload(Synapse):
-    """Tensor `payload`, uint8 (n,). With `evidence` it hashes to the source's root on chain."""
+class PayloadLeaves(Synapse):
+    """Tensor `leaves`, uint8 (pieces, 32). With `evidence` it hashes to the source's root on chain."""
 
     evidence: DigestHex
+
+
+class PayloadRequest(RunSynapse):
+    """One piece of `source`'s payload, from whoever holds it; the answer is tensor `data`, uint8 (bytes,)."""
+
+    route: ClassVar[str] = "payload"
+    source: Hotkey
+    piece: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class ShardRequest(RunSynapse):
+    """One piece of the encoded mean change of a merged shard, from who has it; the answer is tensor `data`."""
+
+    route: ClassVar[str] = "shard"
+    shard: Annotated[int, Field(ge=0, lt=2**32)]
+    piece: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class EvidenceRequest(RunSynapse):
@@ -111,17 +153,38 @@ class UnitRequest(RunSynapse):
     backward: bool
 
 
-class WeightsRequest(RunSynapse):
-    """The stage's public state at the start of the round: its weights θ or its outer momentum."""
+class StateTreeRequest(RunSynapse):
+    """The leaf hashes of the stage's public state with `round` rounds merged into it.
 
-    route: ClassVar[str] = "weights"
-    part: Literal["theta", "momentum"]
+    Answer: tensors `theta` and `momentum`, uint8 (pieces, 32) each.
+    """
+
+    route: ClassVar[str] = "tree"
 
 
-class PublicPart(Synapse):
-    """Tensor `weights`, fp32 (n,): the part asked for. `other` is the digest of the part that was not."""
+class StatePieceRequest(RunSynapse):
+    """One piece of that state. Answer: tensor `data`, uint8 (n,)."""
 
-    other: DigestHex
+    route: ClassVar[str] = "piece"
+    part: Part
+    piece: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class RosterRequest(Synapse):
+    """The roster with this digest. Most of the permitted stake says on chain which one is in force."""
+
+    route: ClassVar[str] = "roster"
+    run: RunId
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{30}$")]
+
+
+class RosterSnapshot(Synapse):
+    """Tensor `roster`, uint8 (1, size): the encoded roster."""
+
+    size: Annotated[int, Field(gt=0, le=SNAPSHOT_LIMIT)]
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {"roster": table(1, self.size)}
 
 
 class Tensors(Synapse):
@@ -171,3 +234,14 @@ def table(rows: int, row_bytes: int) -> TensorSpec:
 
 def evidence_specs(work: int, windows: int) -> dict[str, TensorSpec]:
     return {"leaves": table(work, LEAF_BYTES), "windows": table(windows, WINDOW_BYTES)}
+
+
+def tree_specs(counts: Mapping[Part, int]) -> dict[str, TensorSpec]:
+    """Of the leaf hashes of a public state, by the values of each part."""
+    return {part: table(pieces_of(counts[part]), HASH_BYTES) for part in PARTS}
+
+
+def piece_specs(count: int, piece: int) -> dict[str, TensorSpec]:
+    """Of one piece of a part with `count` values."""
+    start, end = span_of(count, piece)
+    return {"data": TensorSpec(torch.uint8, (end - start,))}

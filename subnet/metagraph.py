@@ -13,6 +13,7 @@ from typing import cast
 
 _RAO = 1_000_000_000
 _U16_MAX = 65_535
+_MOST_FIELDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,11 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Neuron:
-    """One uid of the subnet. `record` is the raw content of its hotkey's current commitment, None if it has none."""
+    """One uid of the subnet.
+
+    `record` and `shards` are the two Raw fields of its hotkey's current commitment: None without a commitment or with
+    one of another form, and empty without a second field.
+    """
 
     uid: int
     hotkey: str
@@ -54,7 +59,6 @@ class Neuron:
     record: bytes | None
     record_block: int | None
     shards: bytes = b""
-    """The second field of that commitment, b"" if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ def decode_neuron(uid: int, graph: Mapping[str, Sequence[object]], commitment: o
     def number(column: str) -> int:
         return int(cast("int", graph[column][uid]))
 
-    record, record_block = _record(commitment)
+    fields = _raw_fields(commitment)
     return Neuron(
         uid=uid,
         hotkey=str(graph["hotkeys"][uid]),
@@ -89,8 +93,9 @@ def decode_neuron(uid: int, graph: Mapping[str, Sequence[object]], commitment: o
         last_update=number("last_update"),
         incentive=number("incentives") / _U16_MAX,
         dividends=number("dividends") / _U16_MAX,
-        record=record,
-        record_block=record_block,
+        record=fields[0] if fields else None,
+        record_block=int(cast("Mapping[str, int]", commitment)["block"]) if fields else None,
+        shards=fields[1] if len(fields) == _MOST_FIELDS else b"",
     )
 
 
@@ -102,14 +107,20 @@ def _endpoint(axon: Mapping[str, int]) -> Endpoint | None:
     return Endpoint(str(address), port)
 
 
-def _record(commitment: object) -> tuple[bytes | None, int | None]:
-    """(bytes, block) of a commitment that is one Raw field, decoded as 0x-hex or, if it is empty, []."""
+def _raw_fields(commitment: object) -> list[bytes]:
+    """The fields of a commitment of one or two Raw fields; none of any other."""
     if not isinstance(commitment, dict):
-        return None, None
-    fields = commitment["info"]["fields"]
-    if len(fields) != 1 or not isinstance(fields[0], dict):
-        return None, None
-    ((kind, value),) = fields[0].items()
+        return []
+    fields = [_raw(field) for field in commitment["info"]["fields"]]
+    whole = [field for field in fields if field is not None]
+    return whole if len(whole) == len(fields) <= _MOST_FIELDS else []
+
+
+def _raw(field: object) -> bytes | None:
+    """The bytes of a Raw field, decoded as 0x-hex or, if it is empty, []."""
+    if not isinstance(field, dict):
+        return None
+    ((kind, value),) = field.items()
     if not str(kind).startswith("Raw"):
-        return None, None
-    return bytes.fromhex(value.removeprefix("0x")) if isinstance(value, str) else bytes(value), int(commitment["block"])
+        return None
+    return bytes.fromhex(value.removeprefix("0x")) if isinstance(value, str) else bytes(value)

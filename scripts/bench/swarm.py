@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         authority="5" + "C" * 47,
         netuid=9,
         activation_block=0,
+        overlap=False,
+        codec="topk2bit",
         corpus=files,
     )
     corpus = Corpus.open(

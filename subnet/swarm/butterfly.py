@@ -92,10 +92,12 @@ class Butterfly:
     def provider(self, shard: int, asker: str) -> str:
         """The holder that `asker` takes the merged shard from: the next one round the circle of replicas.
 
-        Turning the circle changes nothing in this rule, so every replica is asked equally often.
+        Turning the circle changes nothing in this rule, so every replica is asked equally often. Who only watches
+        asks from a place of its own.
         """
         place = {hotkey: index for index, hotkey in enumerate(self.replicas)}
-        return min(self.pairs[shard], key=lambda holder: (place[holder] - place[asker]) % len(self.replicas))
+        here = place.get(asker, int.from_bytes(hashlib.sha256(asker.encode()).digest()[:8], "little"))
+        return min(self.pairs[shard], key=lambda holder: (place[holder] - here) % len(self.replicas))
 
 
 def shard_sources(

@@ -41,6 +41,8 @@ class Phase(IntEnum):
 class Flags(IntFlag):
     LEAVING = 1
     """Its owner wants out at the next roster."""
+    OBSERVER = 2
+    """Its owner wants no stage at all: a validator, whose record says which roster it sees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +63,9 @@ class Record:
     """Digests of merged shards, `SHARD_DIGEST_BYTES` each, from the commitment's second field."""
 
     @property
-    def leaving(self) -> bool:
-        return bool(self.flags & Flags.LEAVING)
+    def stageless(self) -> bool:
+        """Whether its owner wants no stage, or none any more."""
+        return bool(self.flags & (Flags.LEAVING | Flags.OBSERVER))
 
     @property
     def held(self) -> int:

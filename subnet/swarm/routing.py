@@ -24,11 +24,23 @@ def head_of(sample: int, *, base: int, heads: int) -> int:
 
 
 def hops(replicas: tuple[str, ...], *, seed: bytes, head: str, stage: int, index: int) -> tuple[str, ...]:
-    """Replicas of `stage` for a head's `index`-th microbatch: the planned one first, then where to go if it is down."""
+    """Replicas of `stage` for a head's `index`-th microbatch: the planned one first, then where to go if it is down.
+
+    None while the stage has no replica.
+    """
+    if not replicas:
+        return ()
     block, position = divmod(index, len(replicas))
     draw = seed + f"/{head}/{stage}/{block}/".encode()
     order = sorted(replicas, key=lambda hotkey: hashlib.sha256(draw + hotkey.encode()).digest())
     return tuple(order[position:] + order[:position])
+
+
+def heirs(replicas: tuple[str, ...], *, seed: bytes, sample: int) -> tuple[str, ...]:
+    """In which order replicas of a stage take over a sample whose holder among them is gone: drawn per sample, so that
+    a dead replica's work is spread, and known to all, so that as a rule only one takes it."""
+    draw = seed + f"/heir/{sample}/".encode()
+    return tuple(sorted(replicas, key=lambda hotkey: hashlib.sha256(draw + hotkey.encode()).digest()))
 
 
 def depth(*, stages: int, compute: float, latency: float, transfer: float, limit: int) -> int:

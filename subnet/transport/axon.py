@@ -35,6 +35,7 @@ from subnet.transport.errors import (
     Unavailable,
     UnknownRoute,
 )
+from subnet.transport.shaping import TURN, Shaper
 from subnet.transport.synapse import S, Specs, Synapse
 
 _log = logging.getLogger("orion.subnet.axon")
@@ -66,6 +67,7 @@ class Axon:
         grace_s: float = 5.0,
         min_rate: float = 125_000.0,
         idle_s: float = 120.0,
+        shaper: Shaper | None = None,
     ) -> None:
         """
         Args:
@@ -76,6 +78,7 @@ class Axon:
             min_rate: bytes per second beyond that. Honest senders on slow links cut off with 408? Lower it.
             idle_s: seconds after which a silent connection is closed. Longer than the dendrite's, which
                 must be the one to close, or its next call could be lost in between.
+            shaper: the emulated link that bodies pass through, for tests; the caller's adds latency and loss.
         """
         self._admission = admission
         self._host = host
@@ -83,6 +86,7 @@ class Axon:
         self._grace_s = grace_s
         self._min_rate = min_rate
         self._idle_s = idle_s
+        self.shaper = shaper
         self._routes: dict[str, _Route] = {}
         self._runner: web.ServerRunner | None = None
         self._port: int | None = None
@@ -183,12 +187,15 @@ class Axon:
         body = np.empty(ticket.length, dtype=np.uint8).data
         digest = hashlib.sha256()
         filled = 0
+        stream = None if self.shaper is None else self.shaper.down.stream()
         try:
             async with asyncio.timeout(self._patience_s(ticket.length)):
                 while filled < ticket.length:
                     chunk = await request.content.readany()
                     if not chunk:
                         break
+                    if stream is not None:
+                        await stream.carry(len(chunk))
                     body[filled : filled + len(chunk)] = chunk
                     digest.update(chunk)
                     filled += len(chunk)
@@ -221,14 +228,17 @@ class Axon:
 
     async def _reply(self, request: web.BaseRequest, parts: list[memoryview]) -> web.StreamResponse:
         size = synapse.size_of(parts)
-        if size <= synapse.SLICE:
+        stream = None if self.shaper is None else self.shaper.up.stream()
+        if size <= synapse.SLICE and stream is None:
             return web.Response(body=b"".join(parts))
         response = web.StreamResponse()
         response.content_length = size
         try:
             async with asyncio.timeout(self._patience_s(size)):
                 await response.prepare(request)
-                for piece in synapse.slices(parts):
+                for piece in synapse.slices(parts, size=synapse.SLICE if stream is None else TURN):
+                    if stream is not None:
+                        await stream.carry(piece.nbytes)
                     await response.write(piece)
                 await response.write_eof()
         except TimeoutError:

@@ -25,7 +25,8 @@ from yarl import URL
 
 from subnet.transport import auth, sockets, synapse
 from subnet.transport.auth import Signer
-from subnet.transport.errors import BadReply, Refused, Unreachable, from_wire
+from subnet.transport.errors import BadReply, Refused, Silent, Unreachable, from_wire
+from subnet.transport.shaping import TURN, Pipe, Shaper
 from subnet.transport.synapse import S, Specs, Synapse
 
 NO_TENSORS: Final[Mapping[str, torch.Tensor]] = MappingProxyType({})
@@ -50,18 +51,28 @@ class Traffic:
 class Dendrite:
     """Calls axons in the name of one hotkey. Use one per hotkey: it keeps that hotkey's nonces unique."""
 
-    def __init__(self, signer: Signer, *, now_ns: Callable[[], int], streams: int = 4, idle_s: float = 90.0) -> None:
+    def __init__(
+        self,
+        signer: Signer,
+        *,
+        now_ns: Callable[[], int],
+        streams: int = 4,
+        idle_s: float = 90.0,
+        shaper: Shaper | None = None,
+    ) -> None:
         """
         Args:
             signer: the hotkey.
             now_ns: Unix time in nanoseconds; nonces are made from it.
             streams: connections per neighbour, and calls in flight to it.
             idle_s: seconds a connection is kept warm without traffic.
+            shaper: the emulated link that calls pass through, for tests.
         """
         self._signer = signer
         self._now_ns = now_ns
         self._streams = streams
         self._idle_s = idle_s
+        self.shaper = shaper
         self._session: aiohttp.ClientSession | None = None
         self._gates: dict[str, asyncio.Semaphore] = {}
         self._urls: dict[tuple[str, str], URL] = {}
@@ -149,7 +160,7 @@ class Dendrite:
             fields, received = synapse.decode(reply, blob, reply_specs)
         except TimeoutError:
             traffic.failed += 1
-            raise Unreachable(
+            raise Silent(
                 f"{endpoint} gave no answer to {message.route} within {deadline:g} s; "
                 "try a sibling or a longer deadline"
             ) from None
@@ -184,15 +195,21 @@ class Dendrite:
         url = self._urls.get((endpoint, route))
         if url is None:
             url = self._urls[endpoint, route] = URL(f"{endpoint}/{route}")
+        size = synapse.size_of(parts)
+        up = down = None
+        if self.shaper is not None:
+            await self.shaper.depart(size)
+            up, down = self.shaper.up, self.shaper.down
         self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
         headers = auth.sign(self._signer, path=f"/{route}", digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
-        size = synapse.size_of(parts)
-        data = b"".join(parts) if size <= synapse.SLICE else _Parts(parts)
+        data = b"".join(parts) if size <= synapse.SLICE and up is None else _Parts(parts, up)
         async with self._session.post(url, data=data, headers=headers, allow_redirects=False) as response:
             traffic.sent += size
             limit = max_reply_bytes if response.status == 200 else _ERROR_LIMIT
-            blob = await _read(response, limit)
+            blob = await _read(response, limit, down)
             traffic.received += blob.nbytes
+            if self.shaper is not None:
+                await self.shaper.arrive(blob.nbytes)
             if response.status == 200:
                 return blob
             error = from_wire(response.status, bytes(blob))
@@ -202,15 +219,18 @@ class Dendrite:
         raise BadReply(f"{endpoint} {error}")
 
 
-async def _read(response: aiohttp.ClientResponse, limit: int) -> memoryview:
+async def _read(response: aiohttp.ClientResponse, limit: int, down: Pipe | None) -> memoryview:
     size = response.content_length
     if size is None or size > limit:
         response.close()
         raise BadReply(f"{response.url.origin()} announced a reply of {size} bytes, limit {limit}")
     blob = np.empty(size, dtype=np.uint8).data
     filled = 0
+    stream = None if down is None else down.stream()
     while filled < size:
         chunk = await response.content.readany()
+        if stream is not None:
+            await stream.carry(len(chunk))
         if not chunk:
             raise Unreachable(f"{response.url.origin()} closed after {filled} of {size} bytes; try a sibling")
         blob[filled : filled + len(chunk)] = chunk
@@ -223,13 +243,20 @@ class _Parts(Payload):
 
     _autoclose = True
 
-    def __init__(self, parts: Sequence[memoryview]) -> None:
+    def __init__(self, parts: Sequence[memoryview], up: Pipe | None) -> None:
         super().__init__(parts)
         self._parts = parts
+        self._up = up
         self._size = synapse.size_of(parts)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        for piece in synapse.slices(self._parts):
+        if self._up is None:
+            for piece in synapse.slices(self._parts):
+                await writer.write(piece)
+            return
+        stream = self._up.stream()
+        for piece in synapse.slices(self._parts, size=TURN):
+            await stream.carry(piece.nbytes)
             await writer.write(piece)
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:  # noqa: ARG002

@@ -29,6 +29,10 @@ class Unreachable(TransportError):  # noqa: N818
     """No complete answer: refused, cut or too late. The request may have been carried out."""
 
 
+class Silent(Unreachable):
+    """No answer in time: it may be gone, frozen or slow. Any other `Unreachable` says that nobody listens there."""
+
+
 class BadReply(TransportError):  # noqa: N818
     """The answer is not a reply of the type, shape or size that was asked for: the peer's fault."""
 

@@ -135,11 +135,11 @@ def size_of(parts: Sequence[memoryview]) -> int:
     return sum(part.nbytes for part in parts)
 
 
-def slices(parts: Sequence[memoryview]) -> Iterator[memoryview]:
-    """The parts, cut into pieces of at most `SLICE` bytes."""
+def slices(parts: Sequence[memoryview], *, size: int = SLICE) -> Iterator[memoryview]:
+    """The parts, cut into pieces of at most `size` bytes."""
     for part in parts:
-        for start in range(0, part.nbytes, SLICE):
-            yield part[start : start + SLICE]
+        for start in range(0, part.nbytes, size):
+            yield part[start : start + size]
 
 
 def decode(

@@ -100,7 +100,7 @@ class _Book:
         upstream = leaf.direction is Direction.FORWARD or leaf.stage == self.tail
         stage = leaf.stage - 1 if upstream else leaf.stage + 1
         if stage < 0:
-            return self.assigned(hotkey, leaf)
+            return self.assigned(hotkey, leaf) or self.inherited(leaf, leaf.sink)
         sender = self.peer(stage, leaf.source)
         if sender is None or (leaf.stage == 0 and not self.started(hotkey, leaf)):
             return False
@@ -117,9 +117,14 @@ class _Book:
         if self.assigned(hotkey, leaf):
             forward = self.leaf(hotkey, 0, leaf, Direction.FORWARD)
             return forward is not None and self.signed(hotkey, forward)
+        return self.inherited(leaf, leaf.source)
+
+    def inherited(self, leaf: Leaf, neighbour: int) -> bool:
+        """Whether a unit of another head's sample counts for the head that took it over: only if the owner served no
+        evidence, so that nobody can take a living head's pay, and the neighbour in the next stage did."""
         heads = self.roster.stages[0]
         owner = heads[head_of(leaf.sample, base=self.first_sample, heads=len(heads))]
-        return owner not in self.units and self.peer(1, leaf.source) in self.units
+        return owner not in self.units and self.peer(1, neighbour) in self.units
 
     def consumed(self, hotkey: str, leaf: Leaf) -> bool:
         """Whether the consumer's own leaf, if it shows one, names this replica as the source of exactly this output.

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit or not at all, and a failed write or read harms nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,17 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import (
+    CheckpointContentError,
     CheckpointCorruptError,
     CheckpointInfo,
     CheckpointMismatchError,
     CheckpointMissingError,
     content_digest,
+    dumps,
+    header_length,
     load,
+    loads,
+    read_header,
     save,
 )
 
@@ -110,3 +116,71 @@ def test_the_digest_sees_name_dtype_shape_and_data() -> None:
     ]
     assert len({content_digest(variant) for variant in variants}) == len(variants)
     assert content_digest(dict(reversed(base.items()))) == content_digest(base)
+
+
+def test_memory_and_file_are_one_format(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    digest = save(path, _tensors(), _INFO, subject="stage 1")
+    data = dumps(_tensors(), _INFO, subject="stage 1")
+    assert data == path.read_bytes()
+    tensors, info = loads(data, _RUN, subject="stage 1")
+    assert info == _INFO
+    assert content_digest(tensors) == digest
+    header = read_header("c", data[: header_length(data)])
+    assert (header.info, header.subject, header.digest, header.size) == (_INFO, "stage 1", digest, len(data))
+    for position in range(0, len(data), 11):
+        altered = data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :]
+        with pytest.raises((CheckpointCorruptError, CheckpointMismatchError)):
+            loads(altered, _RUN, subject="stage 1")
+        with pytest.raises(CheckpointCorruptError):
+            loads(data[:position], _RUN)
+
+
+def test_one_files_place_is_not_anothers(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save(path, _tensors(), _INFO, subject="stage 1")
+    assert load(path, manifest_hash=_RUN)[1] == _INFO
+    with pytest.raises(CheckpointMismatchError, match=r"c\.safetensors is of 'stage 1', not of 'stage 2'"):
+        load(path, manifest_hash=_RUN, subject="stage 2")
+
+
+def test_a_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointContentError, match=r"'a' is torch\.complex64; a checkpoint takes float64"):
+        save(tmp_path / "c.safetensors", {"a": torch.zeros(1, dtype=torch.complex64)}, _INFO)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_proven_stays_so_when_the_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    digest = save(path, _tensors(), _INFO)
+    tensors, _ = load(path, manifest_hash=_RUN)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert content_digest(tensors) == digest
+
+
+def test_others_read_the_file_too(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    save(tmp_path / "c.safetensors", _tensors(), _INFO)
+    assert content_digest(load_file(tmp_path / "c.safetensors")) == content_digest(_tensors())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]},
+        {"dtype": "F33", "shape": [3], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": 3, "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0]},
+        [],
+    ],
+)
+def test_a_header_with_impossible_bounds_is_refused(entry: object) -> None:
+    good = dumps({"a": torch.ones(3)}, _INFO)
+    header = json.loads(good[8 : header_length(good)])
+    text = json.dumps(header | {"a": entry}).encode()
+    with pytest.raises(CheckpointCorruptError):
+        loads(len(text).to_bytes(8, "little") + text + good[header_length(good) :], _RUN)

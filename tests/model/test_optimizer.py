@@ -61,7 +61,7 @@ def test_the_plain_step_is_sgd_and_rounds_the_product() -> None:
 def test_the_plain_step_has_no_momentum() -> None:
     with pytest.raises(ValueError, match=r"outer\.momentum is 0\.9"):
         plain_step(torch.zeros(4), torch.zeros(4), OuterConfig(momentum=0.9))
-    with pytest.raises(ValueError, match="pseudo-gradient is torch.float32"):
+    with pytest.raises(ValueError, match="pseudo-gradient is"):
         plain_step(torch.zeros(4), torch.zeros(5), OuterConfig(momentum=0.0))
 
 

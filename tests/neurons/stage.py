@@ -145,6 +145,8 @@ class Stage:
     deaths: dict[str, float] = field(default_factory=dict)
     """Seconds at which a replica is killed."""
     forge: Forge | None = None
+    watcher: str | None = None
+    """Who only watches the merge."""
 
     def __post_init__(self) -> None:
         self.names = tuple(f"hotkey-{index:02d}" for index in range(self.replicas))
@@ -186,7 +188,11 @@ class Stage:
             feedback = no_residual(self.codec_used, self.count, 0.95)
             pieces, _, _ = self.terms(hotkey).contribution(self.deltas[hotkey], feedback)
             self.prepare(hotkey, tuple(bytes(piece) for piece in pieces))
-        tasks = {hotkey: asyncio.ensure_future(self._replica(hotkey, chain)) for hotkey in self.names}
+        names = self.names
+        if self.watcher is not None:
+            names = (*names, self.watcher)
+            self.desks[self.watcher] = Desk(self.watcher)
+        tasks = {hotkey: asyncio.ensure_future(self._replica(hotkey, chain)) for hotkey in names}
         for hotkey, moment in self.deaths.items():
             asyncio.get_running_loop().call_later(moment, self._kill, hotkey, tasks[hotkey])
         results = await asyncio.gather(*tasks.values(), return_exceptions=True)
@@ -199,7 +205,7 @@ class Stage:
         return {hotkey: outcome for hotkey, outcome in outcomes.items() if hotkey not in self.deaths}
 
     def prepare(self, hotkey: str, pieces: tuple[bytes, ...]) -> None:
-        self.desks[hotkey] = Desk(hotkey, pieces, hotkey.encode().ljust(32, b"e"))
+        self.desks[hotkey] = Desk(hotkey, pieces, evidence=hotkey.encode().ljust(32, b"e"))
 
     def _kill(self, hotkey: str, task: asyncio.Task[Outcome]) -> None:
         self.dead.add(hotkey)
@@ -211,7 +217,7 @@ class Stage:
         record = Record(run=b"run-0001", round=NUMBER, phase=Phase.READY, work=4)
         outcome = await merge(
             self.terms(hotkey),
-            record,
+            record if hotkey != self.watcher else None,
             self.public,
             self.desks[hotkey],
             board=board,
@@ -233,7 +239,7 @@ class Link:
     def __init__(self, stage: Stage, hotkey: str) -> None:
         self._stage = stage
         self._hotkey = hotkey
-        self._chance = np.random.default_rng([stage.seed, stage.names.index(hotkey)])
+        self._chance = np.random.default_rng([stage.seed, *hotkey.encode()])
 
     async def leaves(self, holder: str, source: str, pieces: int) -> Leaves:
         reply = await self._call(holder, ("leaves", source, 0), lambda desk: desk.leaves(source))

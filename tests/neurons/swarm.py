@@ -10,14 +10,13 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import torch
 
 from model.accounting import total_parameters
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.data import Corpus, ShardEntry
 from model.engine import Recompute, StageEngine
 from model.split import split
-from model.stage import build_stage, flatten
+from model.stage import build_stage
 from neurons.archive import Archive, RoundArchive
 from neurons.pipeline import StageWorker
 from neurons.telemetry import Stamped, Telemetry, read_events
@@ -36,8 +35,7 @@ from subnet.manifest import (
     ShardSection,
     SwarmSection,
 )
-from subnet.messages import Backward, Forward, InputRequest, Shapes
-from subnet.swarm.merge import Merged
+from subnet.messages import Backward, Forward, InputRequest, Notice, Shapes
 from subnet.swarm.roster import Roster
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
@@ -145,9 +143,7 @@ class Swarm:
             for member in (Member(f"miner-{stage}-{replica}") for stage in range(stages) for replica in range(replicas))
         }
         hotkeys = list(self.members)
-        self.roster = Roster(
-            0, tuple(tuple(sorted(hotkeys[s * replicas : (s + 1) * replicas])) for s in range(stages)), ()
-        )
+        self.roster = Roster.of([hotkeys[s * replicas : (s + 1) * replicas] for s in range(stages)])
         self.endpoints: dict[str, str] = {}
         self.rounds: dict[str, RoundArchive] = {}
         self._synchronous = synchronous
@@ -193,11 +189,11 @@ class Swarm:
         member.axon.serve(Forward, member.worker.on_forward, specs={"y": shapes.boundary})
         member.axon.serve(Backward, member.worker.on_backward, specs={"g": shapes.boundary})
         member.axon.serve(InputRequest, member.worker.on_input, specs={})
+        member.axon.serve(Notice, member.worker.on_notice, specs={})
         await member.axon.start()
         self._stack.push_async_callback(member.axon.stop)
         self.endpoints[hotkey] = member.axon.endpoint
-        theta = flatten(engine.stage)
-        held = member.archive.open(0, Merged(theta, torch.zeros_like(theta)))
+        held = member.archive.open(0)
         self.rounds[hotkey] = held
         member.worker.begin(0, self.roster, SEED, held)
 

@@ -18,7 +18,7 @@ EVIDENCE = b"e" * 32
 
 
 def desk_of(hotkey: str, pieces: int = 3) -> Desk:
-    return Desk(hotkey, [f"{hotkey}{index}".encode() * 8 for index in range(pieces)], EVIDENCE)
+    return Desk(hotkey, [f"{hotkey}{index}".encode() * 8 for index in range(pieces)], evidence=EVIDENCE)
 
 
 class Peers:

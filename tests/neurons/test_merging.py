@@ -410,6 +410,17 @@ def test_a_pair_that_keeps_its_shard_to_itself_stops_nobody() -> None:
     ends_in_time(stage)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("replicas", [1, 2, 5])
+def test_who_only_watches_sees_the_same_merge(replicas: int, codec: str) -> None:
+    stage = Stage(replicas, codec, watcher="watcher")
+    outcomes = stage.play()
+    assert torch.equal(same_state(outcomes).theta, expected(stage, stage.names).theta)
+    seen = outcomes["watcher"]
+    assert seen.record is None
+    assert not any((seen.taken, seen.incomplete, seen.liars, seen.forged, sum(seen.sent.values())))
+
+
 def test_an_accepted_shard_nobody_serves_leaves_its_takers_incomplete() -> None:
     stage = Stage(3)
     pair = plan_of(stage).holders(0)

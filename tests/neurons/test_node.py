@@ -9,15 +9,18 @@ import pytest
 
 from model.data import DataError
 from neurons.config import NeuronConfig
-from neurons.node import Node, NodeError, main
+from neurons.node import Neighbourhood, Node, NodeError, main
 from subnet.chain import BittensorChain, ChainError, ChainRefused, ChainUnreachable
 from subnet.localchain.genesis import OWNER_COLDKEY_URI, OWNER_HOTKEY_URI, ChainConfig
 from subnet.localchain.node import LocalChain
 from subnet.manifest import Announcement, LoadedManifest, ManifestError
 from subnet.metagraph import Endpoint
-from subnet.transport.errors import PortTaken
+from subnet.swarm.roster import Member, Roster, Standing
+from subnet.transport.errors import Busy, PortTaken, UnknownHotkey
+from subnet.transport.shaping import Link
 from subnet.wallets import create_wallet
 from tests.neurons.swarm import manifest, tiny, tokens_file
+from tests.subnet.swarm.histories import name, neuron, state
 
 NETUID = 9
 
@@ -55,6 +58,7 @@ async def publish_run(url: str, folder: Path) -> tuple[NeuronConfig, LoadedManif
         manifest=folder / "manifest.toml",
         data=folder / "data",
         out=folder / "out",
+        checkpoints=str(folder / "out"),
         name="miner",
         host="127.0.0.1",
         announce="127.0.0.1",
@@ -75,6 +79,11 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
         assert neuron.endpoint == Endpoint("127.0.0.1", node.axon.port)
         assert '"node_started"' in (config.out / "events" / "miner.jsonl").read_text()
 
+    link = Link(latency_s=0.01, bandwidth_bps=1e9, loss=0.001)
+    async with await Node.open(dataclasses.replace(config, link=link), role="miner") as node:
+        shapers = {node.axon.shaper, node.dendrite.shaper}  # one link for all that a node sends and receives
+        assert [shaper.link for shaper in shapers if shaper is not None] == [link]
+
     altered = tmp_path / "altered.toml"
     altered.write_bytes((tmp_path / "manifest.toml").read_bytes() + b"\n")
     unlike = loaded.manifest.model_copy(update={"version": 1}).to_bytes().replace(b"gather_blocks", b"gather_blokks")
@@ -89,6 +98,7 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
             ({"manifest": tmp_path / "none.toml"}, ManifestError, "--manifest"),
             ({"hotkey": "nobody"}, ChainError, "--hotkey"),
             ({"hotkey": "stranger"}, NodeError, "not registered"),
+            ({"hotkey": "owner"}, NodeError, "authority"),
             ({"data": tmp_path / "empty"}, DataError, "does not exist"),
             ({"netuid": 77}, ChainRefused, "--netuid"),
             ({"network": "ws://127.0.0.1:9"}, ChainUnreachable, "--network"),
@@ -103,6 +113,34 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
     (tmp_path / "data" / "tokens.bin").write_bytes(b"\0" * 80_000)
     with pytest.raises(DataError, match=r"tokens\.bin"):
         await Node.open(config, role="miner")
+
+
+def test_pushes_are_for_who_counts_fetches_for_who_is_known() -> None:
+    around = Neighbourhood()
+    with pytest.raises(Busy):
+        around.allow(name(0), "forward")
+    miners = [neuron(uid) for uid in range(3)]
+    judge = neuron(3, permit=True)
+    roster = dataclasses.replace(
+        Roster.of([[name(0)]]),
+        table=(
+            Member(hotkey=name(0), standing=Standing.ACTIVE, stage=0),
+            Member(hotkey=name(1), standing=Standing.JOIN, stage=0),
+        ),
+    )
+    around.update(roster, state([*miners, judge]))
+    allowed = {
+        "forward": [name(0)],
+        "weights": [name(0), name(1), name(3)],
+        "roster": [name(0), name(1), name(2), name(3)],
+    }
+    for route, hotkeys in allowed.items():
+        for uid in range(5):
+            if name(uid) in hotkeys:
+                around.allow(name(uid), route)
+            else:
+                with pytest.raises(UnknownHotkey):
+                    around.allow(name(uid), route)
 
 
 def test_usage_errors_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,16 @@ from neurons.training import OpenInput
 from subnet.identity import verify
 from subnet.messages import Accepted, Backward, Forward
 from subnet.swarm.routing import sample_id
-from subnet.transport.errors import Busy, Dropped, NotFinite, UnknownHotkey, UnknownRun, Unreachable, WrongTensor
+from subnet.transport.errors import (
+    Busy,
+    Dropped,
+    NotFinite,
+    Unavailable,
+    UnknownHotkey,
+    UnknownRun,
+    Unreachable,
+    WrongTensor,
+)
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import replay, select_units, select_windows
 from subnet.trust.ledger import Direction, Evidence, UnitKey, digest, receipt_message
@@ -195,7 +204,7 @@ def push(swarm: Swarm, kind: type[Forward] | type[Backward], **changes: object) 
     [
         ({}, 0, float("nan"), NotFinite, "NaN"),
         ({"run": "00" * 8}, 0, 0.0, UnknownRun, "manifest"),
-        ({"round": 7}, 0, 0.0, Busy, "has not begun"),
+        ({"round": 7}, 0, 0.0, Unavailable, "has not begun"),
         ({}, 1, 0.0, UnknownHotkey, "does not hold stage 0"),
         ({"head": "5" + "X" * 47}, 0, 0.0, UnknownHotkey, "does not hold"),
     ],
@@ -239,8 +248,9 @@ async def test_a_head_may_only_send_its_own_samples(tmp_path: Path, changes: dic
     async with swarm_of(tmp_path, stages=2, replicas=2) as swarm:
         (one, two), tail = swarm.stage(0), swarm.stage(1)[0]
         y = {"y": torch.zeros(4, 32, 8, dtype=torch.bfloat16)}
-        for sender, fields in ((one, changes), (two, {})):  # and nobody sends in another head's name
-            with pytest.raises(Dropped, match="roster gives"):
+        # and nobody sends another head's sample while that one is there
+        for sender, fields, refusal in ((one, changes, Dropped), (two, {}, Busy), (two, {}, Busy)):
+            with pytest.raises(refusal, match=r"roster gives|may be there"):
                 await sender.dendrite.call(
                     tail.axon.endpoint,
                     tail.identity.hotkey,

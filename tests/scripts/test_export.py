@@ -10,8 +10,8 @@ from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.corpus import CorpusFiles, standard_library_corpus
 from model.split import split
 from model.stage import build_stage
-from neurons.rounds import checkpoint_path
 from neurons.telemetry import Telemetry, Validated
+from neurons.vault import stage_file
 from scripts.cli import main
 from scripts.manifests import local_manifest
 from subnet.manifest import ModelSection
@@ -57,6 +57,8 @@ def run(tmp_path: Path, corpus: CorpusFiles, cache: Path, monkeypatch: pytest.Mo
         activation_block=1,
         phase_blocks=6,
         corpus=corpus,
+        overlap=False,
+        codec="bf16",
     )
     toy = ModelSection.of(TOY, wire_dtype="bfloat16")
     data = manifest.data.model_copy(update={"sequence": TOY.context})
@@ -66,7 +68,7 @@ def run(tmp_path: Path, corpus: CorpusFiles, cache: Path, monkeypatch: pytest.Mo
             stage = build_stage(TOY, plan, seed=number)
             tensors = dict(stage.state_dict()) | {"outer.momentum": torch.zeros(4)}
             info = CheckpointInfo(manifest_hash=loaded.digest.hex(), round=number, version=number)
-            save(checkpoint_path(folder, plan.index, number), tensors, info)
+            save(folder / stage_file(plan.index, number), tensors, info)
     telemetry = Telemetry.open(folder / "events" / "validator-0.jsonl", now=lambda: 1.0)
     telemetry.emit(Validated(round=1, loss=6.5, tokens=384))
     telemetry.emit(Validated(round=2, loss=5.25, tokens=384))

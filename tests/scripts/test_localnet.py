@@ -13,7 +13,19 @@ import pytest
 
 from neurons.telemetry import read_events
 
-SMALL = ["--stages", "2", "--replicas", "2", "--validators", "1", "--rounds", "2", "--round-seconds", "14"]
+SMALL = [
+    "--stages",
+    "2",
+    "--replicas",
+    "2",
+    "--validators",
+    "1",
+    "--rounds",
+    "2",
+    "--round-seconds",
+    "14",
+    "--no-overlap",
+]
 DOCUMENTED = {
     "model",
     "parameters",
@@ -30,6 +42,12 @@ DOCUMENTED = {
     "chain",
     "audits",
     "miners",
+    "complete",
+    "by_round",
+    "churn",
+    "recovery",
+    "merge_hidden",
+    "torn_lines",
 }
 
 
@@ -69,6 +87,10 @@ def test_a_small_swarm_trains_and_is_paid(tmp_path: Path) -> None:
     assert result["audits"]["failed"] == 0
     assert result["audits"]["passed"] > 0
     assert result["replicas_identical"]
+    assert result["complete"]
+    assert result["torn_lines"] == 0
+    assert not any(result["churn"].values())
+    assert all(miner["merges"] == 2 and miner["merge_bytes"] > 0 for miner in result["miners"])
     assert len(result["miners"]) == 4
     assert all(miner["weight"] > 0 and miner["units"] > 0 for miner in result["miners"])
     row = next(iter(result["chain"]["weights"].values()))
@@ -77,10 +99,20 @@ def test_a_small_swarm_trains_and_is_paid(tmp_path: Path) -> None:
     assert checkpoints == [
         f"checkpoints/stage-{stage:02d}/round-{number:05d}.safetensors" for stage in (0, 1) for number in (1, 2)
     ]
-    for path in (out / "events").glob("*.jsonl"):
+    for path in (out / "events").glob("*-*.jsonl"):  # of nodes
         assert [stamped.time for stamped in read_events(path.read_text().splitlines())]
     assert "seed" not in logs.lower().replace("audit seed", "")  # no secret phrase in a log
     assert not left_over(out)
+    again = subprocess.run(
+        [sys.executable, "-m", "scripts.cli", "localnet", "--resume", str(out)],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=50,
+        cwd=Path(__file__).parents[2],
+    )
+    assert again.returncode == 1
+    assert "is complete" in again.stdout
 
 
 @pytest.mark.timeout(90)
@@ -117,6 +149,13 @@ def test_ctrl_c_leaves_a_summary_and_no_process(tmp_path: Path) -> None:
         (["--block-time", "0"], 1, "--block-time 0"),
         (["--block-time", "5", "--round-seconds", "30"], 1, "no room for its deadlines"),
         (["--kill", "miner-3"], 1, "miner:3@round1"),
+        (["--kill", "miner:8@round1"], 1, "the last miner is 7"),
+        (["--join", "1@round3"], 1, "after the last round, 2"),
+        (["--freeze", "stage:0@round1:x"], 1, ":SECONDS"),
+        (["--codec", "zip"], 2, "invalid choice"),
+        (["--latency", "50"], 1, "--latency '50' is not of the form 50ms"),
+        (["--bandwidth", "fast"], 1, "200mbit"),
+        (["--loss", "0.5"], 1, "0.5%"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, flags: list[str], status: int, words: str) -> None:

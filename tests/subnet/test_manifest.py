@@ -1,10 +1,24 @@
 """A manifest is its bytes; what is wrong with one is said in one line."""
 
+import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from subnet.manifest import Announcement, ManifestError, check_announced, load_manifest
+from subnet.manifest import (
+    RECORD_BYTES,
+    Announcement,
+    Manifest,
+    ManifestError,
+    MergeSection,
+    RoundSection,
+    check_announced,
+    check_space,
+    load_manifest,
+    space_per_epoch,
+)
+from subnet.swarm.record import Phase, Record
 from tests.neurons.swarm import manifest, tiny, tokens_file
 
 
@@ -65,3 +79,45 @@ def test_announcement_is_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises(ManifestError, match=words):
             check_announced(loaded, committed)
+
+
+def rounds_of(tmp_path: Path, length: int, codec: Literal["topk2bit", "int8"], *, overlapped: bool = False) -> Manifest:
+    marks = {"close": length, "cut": length + 8, "have": length + 16, "merge": length + 30}
+    if not overlapped:
+        marks = {name: mark - 30 for name, mark in marks.items()}
+    section = RoundSection(count=0, **marks, length=length, linger=1)
+    merge = MergeSection(codec=codec, decay=0.95)
+    return manifest(tiny(), tokens_file(tmp_path), stages=2).model_copy(update={"round": section, "merge": merge})
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("codec", ["topk2bit", "int8"])
+@pytest.mark.parametrize("length", [90, 100, 110, 120])
+def test_records_of_real_rounds_fit_the_chains_space(
+    tmp_path: Path, length: int, codec: Literal["topk2bit", "int8"], *, overlapped: bool
+) -> None:
+    check_space(rounds_of(tmp_path, length, codec, overlapped=overlapped), 360, 3_100)
+
+
+def test_the_space_that_records_take(tmp_path: Path) -> None:
+    assert len(Record(run=bytes(8), round=0, phase=Phase.READY).encode()) <= RECORD_BYTES
+    assert space_per_epoch(rounds_of(tmp_path, 90, "int8"), 360) == 4 * 668 + 236
+    assert space_per_epoch(rounds_of(tmp_path, 90, "int8", overlapped=True), 360) == 3_016
+    assert space_per_epoch(rounds_of(tmp_path, 90, "topk2bit"), 360) == 4 * 432 + 108
+    assert space_per_epoch(rounds_of(tmp_path, 400, "topk2bit"), 20) == 432
+
+
+def test_too_many_records_for_an_epoch_name_the_mark_to_change(tmp_path: Path) -> None:
+    crowded = rounds_of(tmp_path, 60, "int8")
+    with pytest.raises(ManifestError, match=r"rounds of 60 blocks count as up to \d+ bytes .* 360 .* 3100 ") as caught:
+        check_space(crowded, 360, 3_100)
+    words = re.search(r"raise round.length to (\d+)$", str(caught.value))
+    assert words is not None
+    longer = int(words[1])
+    remedied = crowded.round.model_copy(update={"length": longer})
+    check_space(crowded.model_copy(update={"round": remedied}), 360, 3_100)
+    shorter = crowded.round.model_copy(update={"length": longer - 1})
+    with pytest.raises(ManifestError):
+        check_space(crowded.model_copy(update={"round": shorter}), 360, 3_100)
+    with pytest.raises(ManifestError, match="no round is long enough"):
+        check_space(crowded, 360, 600)

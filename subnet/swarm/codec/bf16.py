@@ -12,7 +12,7 @@ from subnet.swarm.codec.base import CodecName, Raw, check_reach, check_size, hos
 
 
 class Bf16:
-    """Half of fp32; the error is at most 2⁻⁹ of each value (2⁻¹³⁴ where bfloat16 is subnormal)."""
+    """Half of fp32; the error is at most 2⁻⁸ of each value (2⁻¹³⁴ where bfloat16 is subnormal)."""
 
     name: CodecName = "bf16"
     error_feedback = False

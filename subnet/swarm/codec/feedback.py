@@ -45,10 +45,13 @@ def compress(codec: Codec, delta: Tensor, feedback: Feedback) -> tuple[bytes, Te
         raise ValueError(
             f"residual has {feedback.residual.numel()} values, {codec.name} needs {expected} for this delta"
         )
-    wanted = feedback.residual * feedback.decay + delta if codec.error_feedback else delta
+    if not codec.error_feedback:
+        payload = codec.encode(delta)
+        return payload, codec.decode(payload, delta.numel()).to(delta.device), feedback
+    wanted = torch.mul(feedback.residual, feedback.decay).add_(delta)
     payload = codec.encode(wanted)
     sent = codec.decode(payload, delta.numel()).to(delta.device)
-    return payload, sent, replace(feedback, residual=wanted - sent) if codec.error_feedback else feedback
+    return payload, sent, replace(feedback, residual=wanted.sub_(sent))
 
 
 def rejected(feedback: Feedback, sent: Tensor) -> Feedback:

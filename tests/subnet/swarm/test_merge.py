@@ -50,8 +50,9 @@ def test_record_layout_is_fixed_and_small() -> None:
 
 def test_a_record_tells_how_many_rounds_its_weights_hold_and_whether_its_owner_leaves() -> None:
     assert [record(phase, number=4).held for phase in Phase] == [4, 4, 4, 5]
-    assert not record(Phase.CUT).leaving
-    assert replace(record(Phase.CUT), flags=Flags.LEAVING | 0x80).leaving
+    assert not record(Phase.CUT).stageless
+    assert replace(record(Phase.CUT), flags=Flags.LEAVING | 0x80).stageless
+    assert replace(record(Phase.CUT), flags=Flags.OBSERVER).stageless
 
 
 def test_late_or_foreign_records_are_no_sources() -> None:

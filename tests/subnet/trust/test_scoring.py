@@ -25,7 +25,7 @@ RUN = b"run-0001"
 STAGES, REPLICAS, SAMPLES = 3, 2, 8
 KEYS = {key.hotkey: key for key in (Identity.from_uri(f"//score-{i}") for i in range(STAGES * REPLICAS))}
 HOTKEYS = list(KEYS)
-ROSTER = Roster(0, tuple(tuple(sorted(HOTKEYS[s * REPLICAS : (s + 1) * REPLICAS])) for s in range(STAGES)), ())
+ROSTER = Roster.of([HOTKEYS[s * REPLICAS : (s + 1) * REPLICAS] for s in range(STAGES)])
 
 
 def tag(*parts: object) -> bytes:

@@ -1,0 +1,119 @@
+"""The routes of a miner's axon: pushes to its worker, evidence to validators, a merge's pieces to its siblings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from neurons.archive import Archive, RoundArchive
+from neurons.exchange import Desk
+from neurons.node import Node
+from neurons.pipeline import StageWorker
+from neurons.wire import MergeRoutes, byte_tensor
+from subnet.messages import (
+    Backward,
+    EvidenceRequest,
+    EvidenceTables,
+    Forward,
+    InputRequest,
+    Notice,
+    RunSynapse,
+    Tensors,
+    UnitRequest,
+    WindowRequest,
+)
+from subnet.transport.axon import Reply
+from subnet.transport.dendrite import NO_SPECS
+from subnet.transport.errors import Busy, Dropped, Unavailable, UnknownRun
+from subnet.trust.ledger import LEAF_BYTES, WINDOW_BYTES, Direction, UnitKey
+
+
+class EvidenceDesk:
+    """Serves what the archive holds: a merge's pieces to siblings, evidence to validators and joiners."""
+
+    def __init__(self, node: Node, archive: Archive) -> None:
+        self._node = node
+        self._archive = archive
+
+    def open(self) -> None:
+        """Put its routes on the axon."""
+        axon = self._node.axon
+        MergeRoutes(self._desk).open(axon)
+        axon.serve(EvidenceRequest, self.tables, specs=NO_SPECS)
+        axon.serve(WindowRequest, self.window, specs=NO_SPECS)
+        axon.serve(UnitRequest, self.unit, specs=NO_SPECS)
+
+    def _held(self, request: RunSynapse) -> RoundArchive:
+        if request.run != self._node.loaded.run_id.hex():
+            raise UnknownRun(
+                f"run {request.run} is not {self._node.loaded.run_id.hex()}", "start with the manifest that is on chain"
+            )
+        held = self._archive.get(request.round)
+        if held is None and request.round > self._archive.newest:
+            raise Unavailable(f"round {request.round} has not begun here", "ask again", retry_after=0.2)
+        if held is None:
+            raise Dropped(f"round {request.round} is not kept here", "ask in the round after it, or ask a sibling")
+        return held
+
+    def _desk(self, request: RunSynapse) -> Desk:
+        desk = self._held(request).desk
+        if desk is None:
+            raise Unavailable(f"round {request.round} is still training here", "ask after CUT", retry_after=0.2)
+        return desk
+
+    async def tables(self, _caller: str, request: EvidenceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        held = self._held(request)
+        if held.evidence is None or held.desk is None:
+            raise Unavailable(f"the ledger of round {request.round} is still open", "ask after CUT", retry_after=0.5)
+        leaves, windows = held.evidence.tables()
+        return EvidenceTables(payload=held.desk.payload_root.hex(), windows=len(held.evidence.windows)), {
+            "leaves": byte_tensor(leaves).view(-1, LEAF_BYTES),
+            "windows": byte_tensor(windows).view(-1, WINDOW_BYTES),
+        }
+
+    async def window(self, _caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        held = self._held(request)
+        if held.evidence is None or request.version not in held.windows:
+            raise Dropped(f"window {request.version} of round {request.round} is not kept here", "ask after CUT")
+        return Tensors(), {"weights": held.windows[request.version]}
+
+    async def unit(self, _caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        held = self._held(request)
+        direction = Direction.BACKWARD if request.backward else Direction.FORWARD
+        unit = held.units.get(UnitKey(request.sample, direction)) if held.evidence is not None else None
+        if unit is None:
+            raise Dropped(f"sample {request.sample} of round {request.round} was not computed here", "ask after CUT")
+        tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
+        return Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+class PushDesk:
+    """Routes pushes to the worker, once the roster has given this node a stage."""
+
+    def __init__(self) -> None:
+        self.worker: StageWorker | None = None
+
+    def open(self, node: Node) -> None:
+        """Put its routes on the axon."""
+        node.axon.serve(Forward, self.forward, specs={"y": node.shapes.boundary})
+        node.axon.serve(Backward, self.backward, specs={"g": node.shapes.boundary})
+        node.axon.serve(InputRequest, self.input, specs=NO_SPECS)
+        node.axon.serve(Notice, self.notice, specs=NO_SPECS)
+
+    async def forward(self, caller: str, push: Forward, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        return await self._ready().on_forward(caller, push, tensors)
+
+    async def backward(self, caller: str, push: Backward, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        return await self._ready().on_backward(caller, push, tensors)
+
+    async def input(self, caller: str, request: InputRequest, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        return await self._ready().on_input(caller, request, tensors)
+
+    async def notice(self, caller: str, notice: Notice, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        return await self._ready().on_notice(caller, notice, tensors)
+
+    def _ready(self) -> StageWorker:
+        if self.worker is None:
+            raise Busy("this node is still building its stage", "push again after the pause", retry_after=0.2)
+        return self.worker

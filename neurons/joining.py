@@ -1,0 +1,187 @@
+"""Catching up: how a replica without its stage's newest public state gets there, off the live path.
+
+A joiner, a replica that fell behind and one that was restarted do the same: take the newest state that siblings hold
+(or their own checkpoint, if that is it), follow the merges since, and say on chain what they hold; the roster does the
+rest. Who never held the stage first computes units of a sibling again and compares, as an auditor would: a machine
+that computes something else must not reach the live path. Nobody waits for any of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from neurons.evidence import EvidenceReader, replay_cases
+from neurons.keeper import Keeper
+from neurons.node import Node
+from neurons.rounds import MARGIN, RoundMachine
+from neurons.states import newest_claims, take
+from neurons.telemetry import Downloaded, ShadowChecked
+from subnet.swarm.merge import Merged
+from subnet.swarm.roster import NO_WEIGHTS, Anchor, Roster, records_of
+from subnet.trust.audit import select_units, select_windows
+
+log = logging.getLogger("orion.neurons.joining")
+
+SHADOW_UNITS = 4
+LOOK_BLOCKS = 4
+
+
+class Joiner:
+    """Brings one machine to the state that the next roster asks for."""
+
+    def __init__(self, node: Node, machine: RoundMachine, keeper: Keeper) -> None:
+        self._node = node
+        self._machine = machine
+        self._keeper = keeper
+        self._reader = EvidenceReader(node)
+        self._checked = False
+        """Whether this machine has computed a sibling's units like the sibling."""
+
+    async def restore(self) -> None:
+        """Go on from this node's own checkpoints of the stage, if there are any."""
+        machine = self._machine
+        found = await self._keeper.stage_state(machine.stage)
+        if found is None:
+            return
+        held, tensors = found
+        machine.adopt(self._public(tensors), held)
+        cut = await self._keeper.last_cut()
+        if cut is not None and cut.stage == machine.stage:
+            machine.restore(cut)
+        await machine.serve()
+        self._checked = True
+        log.info("stage %d goes on from its checkpoint after %d rounds", machine.stage, held)
+
+    async def match(self, anchor: Anchor) -> None:
+        """Go back to the checkpoint that a stage without replicas restarts from, if it is here."""
+        machine = self._machine
+        if anchor.weights in (NO_WEIGHTS, machine.digest):
+            return
+        found = await self._keeper.stage_state(machine.stage, at_most=anchor.held)
+        if found is None or found[0] != anchor.held:
+            return
+        machine.adopt(self._public(found[1]), anchor.held)
+        await machine.serve()
+
+    def _public(self, tensors: Mapping[str, torch.Tensor]) -> Merged:
+        theta = torch.cat([tensors[name].reshape(-1) for name in self._machine.parameter_names])
+        return Merged(theta, tensors["outer.momentum"])
+
+    async def catch_up(self, roster: Roster, *, counts: bool) -> None:
+        """Until the state is held that a replica of the next round needs, or that round begins.
+
+        `counts`: the roster has this replica as active already.
+        """
+        node, machine = self._node, self._machine
+        if not set(roster.stages[machine.stage]) - {node.identity.hotkey}:
+            await self.match(roster.anchors[machine.stage])
+        goal = roster.round + (0 if machine.overlapped else 1)
+        ends = roster.block + node.loaded.manifest.round.length - MARGIN
+        while machine.replica.held < goal and (block := (await node.chain.finalized()).number) < ends:
+            newer = await self._newer(roster, counts=counts)
+            if not newer and not await self._follow(roster, block):
+                await node.wait(min(ends, block + LOOK_BLOCKS))
+        if not counts and not self._checked and not await self._shadow(roster):
+            log.error("this machine computes other values than stage %d's replicas: it does not join", machine.stage)
+            return
+        await node.publish(machine.state_record)
+
+    async def _newer(self, roster: Roster, *, counts: bool) -> bool:
+        """Take a newer state than the one held from whoever says to have one."""
+        node, machine = self._node, self._machine
+        start = asyncio.get_running_loop().time()
+        for claim in await newest_claims(node, roster, machine.stage, at_most=roster.round + 1):
+            if claim.held < machine.replica.held:
+                return False
+            if claim.weights == machine.digest:
+                if claim.held == machine.replica.held:
+                    return False
+                machine.adopt(machine.replica.public, claim.held)
+                await machine.serve()
+                return True
+            if claim.held == machine.replica.held and (counts or not set(claim.holders) & roster.members):
+                continue
+            found = await take(node, machine.stage, claim, folder=node.downloads)
+            if found is None:
+                continue
+            machine.adopt(found.state, claim.held)
+            await machine.serve()
+            seconds = round(asyncio.get_running_loop().time() - start, 3)
+            node.telemetry.emit(
+                Downloaded(
+                    held=claim.held,
+                    stage=machine.stage,
+                    bytes=found.received,
+                    seconds=seconds,
+                    sources=len(found.sources),
+                )
+            )
+            return True
+        return False
+
+    async def _follow(self, roster: Roster, block: int) -> bool:
+        """Follow the merge that leads from the state held to the next; False if it is not due or not known."""
+        node, machine = self._node, self._machine
+        known = node.history.roster(machine.replica.held)
+        marks = node.loaded.manifest.round
+        if known is None or known.round > roster.round or known.block + marks.close > block:
+            return False
+        before = machine.replica.held
+        machine.watch(known, end=block + (marks.merge - marks.have))
+        await machine.settle(known.round)
+        machine.forget(known.round)
+        return machine.replica.held > before
+
+    async def _shadow(self, roster: Roster) -> bool:
+        """Compute units of a sibling again with its weights; False if they differ, True also where there is nothing to
+        compare with."""
+        node, machine = self._node, self._machine
+        closed = node.history.roster(roster.round - 1)
+        if closed is None:
+            return True
+        rules, marks = node.loaded.manifest.audit, node.loaded.manifest.round
+        records = records_of(await node.state(closed.block + marks.cut))
+        seed = hashlib.sha256(b"orion/shadow/1" + closed.digest).digest()
+        me = node.identity.hotkey
+        for sibling in closed.stages[machine.stage]:
+            evidence = await self._reader.tables(sibling, closed, records.get(sibling))
+            if evidence is None:
+                continue
+            windows = select_windows(evidence, seed=seed, hotkey=sibling, count=1)
+            picks = [
+                (
+                    window,
+                    select_units(evidence, window, seed=seed, hotkey=sibling, validator=me, count=SHADOW_UNITS),
+                )
+                for window in windows
+            ]
+            served = await self._reader.cases(sibling, closed, picks, public={})
+            cases = [case for case in served if case.theta is not None]
+            if not cases:
+                continue
+            verdicts = await asyncio.to_thread(
+                replay_cases,
+                machine.engine.stage,
+                cases,
+                node.corpus,
+                accumulation=node.loaded.manifest.optimizer.accumulation,
+                tolerance=rules.tolerance,
+            )
+            machine.engine.replace_weights(machine.replica.base)
+            self._checked = all(verdict.passed for verdict in verdicts)
+            node.telemetry.emit(
+                ShadowChecked(
+                    stage=machine.stage,
+                    sibling=sibling,
+                    units=len(verdicts),
+                    passed=self._checked,
+                    error=round(max(verdict.error for verdict in verdicts), 6),
+                )
+            )
+            return self._checked
+        return True

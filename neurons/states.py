@@ -1,0 +1,82 @@
+"""Finding a stage's public state among its replicas: who says on chain to hold which, and who serves it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from neurons.download import Download, DownloadError, download
+from neurons.node import Node
+from subnet.swarm.codec import codec_of
+from subnet.swarm.merge import Merged
+from subnet.swarm.public import counts_of
+from subnet.swarm.record import Record
+from subnet.swarm.roster import NO_WEIGHTS, Roster, records_of
+
+log = logging.getLogger("orion.neurons.states")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A public state that replicas of a stage say to hold: `held` rounds merged, the digest, and who says so."""
+
+    held: int
+    weights: bytes
+    holders: tuple[str, ...]
+
+
+def claims(records: Mapping[str, Record | None], hotkeys: Sequence[str], *, run: bytes, at_most: int) -> list[Claim]:
+    """What `hotkeys` say to hold, of at most `at_most` rounds: newest first, among equals what most say."""
+    groups: dict[tuple[int, bytes], list[str]] = {}
+    for hotkey in hotkeys:
+        record = records.get(hotkey)
+        if record is not None and record.run == run and record.weights != NO_WEIGHTS and record.held <= at_most:
+            groups.setdefault((record.held, record.weights), []).append(hotkey)
+    found = [Claim(held, weights, tuple(holders)) for (held, weights), holders in groups.items()]
+    return sorted(found, key=lambda claim: (-claim.held, -len(claim.holders), claim.weights))
+
+
+async def newest_claims(node: Node, roster: Roster, stage: int, *, at_most: int) -> list[Claim]:
+    """The claims of the stage's other replicas and joiners at the newest finalized block."""
+    state = await node.state((await node.chain.finalized()).number)
+    others = [hotkey for hotkey in (*roster.stages[stage], *roster.joining(stage)) if hotkey != node.identity.hotkey]
+    return claims(records_of(state), others, run=node.loaded.run_id, at_most=at_most)
+
+
+async def take(node: Node, stage: int, claim: Claim, *, folder: Path | None = None) -> Download | None:
+    """The claimed state from its holders, proven by its digest; None if nobody serves it.
+
+    With a folder, what arrived before a kill is not fetched again.
+    """
+    try:
+        return await download(
+            node.dendrite,
+            node.neighbours.endpoint,
+            sources=claim.holders,
+            run=node.loaded.run_id,
+            held=claim.held,
+            agreed=claim.weights,
+            counts=counts_of(node.parameters[stage], codec_of(node.loaded.manifest.merge.codec)),
+            folder=folder,
+        )
+    except DownloadError as error:
+        log.warning("stage %d: %s", stage, error)
+        return None
+
+
+async def after_merge(node: Node, roster: Roster, stage: int, *, until: int) -> Merged | None:
+    """The state after the merge of `roster`'s round, as most of the stage's replicas say; None up to block `until`."""
+    replicas = roster.stages[stage]
+    block = (await node.chain.finalized()).number
+    while block <= until:
+        records = records_of(await node.state(block))
+        for claim in claims(records, replicas, run=node.loaded.run_id, at_most=roster.round + 1):
+            agreed = 2 * len(claim.holders) > len(replicas) or len(replicas) <= 2
+            if claim.held == roster.round + 1 and agreed:
+                found = await take(node, stage, claim)
+                if found is not None:
+                    return found.state
+        block = max(block + 1, (await node.chain.finalized()).number)
+    return None

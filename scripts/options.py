@@ -1,0 +1,108 @@
+"""The options of `orion localnet`, checked before anything starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from scripts.faults import Fault, check_faults, joiners
+from subnet.transport.shaping import Link, LinkError
+
+Codec = Literal["topk2bit", "int8", "bf16"]
+MOST_NODES = 200
+PHASE_SECONDS = 1.5
+SHORTEST_PHASE = 6
+"""Blocks: a record takes two or three to be final, and the shortest mortal era has four."""
+LIMITS: dict[str, tuple[float, float]] = {
+    "stages": (1, 64),
+    "replicas": (1, 64),
+    "validators": (1, 64),
+    "rounds": (1, 1_000_000),
+    "round_seconds": (10, 86_400),
+    "block_time": (0.05, 12),
+}
+NETWORK = ("latency", "bandwidth", "loss")
+
+
+class LocalnetError(Exception):
+    """The swarm could not be started: one line with the value and the remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalnetOptions:
+    """What makes a run that run; all of it goes into its `localnet.json`."""
+
+    stages: int
+    replicas: int
+    validators: int
+    rounds: int
+    model: str
+    seed: int
+    block_time: float
+    round_seconds: float
+    overlap: bool = True
+    """Whether a round's merge goes on while the next round trains."""
+    codec: Codec = "topk2bit"
+    latency: str | None = None
+    bandwidth: str | None = None
+    loss: str | None = None
+    faults: tuple[Fault, ...] = field(default=())
+
+    @property
+    def joiners(self) -> int:
+        """Miners that come later."""
+        return joiners(self.faults)
+
+    @property
+    def first_miners(self) -> int:
+        return self.stages * self.replicas
+
+    @property
+    def round_blocks(self) -> int:
+        return round(self.round_seconds / self.block_time)
+
+    @property
+    def phase_blocks(self) -> int:
+        """Length of each of the three phases of a merge, in blocks."""
+        return max(SHORTEST_PHASE, round(PHASE_SECONDS / self.block_time))
+
+    @property
+    def network_flags(self) -> list[str]:
+        """What a node is told of the network it is to imitate."""
+        given = {name: getattr(self, name) for name in NETWORK}
+        return [text for name, value in given.items() if value is not None for text in (f"--{name}", value)]
+
+
+def check_options(options: LocalnetOptions) -> None:
+    """Raises `LocalnetError`, or `FaultError` for a fault that can never come."""
+    for name, (least, most) in LIMITS.items():
+        value = getattr(options, name)
+        if not least <= value <= most or math.isnan(value):
+            raise LocalnetError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}: choose one inside")
+    miners = options.first_miners + options.joiners
+    if miners + options.validators > MOST_NODES:
+        raise LocalnetError(
+            f"{miners + options.validators} nodes are more than the {MOST_NODES} a machine should run: lower --replicas"
+        )
+    if options.phase_blocks * 4 > options.round_blocks:
+        raise LocalnetError(
+            f"--round-seconds {options.round_seconds:g} has no room for its deadlines in blocks of "
+            f"{options.block_time:g} s: raise it or lower --block-time"
+        )
+    try:
+        Link.parse(latency=options.latency, bandwidth=options.bandwidth, loss=options.loss)
+    except LinkError as error:
+        raise LocalnetError(str(error)) from None
+    check_faults(options.faults, stages=options.stages, miners=miners, rounds=options.rounds)
+
+
+def claim_folder(out: Path) -> None:
+    """Make the folder of a new run. Raises `LocalnetError` for one that holds anything."""
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise LocalnetError(f"--out {out} is not empty: give a new folder, nothing in it was touched")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocalnetError(f"--out {out} cannot be used ({error.strerror}): give another folder") from error

@@ -1,0 +1,203 @@
+"""An emulated link: the real node code over loopback, as slow and lossy as a home connection.
+
+`Dendrite` and `Axon` of one node share one `Shaper`. What is modelled, all of it on top of what loopback does:
+
+* Bandwidth. An uplink and a downlink, full duplex. Bytes leave one after the other; streams that are open at a time
+  take turns by `TURN` bytes, so a small push passes through a large payload instead of waiting behind it. Bodies are
+  paced while they are written and read: a transfer between two shaped nodes takes as long as the slower side needs,
+  plus one turn.
+* Latency. Once on the request and once on the reply, at the caller. Streams are warm: no handshake, no slow start.
+* Loss, of segments of `SEGMENT` bytes, independent of each other. Every lost segment is sent again and takes its share
+  of the bandwidth. A sender like BBR does not slow down for it, so what else a message waits for is only a loss near
+  its end: one of the last `TAIL` segments is missed by nobody before the retransmission timeout, max(200 ms, 2 round
+  trips), doubled each time the repeat is lost too; another one of the last round trip's segments costs one round trip
+  more. After `REPEATS` lost repeats the connection is given up: `Unreachable`.
+
+Time is the running loop's, chance is the generator's that was handed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from subnet.transport.errors import Unreachable
+
+TURN: Final = 64 * 1024
+"""Bytes a stream sends before another has its turn: 2.6 ms at 200 Mbit/s."""
+SEGMENT: Final = 1460
+TAIL: Final = 3
+"""Segments after a loss that show the sender it happened (duplicate acknowledgements)."""
+REPEATS: Final = 6
+RTO_FLOOR: Final = 0.2
+LATE: Final = 0.02
+"""Seconds by which a stream that was woken late may catch up."""
+
+_LATENCY: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_BANDWIDTH: Final = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_LOSS: Final = {"%": 0.01}
+
+
+class LinkError(ValueError):
+    """A link that cannot be read: one line with the text and the accepted form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What stands between a node and everybody else."""
+
+    latency_s: float = 0.0
+    """One way, in seconds."""
+    bandwidth_bps: float = math.inf
+    """Bits per second, each way."""
+    loss: float = 0.0
+    """Share of segments lost, 0 to 1."""
+
+    @classmethod
+    def parse(cls, *, latency: str | None = None, bandwidth: str | None = None, loss: str | None = None) -> Link | None:
+        """The link that these texts describe; None if there is none. Raises `LinkError`."""
+        if latency is None and bandwidth is None and loss is None:
+            return None
+        return cls(
+            latency_s=0.0 if latency is None else parse_latency(latency),
+            bandwidth_bps=math.inf if bandwidth is None else parse_bandwidth(bandwidth),
+            loss=0.0 if loss is None else parse_loss(loss),
+        )
+
+    @property
+    def round_trip_s(self) -> float:
+        return 2 * self.latency_s
+
+    @property
+    def timeout_s(self) -> float:
+        """Retransmission timeout."""
+        return max(RTO_FLOOR, 2 * self.round_trip_s)
+
+    @property
+    def flight(self) -> int:
+        """Segments under way at a time at full bandwidth: those of one round trip."""
+        if math.isinf(self.bandwidth_bps):
+            return 1 << 31
+        return max(10, math.ceil(self.bandwidth_bps * self.round_trip_s / 8 / SEGMENT))
+
+
+def parse_latency(text: str) -> float:
+    """Seconds from a text like 50ms. Raises `LinkError`."""
+    return _parse("latency", text, _LATENCY, example="50ms")
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bits per second, above 0, from a text like 200mbit. Raises `LinkError`."""
+    bandwidth = _parse("bandwidth", text, _BANDWIDTH, example="200mbit")
+    if bandwidth <= 0:
+        raise LinkError(f"--bandwidth {text!r} lets nothing pass: give more than 0, in the form 200mbit")
+    return bandwidth
+
+
+def parse_loss(text: str) -> float:
+    """A share from 0 to 1 from a text like 0.5%. Raises `LinkError`."""
+    loss = _parse("loss", text, _LOSS, example="0.5%")
+    if loss > 1:
+        raise LinkError(f"--loss {text!r} is more than everything: give 0% to 100%, in the form 0.5%")
+    return loss
+
+
+def _parse(name: str, text: str, units: Mapping[str, float], *, example: str) -> float:
+    match = re.fullmatch(rf"(\d{{1,12}}(?:\.\d{{1,12}})?)({'|'.join(units)})", text, re.ASCII)
+    if match is None:
+        raise LinkError(f"--{name} {text!r} is not of the form {example} (units: {', '.join(units)})")
+    return float(match[1]) * units[match[2]]
+
+
+class Pipe:
+    """One direction of a link: bytes pass one after the other, streams take turns."""
+
+    def __init__(self, bandwidth_bps: float) -> None:
+        self._seconds_per_byte = 8 / bandwidth_bps
+        self._turn = asyncio.Lock()  # wakes its waiters first come, first served: the turns
+        self._free_at = -math.inf
+
+    def stream(self) -> Stream:
+        """A transfer that begins now."""
+        return Stream(self)
+
+    async def carry(self, size: int, ready: float) -> float:
+        """Pass `size` bytes, at most `TURN`, that were there at `ready`; returns when the last one has passed."""
+        if not self._seconds_per_byte:
+            return ready
+        loop = asyncio.get_running_loop()
+        async with self._turn:
+            self._free_at = max(self._free_at, ready) + size * self._seconds_per_byte
+            free_at = self._free_at
+            if free_at > loop.time():
+                await asyncio.sleep(free_at - loop.time())
+            return free_at
+
+
+class Stream:
+    """The bytes of one transfer, in order."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._ready = -math.inf
+
+    async def carry(self, size: int) -> None:
+        """Wait until the next `size` bytes have passed."""
+        now = asyncio.get_running_loop().time()
+        # Timers fire late. What follows at once may make up for it; what begins anew, or was held up, may not.
+        self._ready = max(self._ready, now - LATE) if self._ready > -math.inf else now
+        while size > 0:
+            self._ready = await self._pipe.carry(min(size, TURN), self._ready)
+            size -= TURN
+
+
+class Shaper:
+    """One node's link. Share it between everything that speaks for that node."""
+
+    def __init__(self, link: Link, generator: np.random.Generator) -> None:
+        self.link = link
+        self._generator = generator
+        self.up = Pipe(link.bandwidth_bps)
+        self.down = Pipe(link.bandwidth_bps)
+
+    async def depart(self, size: int) -> None:
+        """What a request of `size` bytes waits for, its own passage through `up` apart. Raises `Unreachable`."""
+        await self._cross(self.up, size)
+
+    async def arrive(self, size: int) -> None:
+        """What a reply of `size` bytes waits for, its own passage through `down` apart. Raises `Unreachable`."""
+        await self._cross(self.down, size)
+
+    async def _cross(self, pipe: Pipe, size: int) -> None:
+        lost, delay = self._draw(math.ceil(size / SEGMENT) or 1)
+        await pipe.stream().carry(lost * SEGMENT)
+        if delay is None:
+            await asyncio.sleep(self.link.latency_s + self.link.timeout_s * (2**REPEATS - 1))
+            raise Unreachable(
+                f"the emulated link lost one segment {REPEATS + 1} times (--loss {self.link.loss:.3%}); try a sibling"
+            )
+        if self.link.latency_s + delay > 0:
+            await asyncio.sleep(self.link.latency_s + delay)
+
+    def _draw(self, segments: int) -> tuple[int, float | None]:
+        """Of a message: segments lost, and seconds that its end is late, None if it never arrives."""
+        if not self.link.loss:
+            return 0, 0.0
+        tail = min(segments, TAIL)
+        flight = min(segments, self.link.flight)
+        before, near, last = (
+            int(self._generator.binomial(count, self.link.loss)) for count in (segments - flight, flight - tail, tail)
+        )
+        lost = before + near + last
+        if not last:
+            return lost, self.link.round_trip_s if near else 0.0
+        repeats = 0
+        while repeats < REPEATS and self._generator.random() < self.link.loss:
+            repeats += 1
+        return lost + repeats, None if repeats == REPEATS else self.link.timeout_s * (2 ** (repeats + 1) - 1)

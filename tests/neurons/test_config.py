@@ -1,0 +1,30 @@
+"""The flags of a neuron: an emulated link is read, or named with the form it must have."""
+
+import pytest
+
+from neurons.config import parse
+from subnet.transport.shaping import Link
+
+NEEDED = ["--wallet", "w", "--hotkey", "h", "--manifest", "m.toml", "--data", "d"]
+
+
+def test_a_link_is_emulated_only_when_asked_for() -> None:
+    assert parse(NEEDED, program="x", description="x").link is None
+    flags = [*NEEDED, "--latency", "50ms", "--bandwidth", "200mbit", "--loss", "0.5%"]
+    assert parse(flags, program="x", description="x").link == Link(0.05, 200e6, 0.005)
+
+
+@pytest.mark.parametrize(("flag", "text"), [("--latency", "50"), ("--bandwidth", "fast"), ("--loss", "0.5")])
+def test_a_bad_link_is_a_usage_error(flag: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse([*NEEDED, flag, text], program="x", description="x")
+    assert caught.value.code == 2
+    assert f"{flag} '{text}' is not of the form" in capsys.readouterr().err
+
+
+def test_the_help_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], program="x", description="x")
+    output = capsys.readouterr().out
+    assert "emulated link (for tests)" in output
+    assert "--loss 0.5% " in output

@@ -107,7 +107,7 @@ def test_a_lying_holder_contests_each_of_its_shards_and_is_named() -> None:
     truth = truths(plan)
     liar = plan.replicas[2]
     records: dict[str, Record | None] = {hotkey: published(plan, hotkey, truth) for hotkey in plan.replicas}
-    records[liar] = published(plan, liar, {shard: b"\x01" * 8 for shard in truth})
+    records[liar] = published(plan, liar, dict.fromkeys(truth, b"\x01" * 8))
     for shard, verdict in enumerate(butterfly.verdicts(plan, records, 3)):
         assert verdict.contested == (liar in plan.holders(shard))
         assert verdict.liars(truth[shard]) == ((liar,) if liar in plan.holders(shard) else ())

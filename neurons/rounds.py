@@ -27,13 +27,14 @@ from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.exchange import Desk
 from neurons.keeper import Keeper, KeptCut
 from neurons.library import Library
-from neurons.merging import Marks, Outcome, Terms, merge
+from neurons.merging import merge
 from neurons.node import CHAIN_STALL, Node
 from neurons.pipeline import StageWorker
 from neurons.replica import Replica
 from neurons.states import after_merge
 from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
+from neurons.terms import Marks, Outcome, Terms
 from neurons.wire import DendriteExchange
 from subnet.swarm.codec import DeltaError, Feedback, codec_of, no_residual, reach
 from subnet.swarm.merge import Merged

@@ -45,7 +45,8 @@ def one(out: Path, name: str, flags: list[str], options: argparse.Namespace) -> 
     assert isinstance(miners, list)  # noqa: S101 - written by `summary`
     merges = sum(int(miner["merges"]) for miner in miners)
     received = sum(int(miner["merge_bytes"]) for miner in miners) / merges
-    formula = expected(name, stages=options.stages, replicas=options.replicas)
+    shape: dict[str, int] = {"stages": options.stages, "replicas": options.replicas}
+    formula, plain = expected(name, **shape), fp32_bytes(**shape)
     loss = content["loss"]
     assert isinstance(loss, dict)  # noqa: S101
     return {
@@ -60,15 +61,14 @@ def one(out: Path, name: str, flags: list[str], options: argparse.Namespace) -> 
         "bytes_per_merge": round(received),
         "formula": round(formula),
         "ratio": round(received / formula, 4) if formula else None,
-        "below_fp32": round(_fp32(options) / received, 1) if received else None,
+        "below_fp32": round(plain / received, 1) if received else None,
     }
 
 
-def _fp32(options: argparse.Namespace) -> float:
+def fp32_bytes(*, stages: int, replicas: int) -> float:
     """Bytes of the plain exchange: every other replica's fp32 pseudo-gradient, mean over the stages."""
     config = preset("nano")
-    counts = [stage_parameters(config, plan) for plan in split(config, options.stages)]
-    return 4.0 * (options.replicas - 1) * sum(counts) / len(counts)
+    return 4.0 * (replicas - 1) * sum(stage_parameters(config, plan) for plan in split(config, stages)) / stages
 
 
 def main(argv: list[str] | None = None) -> int:

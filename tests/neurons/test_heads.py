@@ -83,7 +83,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR and r.name.startswith("orion.neurons")]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 9))])
 async def test_one_replica_of_every_stage_dies_at_once(
     tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,7 +110,7 @@ async def test_one_replica_of_every_stage_dies_at_once(
         assert not errors(caplog)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 6))])
 async def test_two_heads_of_three_die_and_each_sample_has_one_heir(
     tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:

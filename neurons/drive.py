@@ -23,7 +23,7 @@ from subnet.messages import Push
 from subnet.swarm.routing import depth
 from subnet.transport.errors import Busy
 from subnet.transport.synapse import tensor_bytes
-from subnet.trust.ledger import NO_PEER, Direction, UnitKey, digest
+from subnet.trust.ledger import NO_PEER, NO_RECEIPT, Direction, UnitKey, digest
 
 log = logging.getLogger("orion.neurons.drive")
 
@@ -151,6 +151,17 @@ class Driver:
         if self.heads.in_touch(current, push.head):
             raise Busy(f"head {push.head} is there as far as known here", "try it again", retry_after=RETRY_PAUSE)
         return self._input(push.head, push.sample)
+
+    def require_heir(self, current: TrainingRound, push: Push, caller: str) -> None:
+        """A gradient for a sample that was started here in a sibling's place. If that one is back, only the gradient of
+        what was sent from here is taken; one of what it had sent itself is its own. Raises `Busy`."""
+        forward = UnitKey(push.sample, Direction.FORWARD)
+        if forward in current.archive.units:
+            leaf = current.ledger.leaf(forward)
+            if leaf.receipt != NO_RECEIPT and current.roster.stages[1][leaf.sink] == caller:
+                return
+        if self.heads.in_touch(current, push.head):
+            raise Busy(f"head {push.head} is back as far as known here", "try it again", retry_after=RETRY_PAUSE)
 
     # -- starting -------------------------------------------------------------------------------------------------
 

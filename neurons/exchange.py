@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -43,8 +44,19 @@ class Exchange(Protocol):
     async def piece(self, holder: str, source: str, index: int, size: int) -> bytes:
         """One piece of the source's payload, `size` bytes."""
 
-    async def merged(self, holder: str, shard: int, size: int) -> bytes:
-        """The encoded mean change of a shard, `size` bytes."""
+    async def merged(self, holder: str, shard: int, index: int, size: int) -> bytes:
+        """One piece of the encoded mean change of a shard, `size` bytes."""
+
+
+async def together(works: Iterable[Awaitable[T]]) -> list[T]:
+    """All of them at once, each to its end; then raises what the first that failed raised."""
+    results = await asyncio.gather(*works, return_exceptions=True)
+    done = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    return done
 
 
 class Desk:
@@ -62,7 +74,7 @@ class Desk:
         hashes = content.leaves(pieces)
         self._leaves: dict[str, Leaves] = {} if evidence is None else {hotkey: (hashes, evidence)}
         self._pieces = {(hotkey, index): bytes(piece) for index, piece in enumerate(pieces)}
-        self._merged: dict[int, bytes] = {}
+        self._merged: dict[int, tuple[memoryview, ...]] = {}
         self.payload_root = content.root(hashes)
         self.root = None if evidence is None else bind_roots(self.payload_root, evidence)
         """What this replica commits to at CUT."""
@@ -73,9 +85,9 @@ class Desk:
     def hold(self, source: str, index: int, piece: bytes) -> None:
         self._pieces[source, index] = piece
 
-    def offer(self, shard: int, payload: bytes) -> None:
+    def offer(self, shard: int, pieces: Sequence[memoryview]) -> None:
         """Serve a merged shard: one merged here, or proven by the digest on chain."""
-        self._merged[shard] = payload
+        self._merged[shard] = tuple(pieces)
 
     def leaves_of(self, source: str) -> Leaves | None:
         return self._leaves.get(source)
@@ -90,8 +102,10 @@ class Desk:
     def piece(self, source: str, index: int) -> bytes:
         return self._answer(PIECES, self._pieces.get((source, index)), f"piece {index} of {source[:60]}", len)
 
-    def merged(self, shard: int) -> bytes:
-        return self._answer(SHARDS, self._merged.get(shard), f"merged shard {shard}", len)
+    def merged(self, shard: int, index: int) -> bytes:
+        pieces = self._merged.get(shard, ())
+        found = bytes(pieces[index]) if 0 <= index < len(pieces) else None
+        return self._answer(SHARDS, found, f"piece {index} of merged shard {shard}", len)
 
     def _answer(self, leg: str, found: T | None, what: str, size: Callable[[T], int]) -> T:
         if found is None:
@@ -107,8 +121,9 @@ def leaf_bytes(leaves: Leaves) -> int:
     return sum(map(len, hashes)) + len(evidence)
 
 
-Fault = Callable[[T], Awaitable[str | None]]
-"""What is wrong with a reply, None if nothing is."""
+Check = Callable[[str, T], Awaitable[str | None]]
+"""(holder, reply): what its holder is to blame for, None if the reply will do. Raises `BadReply` for one that will not
+do though nobody need be to blame."""
 
 
 class Courier:
@@ -134,7 +149,7 @@ class Courier:
     async def leaves(self, source: Source, pieces: int, *, turns: int | None = None) -> Leaves:
         """The leaves of a source, proven by its root on chain."""
 
-        async def fault(reply: Leaves) -> str | None:
+        async def check(_: str, reply: Leaves) -> str | None:
             self.received[LEAVES] += leaf_bytes(reply)
             if bind_roots(content.root(reply[0]), reply[1]) == source.root:
                 return None
@@ -145,10 +160,10 @@ class Courier:
             if held is not None:
                 return held
             _, leaves = await self._ask(
-                lambda: self._in_turn(source.hotkey),
-                lambda holder: self._exchange.leaves(holder, source.hotkey, pieces),
-                fault,
-                turns,
+                self._in_turn(source.hotkey),
+                lambda holder: self._call(holder, partial(self._exchange.leaves, source=source.hotkey, pieces=pieces)),
+                check,
+                lambda turn: turn == turns,
             )
             self._desk.hold_leaves(source.hotkey, leaves)
         return leaves
@@ -166,7 +181,7 @@ class Courier:
     ) -> bytes:
         """One piece, proven by its leaf. After the source those `near` are asked, then all others."""
 
-        async def fault(piece: bytes) -> str | None:
+        async def check(_: str, piece: bytes) -> str | None:
             self.received[leg] += len(piece)
             if content.leaf(piece) == leaf:
                 return None
@@ -177,28 +192,49 @@ class Courier:
             if held is not None:
                 return held
             _, piece = await self._ask(
-                lambda: self._in_turn(source.hotkey, *near),
-                lambda holder: self._exchange.piece(holder, source.hotkey, index, size),
-                fault,
-                turns,
+                self._in_turn(source.hotkey, *near),
+                lambda holder: self._call(
+                    holder, partial(self._exchange.piece, source=source.hotkey, index=index, size=size)
+                ),
+                check,
+                lambda turn: turn == turns,
             )
             self._desk.hold(source.hotkey, index, piece)
         return piece
 
-    async def merged(self, shard: int, size: int, holders: Callable[[], Sequence[str]], check: Fault[bytes]) -> str:
-        """A merged shard that passes `check`, from one of the `holders` of that moment; returns which."""
+    async def merged(
+        self,
+        shard: int,
+        sizes: Sequence[int],
+        holders: Sequence[str],
+        check: Check[bytes],
+        *,
+        enough: Callable[[int], bool],
+    ) -> str:
+        """A merged shard that passes `check`, all of it from one of the `holders`; returns which.
 
-        async def fault(payload: bytes) -> str | None:
-            self.received[SHARDS] += len(payload)
-            return await check(payload)
+        After each turn `enough` says of their number whether to give up. Raises `Unavailable` then.
+        """
 
-        holder, _ = await self._ask(
-            lambda: [holder for holder in holders() if holder in self._gates],
-            lambda holder: self._exchange.merged(holder, shard, size),
-            fault,
-            None,
-        )
+        async def whole(holder: str) -> bytes | None:
+            pieces: list[bytes] = []
+            for start in range(0, len(sizes), CALLS_PER_HOLDER):
+                some = await together(
+                    self._call(holder, partial(self._exchange.merged, shard=shard, index=index, size=sizes[index]))
+                    for index in range(start, min(start + CALLS_PER_HOLDER, len(sizes)))
+                )
+                pieces.extend(piece for piece in some if piece is not None)
+                self.received[SHARDS] += sum(len(piece) for piece in some if piece is not None)
+                if None in some:
+                    return None
+            return b"".join(pieces)
+
+        others = [holder for holder in holders if holder in self._gates]
+        holder, _ = await self._ask(others, whole, check, enough)
         return holder
+
+    def blame(self, holder: str, wrong: str) -> None:
+        self.forged.setdefault(holder, wrong)
 
     def _in_turn(self, *first: str) -> list[str]:
         """All other replicas: those named first, then from the next one round the circle, which spreads the asking."""
@@ -207,24 +243,28 @@ class Courier:
 
     async def _ask(
         self,
-        holders: Callable[[], Sequence[str]],
-        call: Callable[[str], Awaitable[T]],
-        fault: Fault[T],
-        turns: int | None,
+        holders: Sequence[str],
+        get: Callable[[str], Awaitable[T | None]],
+        check: Check[T],
+        enough: Callable[[int], bool],
     ) -> tuple[str, T]:
-        for turn in count():
-            for holder in sorted(holders(), key=lambda holder: self._silent[holder]):
-                reply = await self._call(holder, call)
+        for turn in count(1):
+            for holder in sorted(holders, key=lambda holder: self._silent[holder]):
+                reply = await get(holder)
                 if reply is None:
                     continue
-                wrong = await fault(reply)
+                try:
+                    wrong = await check(holder, reply)
+                except BadReply as useless:
+                    log.debug("%s: %s", holder, useless)
+                    continue
                 if wrong is None:
                     return holder, reply
-                self.forged.setdefault(holder, wrong)
-            if turn + 1 == turns:
-                break
-            await asyncio.sleep(min(LONGEST_PAUSE, RETRY_PAUSE * 2**turn))
-        raise Unavailable(f"no replica has it after {turns} turns", "ask again later")
+                self.blame(holder, wrong)
+            if enough(turn):
+                raise Unavailable(f"no replica had it in {turn} turns", "ask again later")
+            await asyncio.sleep(min(LONGEST_PAUSE, RETRY_PAUSE * 2.0 ** (turn - 1)))
+        raise AssertionError("count ends")
 
     async def _call(self, holder: str, call: Callable[[str], Awaitable[T]]) -> T | None:
         """The holder's reply, None if it has none. Who fell silent while this call waited its turn is passed over."""

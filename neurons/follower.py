@@ -106,7 +106,7 @@ class PublicStates:
             at_cut = records_of(await node.state(terms.marks.cut))
             sources = {source.hotkey for source in cut_sources(terms.replicas, at_cut, terms.number)}
             for hotkey in roster.stages[stage]:
-                held = [desk.piece_of(hotkey, index) for index in range(len(terms.sizes()))]
+                held = [desk.piece_of(hotkey, index) for index in range(len(terms.layout().sizes))]
                 if hotkey not in outcome.refused and all(piece is not None for piece in held):
                     self._payloads[hotkey] = b"".join(piece for piece in held if piece is not None)
                 if hotkey in self._payloads or hotkey not in sources:

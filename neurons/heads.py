@@ -138,7 +138,7 @@ class Heads:
             # A deadline that passed while this process was stopped says nothing about the other side; a refusal does,
             # if it comes from one who took part before: the process that did is no more.
             awake = loop.time() - start < NOTICE_DEADLINE + ASLEEP
-            if link.failing is None and awake and (link.met or isinstance(error, Unreachable)):
+            if link.failing is None and awake and link.heard < start and (link.met or isinstance(error, Unreachable)):
                 link.failing = loop.time()
                 log.info("head %s does not answer: %s", hotkey, error)
             if isinstance(error, Refused):
@@ -180,7 +180,7 @@ class Heads:
     # -- who is there ---------------------------------------------------------------------------------------------
 
     def in_touch(self, current: TrainingRound, head: str) -> bool:
-        """Whether that sibling takes part as far as known. If in doubt, it is asked at once."""
+        """Whether that sibling takes part as far as known; it is asked again at once."""
         link = current.siblings.get(head)
         if link is None or not link.met:
             return False

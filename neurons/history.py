@@ -50,7 +50,8 @@ class History:
         swarm = self._manifest.swarm
         while until is None or block <= until:
             state = await self._state_at(block)
-            roster = gather(state, self._run, stages=swarm.stages, replicas=swarm.replicas)
+            most = self._manifest.most_replicas
+            roster = gather(state, self._run, stages=swarm.stages, replicas=swarm.replicas, most=most)
             if roster is not None:
                 self._known = {0: roster}
                 return Refreshed(roster, _gathered(roster, state, self._run))
@@ -64,7 +65,9 @@ class History:
             raise HistoryError("no roster is known yet: begin with round 0 or with a snapshot")
         closed = await self._closed(previous.round + 1 - self._lag)
         state = await self._state_at(previous.block + self._manifest.round.length)
-        refreshed = refresh(previous, state, self._run, fresh_from=previous.block, closed=closed)
+        refreshed = refresh(
+            previous, state, self._run, fresh_from=previous.block, closed=closed, most=self._manifest.most_replicas
+        )
         self._known[refreshed.roster.round] = refreshed.roster
         self._known.pop(refreshed.roster.round - 2, None)
         return refreshed

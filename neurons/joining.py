@@ -82,6 +82,8 @@ class Joiner:
             await self.match(roster.anchors[machine.stage])
         goal = roster.round + (0 if machine.overlapped else 1)
         ends = roster.block + node.loaded.manifest.round.length - MARGIN
+        # A merge with an own contribution goes on from before a restart: its outcome comes first.
+        await machine.settle(machine.replica.held)
         while machine.replica.held < goal and (block := (await node.chain.finalized()).number) < ends:
             newer = await self._newer(roster, counts=counts)
             if not newer and not await self._follow(roster, block):

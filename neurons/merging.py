@@ -16,15 +16,16 @@ Chain and transport are reached through `Board` and `Exchange`; nothing here wai
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 
 import torch
 
-from model.optimizer import OuterConfig
-from neurons.exchange import PIECES, RECHECK, Courier, Desk, Exchange
+from neurons.exchange import PIECES, RECHECK, Courier, Desk, Exchange, together
+from neurons.terms import Board, Offload, Outcome, Terms
 from subnet.swarm import content
 from subnet.swarm.butterfly import (
     NO_DIGEST,
@@ -39,129 +40,15 @@ from subnet.swarm.butterfly import (
     shard_sources,
     verdicts,
 )
-from subnet.swarm.codec import Codec, DeltaError, Feedback, PayloadError, compress
+from subnet.swarm.codec import DeltaError, PayloadError
 from subnet.swarm.merge import Merged, Source, accepted, cut_sources, mean, step
 from subnet.swarm.record import Phase, Record
-from subnet.transport.errors import TransportError
+from subnet.transport.errors import BadReply, TransportError
 
-T = TypeVar("T")
-
+TAKE_TURNS = 2
+"""Rounds of all replicas after which an accepted shard that nobody gives is computed here."""
 RECHECK_TURNS = 3
 """Rounds of all holders after which a shard that is only to be judged is let go: nothing waits for it."""
-
-
-class Board(Protocol):
-    """The chain, as far as a merge sees it. Every call ends at the block it names, or soon after."""
-
-    async def publish(self, record: Record, *, until: int) -> None:
-        """Put the record on chain, or give up at block `until`. A missed mark raises nothing: the marks tell."""
-
-    async def records_at(self, block: int) -> Mapping[str, Record | None]:
-        """Every hotkey's record at `block`, once it is final."""
-
-    async def wait(self, block: int) -> None:
-        """Until `block` is final."""
-
-    async def seed(self, block: int) -> bytes:
-        """A public seed that nobody knew before `block`."""
-
-
-class Offload(Protocol):
-    """Runs what keeps a core busy away from the event loop, as `asyncio.to_thread`."""
-
-    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """The merge's deadlines as block numbers. A record must be on chain at its mark."""
-
-    cut: int
-    have: int
-    merge: int
-    end: int
-    margin: int
-    """Blocks before a mark at which its record is handed to the chain: what finality and inclusion take."""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What a round's merge is played by, equal on all replicas of the stage but for the secret."""
-
-    number: int
-    replicas: tuple[str, ...]
-    """Of the stage, in hotkey order."""
-    count: int
-    """Parameters of the stage."""
-    marks: Marks
-    codec: Codec
-    outer: OuterConfig
-    limit: Callable[[int], float]
-    """Largest magnitude in the payload of so many units of work."""
-    secret: bytes
-    """Chooses the shard to recheck; its owner's alone."""
-    piece_bytes: int = content.PIECE_BYTES
-
-    @property
-    def gathers(self) -> bool:
-        """All-gather, or butterfly."""
-        return self.codec.error_feedback
-
-    def sizes(self) -> tuple[int, ...]:
-        """Bytes of a payload's pieces. Raises `ButterflyError`."""
-        if self.gathers:
-            total = self.codec.payload_bytes(self.count)
-            return tuple(min(self.piece_bytes, total - start) for start in range(0, total, self.piece_bytes))
-        return tuple(self.codec.payload_bytes(len(part)) for part in ranges(len(self.replicas), self.count))
-
-    def contribution(
-        self, delta: torch.Tensor, feedback: Feedback
-    ) -> tuple[tuple[bytes | memoryview, ...], torch.Tensor, Feedback]:
-        """The pieces of a pseudo-gradient (fp32 (count,)), what they say (fp32 (count,)), and what stays owed.
-
-        Raises `DeltaError` and `ButterflyError`.
-        """
-        if self.gathers:
-            payload, sent, owed = compress(self.codec, delta, feedback)
-            return content.cut(payload, piece_bytes=self.piece_bytes), sent, owed
-        parts = [delta[part.start : part.stop] for part in ranges(len(self.replicas), self.count)]
-        pieces = tuple(self.codec.encode(part) for part in parts)
-        said = [self.codec.decode(piece, len(part)) for piece, part in zip(pieces, parts, strict=True)]
-        return pieces, torch.cat(said).to(delta.device), feedback
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a merge came to on one replica."""
-
-    public: Merged
-    """The next public state; where it is `incomplete`, what could not be had keeps its old value."""
-    record: Record | None
-    """As last published; None of who only watched."""
-    listed: tuple[Source, ...]
-    """The sources that the chain counts; none if the round is void."""
-    merged: tuple[range, ...]
-    """Where the public state moved."""
-    carried: tuple[range, ...]
-    """Where it keeps its old value."""
-    taken: tuple[range, ...]
-    """Where this replica's contribution is in it. Elsewhere it stays pending."""
-    incomplete: bool
-    """The chain says that more was merged than could be had here: take the public state from a sibling."""
-    refused: Mapping[str, str]
-    """Sources whose payload, or a piece of it, is no valid content, and why. It counts nowhere."""
-    forged: Mapping[str, str]
-    """Replicas that gave bytes of another hash than the one fixed on chain, and which bytes."""
-    liars: Mapping[str, tuple[int, ...]]
-    """Holders that published a digest other than the recomputed one, and of which shards."""
-    received: Mapping[str, int]
-    """Bytes by leg."""
-    sent: Mapping[str, int]
-    """Bytes by leg until now; the desk counts on."""
-
-    @property
-    def included(self) -> bool:
-        return bool(self.taken)
 
 
 async def merge(
@@ -176,9 +63,9 @@ async def merge(
 ) -> Outcome:
     """Play one round's merge to its end. `record` is this replica's, with the round's `work`; `public` is θ_r.
 
-    `desk` holds this replica's contribution and must be served from now on. Without a `record` nothing is published:
-    so a joiner or a validator watches a merge, and so a replica ends one that it was too late for. Raises
-    `ButterflyError`.
+    `desk` holds this replica's contribution and must be served from now on. Until MERGE its owner may publish no other
+    record: it would take this round's from the chain. Without a `record` nothing is published: so a joiner or a
+    validator watches a merge, and so a replica ends one that it was too late for. Raises `ButterflyError`.
     """
     kind = _AllGather if terms.gathers else _Butterfly
     return await kind(terms, record, public, desk, board, exchange, offload).play()
@@ -205,7 +92,9 @@ class _Merge:
         self._board = board
         self._offload = offload
         self._courier = Courier(exchange, desk, terms.replicas)
-        self._sizes = terms.sizes()
+        self._layout = terms.layout()
+        self._parts = (range(terms.count),) if terms.gathers else ranges(len(terms.replicas), terms.count)
+        """The shards in the flat vector; an all-gather has one."""
         self._tasks: list[asyncio.Task[None]] = []
         self._whole: set[str] = set()
         """Sources of which all that is wanted is here and valid."""
@@ -251,7 +140,7 @@ class _Merge:
     async def _agree(
         self, sources: Sequence[Source], wanted: Sequence[int]
     ) -> tuple[dict[str, asyncio.Task[None]], tuple[Source, ...], Mapping[str, Record | None]]:
-        """Fetch the `wanted` pieces of all sources and say at HAVE whose are here.
+        """Fetch the `wanted` shards of all sources and say at HAVE whose are here.
 
         Returns the fetches, which go on, the listed sources, and the records at HAVE.
         """
@@ -263,26 +152,45 @@ class _Merge:
         return collecting, accepted(sources, records, self._terms.number), records
 
     async def _collect(self, source: Source, wanted: Sequence[int]) -> None:
-        leaves, _ = await self._courier.leaves(source, len(self._sizes))
-        if len(leaves) != len(self._sizes):
-            self._refuse(source, f"payload has {len(leaves)} pieces where the stage's has {len(self._sizes)}")
-            return
-        pieces = await asyncio.gather(
-            *(self._courier.piece(source, leaves[index], index, self._sizes[index]) for index in wanted)
-        )
-        try:
-            await self._offload(lambda: self._check(source, pieces))
-        except PayloadError as error:
-            self._refuse(source, str(error))
-        else:
+        async def valid(shard: int) -> bool:
+            await self._fetch(source, shard)
+            return await self._offload(lambda: self._delta(source, shard) is not None)
+
+        if all(await together(valid(shard) for shard in wanted)):
             self._whole.add(source.hotkey)
 
-    def _check(self, source: Source, pieces: Sequence[bytes]) -> None:
-        """Raises `PayloadError`."""
-        raise NotImplementedError
+    async def _fetch(
+        self,
+        source: Source,
+        shard: int,
+        *,
+        leg: str = PIECES,
+        near: Sequence[str] = (),
+        turns: int | None = None,
+    ) -> None:
+        """Get one source's part of a shard onto the desk. Raises `TransportError` if so many `turns` are not enough."""
+        sizes = self._layout.sizes
+        leaves, _ = await self._courier.leaves(source, len(sizes), turns=turns)
+        if len(leaves) == len(sizes):  # else its content is not valid
+            await together(
+                self._courier.piece(source, leaves[index], index, sizes[index], leg=leg, near=near, turns=turns)
+                for index in self._layout.shards[shard]
+            )
 
-    def _refuse(self, source: Source, reason: str) -> None:
-        self._refused.setdefault(source.hotkey, reason)
+    def _delta(self, source: Source, shard: int) -> torch.Tensor | None:
+        """What the fetched part of a shard says, fp32, None if its content is not valid: then its source is refused."""
+        pieces = (self._desk.piece_of(source.hotkey, index) for index in self._layout.shards[shard])
+        payload = b"".join(piece for piece in pieces if piece is not None)
+        limit = self._terms.limit(source.work)
+        try:
+            return self._terms.codec.decode(payload, len(self._parts[shard]), limit=limit)
+        except PayloadError as error:
+            self._refused.setdefault(source.hotkey, str(error))
+            return None
+
+    def _deltas(self, sources: Iterable[Source], shard: int) -> Iterator[torch.Tensor]:
+        """The valid ones, one at a time."""
+        return (delta for source in sources if (delta := self._delta(source, shard)) is not None)
 
     def _outcome(
         self,
@@ -316,7 +224,7 @@ class _AllGather(_Merge):
     """Everybody fetches everything and computes the whole merge."""
 
     async def _merge(self, sources: Sequence[Source]) -> Outcome:
-        collecting, listed, _ = await self._agree(sources, range(len(self._sizes)))
+        collecting, listed, _ = await self._agree(sources, [0])
         await self._until(self._marks.merge, [collecting[source.hotkey] for source in listed])
         valid = [source for source in listed if source.hotkey not in self._refused]
         if not valid:
@@ -329,16 +237,8 @@ class _AllGather(_Merge):
         mine = any(source.hotkey == self._desk.hotkey for source in valid)
         return self._outcome(listed, public, merged=whole, taken=whole if mine else (), incomplete=incomplete)
 
-    def _check(self, source: Source, pieces: Sequence[bytes]) -> None:
-        self._terms.codec.decode(b"".join(pieces), self._terms.count, limit=self._terms.limit(source.work))
-
     def _apply(self, sources: Sequence[Source]) -> Merged:
-        deltas = (self._delta(source) for source in sources)
-        return step(self._public, mean(deltas), self._terms.outer)
-
-    def _delta(self, source: Source) -> torch.Tensor:
-        held = (self._desk.piece_of(source.hotkey, index) for index in range(len(self._sizes)))
-        return self._terms.codec.decode(b"".join(piece for piece in held if piece is not None), self._terms.count)
+        return step(self._public, mean(self._deltas(sources, 0)), self._terms.outer)
 
 
 class _Butterfly(_Merge):
@@ -365,6 +265,7 @@ class _Butterfly(_Merge):
         """Taken from a holder."""
         self._truth: dict[int, bytes] = {}
         """Digests of the accepted shards, once MERGE has come."""
+        self._judged: tuple[Verdict, ...] = ()
 
     async def _merge(self, sources: Sequence[Source]) -> Outcome:
         terms, marks = self._terms, self._marks
@@ -378,126 +279,123 @@ class _Butterfly(_Merge):
         shards = range(len(plan.pairs))
         self._sources = tuple(shard_sources(plan, shard, listed, records, terms.number) for shard in shards)
         merging = [self._start(self._hold(shard)) for shard in mine]
-        taking = {shard: self._start(self._take(shard)) for shard in shards if shard not in mine}
+        taking = {shard: self._start(self._take(shard, plan.holders(shard))) for shard in shards if shard not in mine}
         await self._until(marks.merge - marks.margin, merging)
+        # Not before: a holder that dies until then leaves no digest of a shard that it can no longer give to anybody.
+        await self._board.wait(marks.merge - marks.margin)
         digests = (self._computed[shard].digest if shard in self._computed else NO_DIGEST for shard in mine)
-        shards_said = b"".join(digests)
-        await self._publish(lambda record: replace(record, shards=shards_said), until=marks.merge)
-        judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
-        self._truth.update((shard, digest) for shard in shards if (digest := judged[shard].accepted) is not None)
+        said = b"".join(digests)
+        await self._publish(lambda record: replace(record, shards=said), until=marks.merge)
+        self._judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
+        self._truth.update((shard, digest) for shard in shards if (digest := self._judged[shard].accepted) is not None)
+        judging = self._judging()
         settling = [self._start(self._settle(shard, taking.get(shard))) for shard in self._truth]
-        await self._until(marks.end, [*settling, *self._judging(judged)])
+        await self._until(marks.end, [*settling, *judging])
         return await self._offload(lambda: self._conclude(listed))
 
-    def _check(self, source: Source, pieces: Sequence[bytes]) -> None:
-        for shard, piece in zip(self._plan.shards_of(self._desk.hotkey), pieces, strict=True):
-            self._decode(source, shard, piece)
-
-    def _decode(self, source: Source, shard: int, piece: bytes) -> torch.Tensor:
-        """Raises `PayloadError`."""
-        limit = self._terms.limit(source.work)
-        return self._terms.codec.decode(piece, len(self._plan.parts[shard]), limit=limit)
-
     def _before(self, shard: int) -> Merged:
-        return part_of(self._public, self._plan.parts[shard])
+        return part_of(self._public, self._parts[shard])
 
     async def _hold(self, shard: int) -> None:
         """Merge a shard that this replica holds, and serve it."""
         merged = await self._recompute(shard, leg=PIECES, turns=None)
         if merged is not None:
             self._computed[shard] = merged
-            self._desk.offer(shard, merged.payload)
+            self._serve(shard, merged)
+
+    def _serve(self, shard: int, merged: Shard) -> None:
+        self._desk.offer(shard, content.cut(merged.payload, piece_bytes=self._terms.piece_bytes))
 
     async def _recompute(self, shard: int, *, leg: str, turns: int | None) -> Shard | None:
         """The shard from its sources' pieces; None if nothing valid counts in it."""
-        found = await asyncio.gather(
-            *(self._piece(source, shard, leg=leg, turns=turns) for source in self._sources[shard])
-        )
-        deltas = [delta for delta in found if delta is not None]
-        if not deltas:
+        near, sources = self._plan.holders(shard), self._sources[shard]
+        await together(self._fetch(source, shard, leg=leg, near=near, turns=turns) for source in sources)
+        return await self._offload(lambda: self._reduce(shard))
+
+    def _reduce(self, shard: int) -> Shard | None:
+        deltas = self._deltas(self._sources[shard], shard)
+        first = next(deltas, None)
+        if first is None:
             return None
-        codec, outer = self._terms.codec, self._terms.outer
         try:
-            return await self._offload(lambda: reduce(codec, self._before(shard), deltas, outer))
+            return reduce(self._terms.codec, self._before(shard), chain([first], deltas), self._terms.outer)
         except DeltaError:
             return None  # the sum is beyond what the codec writes, for whoever computes it
 
-    async def _piece(self, source: Source, shard: int, *, leg: str, turns: int | None) -> torch.Tensor | None:
-        """One source's part of a shard, None if its content is not valid."""
-        leaves, _ = await self._courier.leaves(source, len(self._sizes), turns=turns)
-        if len(leaves) != len(self._sizes):
-            return None
-        piece = await self._courier.piece(
-            source,
-            leaves[shard],
-            shard,
-            self._sizes[shard],
-            leg=leg,
-            near=self._plan.holders(shard),
-            turns=turns,
-        )
-        try:
-            return await self._offload(lambda: self._decode(source, shard, piece))
-        except PayloadError as error:
-            self._refuse(source, str(error))
-            return None
+    async def _take(self, shard: int, holders: Sequence[str], *, turns: int | None = None) -> None:
+        """Get a merged shard, before MERGE on trust, afterwards by its digest.
 
-    async def _take(self, shard: int) -> None:
-        """Get a merged shard, before MERGE from a holder on trust, afterwards from anybody by its digest."""
-        plan, me = self._plan, self._desk.hotkey
-        codec, outer = self._terms.codec, self._terms.outer
-        first = plan.provider(shard, me)
-        holders = (first, *(holder for holder in plan.holders(shard) if holder != first))
-        others = tuple(hotkey for hotkey in plan.replicas if hotkey not in holders)
+        Raises `TransportError` after so many turns, and once MERGE has come to what began before.
+        """
+        codec, outer, sizes = self._terms.codec, self._terms.outer, self._layout.sizes_of(shard)
+        first = self._plan.provider(shard, self._desk.hotkey)
+        order = sorted(holders, key=lambda holder: holder != first)
+        early = not self._judged
         got: list[Shard] = []
 
-        async def check(payload: bytes) -> str | None:
+        async def check(holder: str, payload: bytes) -> str | None:
             try:
                 taken = await self._offload(lambda: opened(codec, self._before(shard), payload, outer))
             except PayloadError as error:
                 return f"gave a merged shard {shard} that cannot be read: {error}"
             if taken.digest != self._truth.get(shard, taken.digest):
-                return f"gave a merged shard {shard} of another digest than the one on chain"
+                return self._mismatch(holder, shard)
             got.append(taken)
             return None
 
         holder = await self._courier.merged(
-            shard, self._sizes[shard], lambda: (*holders, *others) if shard in self._truth else holders, check
+            shard, sizes, order, check, enough=lambda turn: turn == turns or (early and bool(self._judged))
         )
         self._given[shard] = holder, got[-1]
 
     async def _settle(self, shard: int, taking: asyncio.Task[None] | None) -> None:
-        """Get an accepted shard as the chain has it, and serve it."""
+        """Get an accepted shard as the chain has it, from whoever gives it or by own means, and serve it."""
         if taking is not None:
-            await taking
+            with contextlib.suppress(TransportError):
+                await taking
+        if self._final(shard) is None and shard in self._given:
+            holder, _ = self._given[shard]
+            with contextlib.suppress(BadReply):
+                self._courier.blame(holder, self._mismatch(holder, shard))
+        pair = self._plan.holders(shard)
+        everybody = (*pair, *(hotkey for hotkey in self._plan.replicas if hotkey not in pair))
         if self._final(shard) is None:
-            if shard in self._given:
-                holder, _ = self._given[shard]
-                self._courier.forged.setdefault(
-                    holder, f"gave a merged shard {shard} of another digest than the one on chain"
-                )
-            await self._take(shard)
+            with contextlib.suppress(TransportError):
+                await self._take(shard, everybody, turns=TAKE_TURNS)
+        if self._final(shard) is None:
+            await self._judge(shard)
+        if self._final(shard) is None:
+            await self._take(shard, everybody)
         final = self._final(shard)
         if final is not None:
-            self._desk.offer(shard, final.payload)
+            self._serve(shard, final)
+
+    def _mismatch(self, holder: str, shard: int) -> str:
+        """What to say of a holder that gave a shard of another digest than the accepted one.
+
+        Raises `BadReply` unless it published that digest itself: a late holder's own result may be the true one.
+        """
+        if self._judged[shard].published.get(holder) != self._truth[shard]:
+            raise BadReply(f"gave a merged shard {shard} that was not accepted")
+        return f"gave a merged shard {shard} of another digest than it published"
 
     def _final(self, shard: int) -> Shard | None:
         """The accepted shard, if it is here."""
         here = [self._computed.get(shard), self._given[shard][1] if shard in self._given else None]
         return next((found for found in here if found is not None and found.digest == self._truth[shard]), None)
 
-    def _judging(self, judged: Sequence[Verdict]) -> list[asyncio.Task[None]]:
+    def _judging(self) -> list[asyncio.Task[None]]:
         """Compare what was published with what is computed here: own shards, contested ones, and the own choice."""
         secret = hashlib.sha256(self._terms.secret + self._terms.number.to_bytes(8, "little")).digest()
-        choice = recheck(self._plan, judged, self._desk.hotkey, secret)
-        shards = [
-            shard
-            for shard, verdict in enumerate(judged)
+        choice = recheck(self._plan, self._judged, self._desk.hotkey, secret)
+        return [
+            self._start(self._judge(shard))
+            for shard, verdict in enumerate(self._judged)
             if verdict.contested or shard == choice or shard in self._computed
         ]
-        return [self._start(self._judge(shard, judged[shard])) for shard in shards]
 
-    async def _judge(self, shard: int, verdict: Verdict) -> None:
+    async def _judge(self, shard: int) -> None:
+        """Name the holders that published another digest than the one computed here."""
         computed = self._computed.get(shard)
         if computed is None:
             try:
@@ -505,8 +403,9 @@ class _Butterfly(_Merge):
             except TransportError:
                 return  # pieces nobody has any more prove nothing
         if computed is not None:
-            for liar in verdict.liars(computed.digest):
-                self._liars[liar] = (*self._liars.get(liar, ()), shard)
+            self._computed[shard] = computed
+            for liar in self._judged[shard].liars(computed.digest):
+                self._liars[liar] = tuple(sorted({*self._liars.get(liar, ()), shard}))
 
     def _conclude(self, listed: tuple[Source, ...]) -> Outcome:
         public = Merged(self._public.theta.clone(), self._public.momentum.clone())
@@ -516,15 +415,15 @@ class _Butterfly(_Merge):
             if final is None:
                 incomplete = True
                 continue
-            here = part_of(public, self._plan.parts[shard])
+            here = part_of(public, self._parts[shard])
             here.theta.copy_(final.state.theta)
             here.momentum.copy_(final.state.momentum)
         shards = sorted(self._truth)
         return self._outcome(
             listed,
             public,
-            merged=(self._plan.parts[shard] for shard in shards),
-            taken=(self._plan.parts[shard] for shard in shards if self._counts(shard)),
+            merged=(self._parts[shard] for shard in shards),
+            taken=(self._parts[shard] for shard in shards if self._counts(shard)),
             incomplete=incomplete,
         )
 
@@ -532,12 +431,4 @@ class _Butterfly(_Merge):
         """Whether this replica's own piece is in the shard: its holders have it and its content is valid."""
         me = self._desk.hotkey
         source = next((source for source in self._sources[shard] if source.hotkey == me), None)
-        piece = self._desk.piece_of(me, shard)
-        if source is None or piece is None:
-            return False
-        try:
-            self._decode(source, shard, piece)
-        except PayloadError as error:
-            self._refuse(source, str(error))
-            return False
-        return True
+        return source is not None and self._delta(source, shard) is not None

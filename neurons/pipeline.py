@@ -252,6 +252,8 @@ class StageWorker:
         held = current.open.get(push.sample)
         if held is None:
             held = self._take_over(current, push)
+        elif held.taken_over and self.plan.is_first:
+            self._driver.require_heir(current, push, caller)
         if not held.taken_over:
             self._door.require_sink(current, push.sample, caller)
         require_finite(tensors, limit=WIRE_LIMIT)

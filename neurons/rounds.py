@@ -27,13 +27,14 @@ from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.exchange import Desk
 from neurons.keeper import Keeper, KeptCut
 from neurons.library import Library
-from neurons.merging import Marks, Outcome, Terms, merge
+from neurons.merging import merge
 from neurons.node import CHAIN_STALL, Node
 from neurons.pipeline import StageWorker
 from neurons.replica import Replica
 from neurons.states import after_merge
 from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
+from neurons.terms import Marks, Outcome, Terms
 from neurons.wire import DendriteExchange
 from subnet.swarm.codec import DeltaError, Feedback, codec_of, no_residual, reach
 from subnet.swarm.merge import Merged
@@ -50,6 +51,10 @@ STEP_BOUND = 8.0
 """An Adam-like step moves a weight by about its rate; a payload that claims this many times more is refused."""
 MARGIN = 3
 """Blocks before a mark at which its record is handed to the chain: inclusion and finality take two or three."""
+
+
+PATIENCE_BLOCKS = 10
+"""Blocks after a merge's end within which siblings must say that they have its result."""
 
 
 class BehindError(Exception):
@@ -303,15 +308,18 @@ class RoundMachine:
             node.dendrite, node.neighbours.endpoints.get, run=node.loaded.run_id, number=roster.round
         )
         outcome = await merge(terms, record, self.replica.public, desk, board=ChainBoard(node), exchange=exchange)
-        after = outcome.public
+        if self.replica.held != roster.round:
+            log.warning("round %d: stage %d has gone on to another state meanwhile", roster.round, self.stage)
+            return
+        after, taken = outcome.public, outcome.taken
         if outcome.incomplete:
-            until = roster.block + self._manifest.round.length + self._manifest.round.close
-            found = await after_merge(node, roster, self.stage, until=until)
-            if found is None:
-                log.warning("round %d: stage %d could not get what was merged", roster.round, self.stage)
-                return
-            after = found
-        change = await asyncio.to_thread(self.replica.merged, after, outcome.taken)
+            found = await after_merge(node, roster, self.stage, until=terms.marks.end + PATIENCE_BLOCKS)
+            if found is None:  # nobody has it: then it was not merged, for all alike
+                log.warning(
+                    "round %d: nobody at stage %d has what was merged; it carries over", roster.round, self.stage
+                )
+            after, taken = (self.replica.public, ()) if found is None else (found, taken)
+        change = await asyncio.to_thread(self.replica.merged, after, taken)
         await self.worker.change_weights(change)
         await self.serve()
         self._report(roster, outcome, loop.time() - start)

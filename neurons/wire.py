@@ -36,13 +36,13 @@ class DendriteExchange:
         self._run = run.hex()
         self._number = number
 
-    async def leaves(self, holder: str, source: str, count: int) -> Leaves:
+    async def leaves(self, holder: str, source: str, pieces: int) -> Leaves:
         reply, tensors = await self._dendrite.call(
             self._endpoint_of(holder) or "",
             holder,
             LeavesRequest(run=self._run, round=self._number, source=source),
             reply=PayloadLeaves,
-            reply_specs={"leaves": table(count, LEAF_BYTES)},
+            reply_specs={"leaves": table(pieces, LEAF_BYTES)},
             deadline=CALL_DEADLINE,
         )
         raw = bytes(tensor_bytes(tensors["leaves"]))
@@ -54,8 +54,8 @@ class DendriteExchange:
             holder, PayloadRequest(run=self._run, round=self._number, source=source, piece=index), size
         )
 
-    async def merged(self, holder: str, shard: int, size: int) -> bytes:
-        return await self._data(holder, ShardRequest(run=self._run, round=self._number, shard=shard), size)
+    async def merged(self, holder: str, shard: int, index: int, size: int) -> bytes:
+        return await self._data(holder, ShardRequest(run=self._run, round=self._number, shard=shard, piece=index), size)
 
     async def _data(self, holder: str, request: Synapse, size: int) -> bytes:
         _, tensors = await self._dendrite.call(
@@ -88,7 +88,7 @@ class MergeRoutes:
         return Tensors(), {"data": byte_tensor(self._desk_of(request).piece(request.source, request.piece))}
 
     async def merged(self, _caller: str, request: ShardRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        return Tensors(), {"data": byte_tensor(self._desk_of(request).merged(request.shard))}
+        return Tensors(), {"data": byte_tensor(self._desk_of(request).merged(request.shard, request.piece))}
 
 
 def byte_tensor(data: bytes) -> torch.Tensor:

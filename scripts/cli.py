@@ -82,7 +82,10 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="merge at the end of a round, while nobody trains, instead of during the next one",
     )
     localnet.add_argument(
-        "--codec", default="topk2bit", choices=("topk2bit", "int8", "bf16"), help="what merges send (default: topk2bit)"
+        "--codec",
+        default=None,
+        choices=("topk2bit", "int8", "bf16"),
+        help="what merges send (default: topk2bit; int8 for nano, whose few rounds cannot pay back what topk2bit owes)",
     )
     churn = localnet.add_argument_group("churn on demand")
     for action, form, text in (
@@ -155,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
 def _localnet(flags: argparse.Namespace) -> int:
     from scripts.faults import ACTIONS, FaultError, parse_faults  # noqa: PLC0415 - heavy, and only for this command
     from scripts.localnet import localnet, resume  # noqa: PLC0415
-    from scripts.options import LocalnetOptions  # noqa: PLC0415
+    from scripts.options import CODECS, DEFAULT_CODEC, LocalnetOptions  # noqa: PLC0415
 
     if flags.resume is not None:
         fresh = parser().parse_args(["localnet"])
@@ -184,7 +187,7 @@ def _localnet(flags: argparse.Namespace) -> int:
         block_time=flags.block_time,
         round_seconds=flags.round_seconds,
         overlap=not flags.no_overlap,
-        codec=flags.codec,
+        codec=flags.codec or CODECS.get(flags.model, DEFAULT_CODEC),
         latency=flags.latency,
         bandwidth=flags.bandwidth,
         loss=flags.loss,

@@ -11,6 +11,10 @@ from scripts.faults import Fault, check_faults, joiners
 from subnet.transport.shaping import Link, LinkError
 
 Codec = Literal["topk2bit", "int8", "bf16"]
+DEFAULT_CODEC: Codec = "topk2bit"
+CODECS: dict[str, Codec] = {"nano": "int8"}
+"""Where another codec than the default does better: a nano run has a few rounds, and `topk2bit` owes most of what it
+learns for some twenty (docs/decisions.md §10)."""
 MOST_NODES = 200
 PHASE_SECONDS = 1.5
 SHORTEST_PHASE = 6

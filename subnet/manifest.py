@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.optimizer import OptimizerConfig, OuterConfig
 from subnet.space import FIELD_LIMIT, charge
+from subnet.swarm.butterfly import MOST_REPLICAS
+from subnet.swarm.record import MAX_HAVE
 
 Sha256Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -243,6 +245,11 @@ class Manifest(_Section):
                 f"optimizer.outer_momentum is {self.optimizer.outer_momentum}, but codec topk2bit has error feedback "
                 "in its place: set it to 0 or choose codec int8 or bf16"
             )
+        if self.swarm.replicas > self.most_replicas:
+            raise ValueError(
+                f"swarm.replicas is {self.swarm.replicas}, a merge with codec {self.merge.codec} takes "
+                f"{self.most_replicas} per stage: lower it or choose codec topk2bit"
+            )
         if self.data.sequence > self.model.context:
             raise ValueError(
                 f"data.sequence {self.data.sequence} is longer than model.context {self.model.context}: lower it"
@@ -252,6 +259,11 @@ class Manifest(_Section):
                 f"swarm.stages {self.swarm.stages} is more than model.layers {self.model.layers}: lower swarm.stages"
             )
         return self
+
+    @property
+    def most_replicas(self) -> int:
+        """What a stage may have: as many as a have-bitmap has bits, or a record has room for the shards of."""
+        return MAX_HAVE if self.merge.codec == "topk2bit" else MOST_REPLICAS
 
     @property
     def tokens_per_microbatch(self) -> int:

@@ -118,10 +118,11 @@ class PayloadRequest(RunSynapse):
 
 
 class ShardRequest(RunSynapse):
-    """The encoded mean change of a merged shard, from one of its holders; the answer is tensor `data`."""
+    """One piece of the encoded mean change of a merged shard, from who has it; the answer is tensor `data`."""
 
     route: ClassVar[str] = "shard"
     shard: Annotated[int, Field(ge=0, lt=2**32)]
+    piece: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class EvidenceRequest(RunSynapse):

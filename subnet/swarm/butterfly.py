@@ -25,7 +25,7 @@ all-gather moves (N-1)·W.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -106,7 +106,8 @@ def shard_sources(
     """The listed sources that count in `shard`, from the records at the HAVE block.
 
     A bit says that its owner holds the source's pieces of all its own shards. A source counts in a shard iff one of the
-    shard's holders says so: a piece that neither could get must not hold up the others.
+    shard's holders says so: a piece that neither could get must not hold up the others. Two holders can so leave a
+    source out of the shard they share; everybody sees it, and its contribution carries over.
     """
     have = 0
     for holder in plan.holders(shard):
@@ -133,7 +134,7 @@ def part_of(state: Merged, part: range) -> Merged:
     return Merged(state.theta[part.start : part.stop], state.momentum[part.start : part.stop])
 
 
-def reduce(codec: Codec, before: Merged, contributions: Sequence[Tensor], outer: OuterConfig) -> Shard:
+def reduce(codec: Codec, before: Merged, contributions: Iterable[Tensor], outer: OuterConfig) -> Shard:
     """Merge one shard, fp32 (m,) each, in hotkey order. Raises `DeltaError` if their sum is beyond what is encoded."""
     return opened(codec, before, codec.encode(mean(contributions)), outer)
 

@@ -114,27 +114,44 @@ def close(roster: Roster, run: bytes, at_cut: ChainState, at_have: ChainState) -
     return Closed(roster.round, len(roster.members), tuple(listed), frozenset(voted), claims)
 
 
-def advance(previous: Roster, state: ChainState, run: bytes, *, fresh_from: int, closed: Closed | None) -> Roster:
+def advance(
+    previous: Roster,
+    state: ChainState,
+    run: bytes,
+    *,
+    fresh_from: int,
+    closed: Closed | None,
+    most: int = MAX_HAVE,
+) -> Roster:
     """The next roster; `refresh` without the reasons."""
-    return refresh(previous, state, run, fresh_from=fresh_from, closed=closed).roster
+    return refresh(previous, state, run, fresh_from=fresh_from, closed=closed, most=most).roster
 
 
-def refresh(previous: Roster, state: ChainState, run: bytes, *, fresh_from: int, closed: Closed | None) -> Refreshed:
+def refresh(
+    previous: Roster,
+    state: ChainState,
+    run: bytes,
+    *,
+    fresh_from: int,
+    closed: Closed | None,
+    most: int = MAX_HAVE,
+) -> Refreshed:
     """The roster of the round that begins at `state`'s block.
 
     fresh_from: first block of the round before; who has put no record on chain since is gone.
     closed: the newest round whose HAVE block is not after `state`; None if there is none yet.
+    most: replicas that a stage may have, joiners included; at most the 64 of the have-bitmap.
     """
-    return _Refresh(previous, state, run, fresh_from=fresh_from, closed=closed).run()
+    return _Refresh(previous, state, run, fresh_from=fresh_from, closed=closed, most=most).run()
 
 
 class _Refresh:
     """One step of the recurrence, on a table that is changed row by row."""
 
     def __init__(
-        self, previous: Roster, state: ChainState, run: bytes, *, fresh_from: int, closed: Closed | None
+        self, previous: Roster, state: ChainState, run: bytes, *, fresh_from: int, closed: Closed | None, most: int
     ) -> None:
-        self._previous, self._state, self._closed = previous, state, closed
+        self._previous, self._state, self._closed, self._most = previous, state, closed, most
         self._round = previous.round + 1
         self._defects = {neuron.hotkey: defect(neuron, run, fresh_from=fresh_from) for neuron in state.neurons}
         self._records: dict[str, Record] = {
@@ -330,7 +347,7 @@ class _Refresh:
             if anchor.weights == NO_WEIGHTS or self._active(stage):
                 continue
             for hotkey in self._waiting():
-                if self._claim(hotkey) == anchor and self._holders(stage) < MAX_HAVE:
+                if self._claim(hotkey) == anchor and self._holders(stage) < self._most:
                     why = f"came back with {_name(anchor)} of stage {stage}, which had no replica"
                     self._put(self._rows[hotkey], Standing.ACTIVE, why, stage=stage)
                     self._dark[stage] = 0
@@ -341,7 +358,7 @@ class _Refresh:
     def _fill(self) -> None:
         holders = [self._holders(stage) for stage in range(len(self._anchors))]
         rooms = [
-            min(max(1, len(self._active(stage))) - len(self._joining(stage)), MAX_HAVE - holders[stage])
+            min(max(1, len(self._active(stage))) - len(self._joining(stage)), self._most - holders[stage])
             for stage in range(len(self._anchors))
         ]
         for hotkey in self._waiting():

@@ -213,17 +213,18 @@ def in_order(hotkeys: Iterable[str], state: ChainState) -> list[str]:
     return sorted(hotkeys, key=lambda hotkey: hashlib.sha256(seed + hotkey.encode()).digest())
 
 
-def gather(state: ChainState, run: bytes, *, stages: int, replicas: int) -> Roster | None:
+def gather(state: ChainState, run: bytes, *, stages: int, replicas: int, most: int = MAX_HAVE) -> Roster | None:
     """Round 0's roster, or None while fewer than `stages * replicas` valid hotkeys are there.
 
     Hotkeys in the order of H(block hash ‖ hotkey) fill the stage with the fewest holders; the lowest stage breaks
-    ties. All that are there at this block take part, up to the 64 replicas per stage that the have-bitmap holds.
+    ties. All that are there at this block take part, up to `most` replicas per stage, at most the 64 that the
+    have-bitmap holds.
     """
     valid = candidates(state, run)
     if len(valid) < stages * replicas:
         return None
     order = in_order(valid, state)
     held: list[list[str]] = [[] for _ in range(stages)]
-    for hotkey in order[: stages * MAX_HAVE]:
+    for hotkey in order[: stages * most]:
         min(held, key=len).append(hotkey)
-    return Roster.of(held, waiting=order[stages * MAX_HAVE :], block=state.head.number)
+    return Roster.of(held, waiting=order[stages * most :], block=state.head.number)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from neurons.telemetry import read_events
+from neurons.telemetry import Intervention, LocalStep, StateChanged, read_events
 
 SMALL = [
     "--stages",
@@ -24,7 +24,6 @@ SMALL = [
     "2",
     "--round-seconds",
     "14",
-    "--no-overlap",
 ]
 DOCUMENTED = {
     "model",
@@ -113,6 +112,52 @@ def test_a_small_swarm_trains_and_is_paid(tmp_path: Path) -> None:
     )
     assert again.returncode == 1
     assert "is complete" in again.stdout
+
+
+@pytest.mark.timeout(170)
+def test_miners_come_and_go_and_the_others_train_on(tmp_path: Path) -> None:
+    """One joins, one is killed, one is killed and comes back, one leaves; nobody waits and no microbatch is lost."""
+    out = tmp_path / "run"
+    process = start(
+        out,
+        *("--stages", "2", "--replicas", "3", "--validators", "1", "--rounds", "4", "--round-seconds", "14"),
+        *(
+            "--join",
+            "1@round0",
+            "--kill",
+            "stage:1@round1",
+            "--restart",
+            "stage:0@round1:3",
+            "--leave",
+            "stage:1@round2",
+        ),
+    )
+    output, _ = process.communicate()
+    logs = "\n".join(path.read_text()[-2000:] for path in sorted((out / "logs").glob("*.log")))
+    assert process.returncode == 0, output + logs
+    result = json.loads((out / "summary.json").read_text())
+    assert result["microbatches"]["lost"] == 0
+    assert result["audits"]["failed"] == 0
+    assert result["replicas_identical"]
+    assert not result["failures"]
+    assert not result["merge_faults"]
+    churn = result["churn"]
+    assert (churn["joined"], churn["left"], churn["restarted"]) == (1, 1, 1), churn
+    events = {
+        path.stem: [stamped.event for stamped in read_events(path.read_text().splitlines())]
+        for path in (out / "events").glob("miner-*.jsonl")
+    }
+    standings = {e.state: e.round for e in reversed(events["miner-6"]) if isinstance(e, StateChanged)}
+    assert standings["active"] - standings["joining"] <= 2, standings
+    interventions = [
+        stamped.event
+        for stamped in read_events((out / "events" / "localnet.jsonl").read_text().splitlines())
+        if isinstance(stamped.event, Intervention)
+    ]
+    disturbed = {event.node for event in interventions}
+    for name in set(events) - disturbed:  # a series of steps without a hole
+        stepped = {event.round for event in events[name] if isinstance(event, LocalStep)}
+        assert stepped == {0, 1, 2, 3}, (name, stepped)
 
 
 @pytest.mark.timeout(90)

@@ -46,6 +46,7 @@ def test_round_trip_keeps_everything(tmp_path: Path) -> None:
         ("merge = 14", "merge = 25", "round.merge 25 is not before the next round's close, 25"),
         ('codec = "bf16"', 'codec = "zip"', "merge.codec"),
         ('codec = "bf16"\ndecay = 0.95', 'codec = "topk2bit"\ndecay = 0', "merge.decay"),
+        ("replicas = 1", "replicas = 18", "codec bf16 takes 17 per stage"),
         ("outer_momentum = 0.0", "outer_momentum = 0.9", "set it to 0 or choose codec int8"),
         ("heads = 4", "heads = 5", "not a multiple of heads"),
         ("seed = 11", "seed = 'x'", "run.seed"),

@@ -156,6 +156,37 @@ def test_a_unit_taken_over_from_a_silent_head_pays_the_one_that_was_sent_the_gra
     assert units(judged({**book, heir: [*book[heir], *mine]}), heir) == own
 
 
+def test_a_microbatch_started_for_a_silent_head_pays_its_heir_as_if_it_were_its_own() -> None:
+    """Taken over whole: forward and backward leaf, both receipted; with the owner's evidence there it pays nothing."""
+    book = honest()
+    dead, heir = ROSTER.stages[0]
+    mine = [leaf for leaf in book[dead] if leaf.sample < 2]
+    assert len(mine) == 2
+    body = ROSTER.stages[1][mine[0].sink]
+    forwards = [leaf for leaf in mine if leaf.direction is Direction.FORWARD]
+    taken = [receipted(leaf, heir, body) if leaf in forwards else leaf for leaf in mine]
+    book[body] = [
+        replace(leaf, source=1)
+        if leaf.sample < 2 and leaf.direction is Direction.FORWARD
+        else receipted(replace(leaf, sink=1), body, heir)
+        if leaf.sample < 2
+        else leaf
+        for leaf in book[body]
+    ]
+    own = units(judged(book, without=(dead,)), heir)
+    with_taken = {**book, heir: [*book[heir], *taken]}
+    settlement = judged(with_taken, without=(dead,))
+    assert units(settlement, heir) == own + 2 == settlement.paid[heir].claimed
+    assert units(settlement, body) == len(book[body])
+    assert units(judged(with_taken), heir) == own, "the owner is there"
+    assert units(judged(with_taken, without=(dead, body)), heir) == units(judged(book, without=(dead, body)), heir)
+    unsigned = [replace(leaf, receipt=b"x" * 64) if leaf in taken[:1] else leaf for leaf in with_taken[heir]]
+    assert (
+        judged({**book, heir: unsigned}, without=(dead,)).paid[heir].forward
+        == judged(book, without=(dead,)).paid[heir].forward
+    )
+
+
 def test_a_silent_neighbour_takes_nobody_s_pay() -> None:
     for silent in HOTKEYS:
         settlement = judged(honest(), without=(silent,))

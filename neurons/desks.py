@@ -25,7 +25,7 @@ from subnet.messages import (
 )
 from subnet.transport.axon import Reply
 from subnet.transport.dendrite import NO_SPECS
-from subnet.transport.errors import Busy, Dropped, Unavailable, UnknownRun
+from subnet.transport.errors import Dropped, Unavailable, UnknownRun
 from subnet.trust.ledger import LEAF_BYTES, WINDOW_BYTES, Direction, UnitKey
 
 
@@ -115,5 +115,5 @@ class PushDesk:
 
     def _ready(self) -> StageWorker:
         if self.worker is None:
-            raise Busy("this node is still building its stage", "push again after the pause", retry_after=0.2)
+            raise Unavailable("this node is still building its stage", "push to a sibling, or again", retry_after=0.2)
         return self.worker

@@ -198,10 +198,8 @@ class Driver:
         """Start what heads that are gone left open, as far as there is room; whether some waits for room."""
         if current.stopping or self._synchronous:
             return False
-        now = asyncio.get_running_loop().time()
         for head, index in self.heads.due(current, turn=self._patience()):
-            if now + self._slowest() > current.closing_at:
-                return False
+            # However little time is left: what is not started here is lost, and what comes too late no more than that.
             if not self._has_room(current):
                 return True
             sample = self.heads.sample(current, head, index)

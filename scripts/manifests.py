@@ -24,6 +24,9 @@ DECAY = 0.95
 LAST_STEP_BLOCKS = 2
 """With overlap training ends so many blocks before the round: a unit and a step in flight have to end somewhere."""
 
+RECORD_BLOCKS = 4
+"""Without overlap the record of the new state still has to be final before the next round."""
+
 INNER = {"nano": NANO_OPTIMIZER}
 DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
 
@@ -47,8 +50,8 @@ def local_manifest(
     """A manifest for a swarm on one machine.
 
     A round begins every `round_blocks` blocks; the phases of its merge (CUT, HAVE, MERGE) have `phase_blocks` each.
-    With `overlap` they lie in the next round, without it at the end of the round itself, where a fourth one is for the
-    record of the new state.
+    With `overlap` they lie in the next round, without it at the end of the round itself, but for
+    what the record of the new state takes.
     """
     config = preset(model)
     inner = INNER.get(model, DEFAULT_INNER)
@@ -88,10 +91,10 @@ def local_manifest(
 
 
 def _round(count: int, length: int, phase: int, *, overlap: bool) -> RoundSection:
-    merge = length + 3 * phase if overlap else length - phase
+    merge = length + 3 * phase if overlap else length - RECORD_BLOCKS
     return RoundSection(
         count=count,
-        close=length - LAST_STEP_BLOCKS if overlap else length - 4 * phase,
+        close=length - LAST_STEP_BLOCKS if overlap else merge - 3 * phase,
         cut=merge - 2 * phase,
         have=merge - phase,
         merge=merge,

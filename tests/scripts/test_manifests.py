@@ -52,13 +52,13 @@ def test_with_overlap_the_merge_lies_in_the_next_round() -> None:
     marks = built(overlap=True).round
     assert marks.overlapped
     assert (marks.close, marks.length, marks.cut, marks.have, marks.merge) == (138, 140, 155, 170, 185)
-    assert marks.linger == 45 + 60  # after the last round: its merge, then its audits
+    assert marks.linger == 60
 
 
 def test_without_overlap_the_merge_ends_with_its_round() -> None:
     marks = built(overlap=False).round
     assert not marks.overlapped
-    assert (marks.close, marks.cut, marks.have, marks.merge, marks.length) == (95, 110, 125, 140, 140)
+    assert (marks.close, marks.cut, marks.have, marks.merge, marks.length) == (91, 106, 121, 136, 140)
     assert marks.linger == 60
 
 

@@ -84,7 +84,6 @@ class Driver:
         quota = self._manifest.data.samples_per_round // len(current.roster.stages[0])
         ends = quota if limit is None else min(quota, limit)
         loop = asyncio.get_running_loop()
-        current.closing_at = closing_at
         self._attend(current)
         while not current.stopping and current.started < ends:
             if loop.time() + DRAIN_MARGIN * self._slowest() > closing_at:

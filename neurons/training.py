@@ -95,8 +95,6 @@ class TrainingRound:
     """At the head: samples in flight and when they left."""
     siblings: dict[str, Sibling] = field(default_factory=dict)
     """At the head: the other heads."""
-    closing_at: float = math.inf
-    """At the head: when the round closes, by the loop's clock."""
     watching: bool = False
     lease: int = 0
     """Own indices below this one are announced to the siblings; those below `started` have left."""

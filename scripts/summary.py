@@ -82,6 +82,11 @@ def summary(
             "passed": tally.audits_passed,
             "failed": tally.audits_failed,
         },
+        "records": {
+            "published": tally.records,
+            "epoch_space_used": tally.record_space.epoch_used,
+            "epoch_space_limit": tally.record_space.epoch_limit,
+        },
         "replicas_identical": all(len(digests) == 1 for digests in tally.merges.values()) if tally.merges else None,
         "miners": [
             _miner(tally, miner)

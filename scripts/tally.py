@@ -23,6 +23,7 @@ from neurons.telemetry import (
     NodeFailed,
     NodeFinished,
     NodeStarted,
+    RecordPublished,
     RoundStarted,
     Stamped,
     StateChanged,
@@ -37,6 +38,7 @@ from scripts.recovery import Recovery
 
 RECENT = 20
 NO_TRAFFIC = Traffic(0, 0, 0, 0)
+NO_RECORD = RecordPublished(phase="", round=0, block=0, bytes=0, epoch_used=0, epoch_limit=0)
 GONE = frozenset({"dead", "left"})
 """States of a miner that does nothing any more."""
 AT_WORK = frozenset({"training", "merging", "merged"})
@@ -166,6 +168,9 @@ class Tally:
     merges: dict[tuple[int, int], set[str]] = field(default_factory=dict)
     """Digests of the public weights by (round, stage): one each when replicas are bit-identical."""
     merge_faults: list[MergeFault] = field(default_factory=list)
+    records: int = 0
+    record_space: RecordPublished = NO_RECORD
+    """The record after which most of an epoch's space was used."""
     """What merges found wrong with a replica, once each, whoever found it."""
     finished: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
@@ -224,6 +229,10 @@ class Tally:
                 self._merged(name, stamped.time, event)
             case MergeFault() as event:
                 self._merge_fault(event)
+            case RecordPublished() as event:
+                self.records += 1
+                if event.epoch_used >= self.record_space.epoch_used:
+                    self.record_space = event
             case Traffic() as event:
                 self.miner(name).traffic_now = event
             case UnitAudited(passed=passed):

@@ -13,6 +13,8 @@ import pytest
 
 from neurons.telemetry import Intervention, LocalStep, StateChanged, read_events
 
+pytestmark = pytest.mark.alone
+
 SMALL = [
     "--stages",
     "2",
@@ -46,6 +48,7 @@ DOCUMENTED = {
     "churn",
     "recovery",
     "merge_hidden",
+    "records",
     "torn_lines",
 }
 
@@ -88,6 +91,7 @@ def test_a_small_swarm_trains_and_is_paid(tmp_path: Path) -> None:
     assert result["replicas_identical"]
     assert result["complete"]
     assert result["torn_lines"] == 0
+    assert 0 < result["records"]["epoch_space_used"] <= result["records"]["epoch_space_limit"]
     assert not any(result["churn"].values())
     assert all(miner["merges"] == 2 and miner["merge_bytes"] > 0 for miner in result["miners"])
     assert len(result["miners"]) == 4

@@ -16,6 +16,8 @@ from neurons.telemetry import NodeFailed, RoundStarted
 from scripts.tally import LogFollower
 from subnet.manifest import load_manifest
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--stages", "2", "--replicas", "2", "--validators", "1", "--rounds", "400", "--round-seconds", "12"]
 STAGES = 2

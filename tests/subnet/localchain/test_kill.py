@@ -18,6 +18,8 @@ from subnet.localchain.genesis import RAO_PER_TAO, address
 from subnet.localchain.metadata import compact
 from tests.subnet.localchain.test_localchain_blocks import BOB, Bench
 
+pytestmark = pytest.mark.alone
+
 BLOCK_TIME = 0.02
 
 

@@ -230,9 +230,7 @@ class Tally:
             case MergeFault() as event:
                 self._merge_fault(event)
             case RecordPublished() as event:
-                self.records += 1
-                if event.epoch_used >= self.record_space.epoch_used:
-                    self.record_space = event
+                self._record(event)
             case Traffic() as event:
                 self.miner(name).traffic_now = event
             case UnitAudited(passed=passed):
@@ -331,6 +329,11 @@ class Tally:
         miner.unmerged.clear()
 
     # -- rounds ---------------------------------------------------------------------------------------------------
+
+    def _record(self, event: RecordPublished) -> None:
+        self.records += 1
+        if event.epoch_used >= self.record_space.epoch_used:
+            self.record_space = event
 
     def _round_started(self, name: str, time: float, event: RoundStarted) -> None:
         if event.stage is not None:

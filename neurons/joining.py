@@ -86,8 +86,9 @@ class Joiner:
         await machine.settle(machine.replica.held)
         while machine.replica.held < goal and (block := (await node.chain.finalized()).number) < ends:
             newer = await self._newer(roster, counts=counts)
-            if not newer and not await self._follow(roster, block):
-                await node.wait(min(ends, block + LOOK_BLOCKS))
+            if newer or await self._follow(roster, block) or await self._carry(roster):
+                continue
+            await node.wait(min(ends, block + LOOK_BLOCKS))
         if not counts and not self._checked and not await self._shadow(roster):
             log.error("this machine computes other values than stage %d's replicas: it does not join", machine.stage)
             return
@@ -125,6 +126,19 @@ class Joiner:
             )
             return True
         return False
+
+    async def _carry(self, roster: Roster) -> bool:
+        """Where nobody says to have a newer state than the one that counts, and the rounds since are beyond what can
+        be followed, they were void: the state held is the newest there is."""
+        machine = self._machine
+        anchor, base = roster.anchors[machine.stage], machine.base_of(roster)
+        known = self._node.history.roster(machine.replica.held) is not None
+        counts = machine.digest == anchor.weights or (machine.replica.held == 0 == anchor.held)
+        if known or not counts or machine.replica.held >= base:
+            return False
+        log.info("stage %d: nothing was merged since round %d", machine.stage, machine.replica.held)
+        await machine.renumber(base)
+        return True
 
     async def _follow(self, roster: Roster, block: int) -> bool:
         """Follow the merge that leads from the state held to the next; False if it is not due or not known."""

@@ -98,9 +98,7 @@ class Miner:
         active, target = roster.stage_of(me), roster.target_of(me)
         stage = active if active is not None else target
         if stage is None:
-            if self._machine is not None and self._joiner is not None and not roster.stages[self._machine.stage]:
-                await self._joiner.match(roster.anchors[self._machine.stage])
-            await self._node.publish(self._record())
+            await self._stand_by(roster)
             return
         machine, joiner = await self._take_stage(stage)
         if late:
@@ -115,6 +113,14 @@ class Miner:
         except BehindError as error:
             log.warning("%s", error)
             await joiner.catch_up(roster, counts=True)
+
+    async def _stand_by(self, roster: Roster) -> None:
+        """Show a sign of life, and what state is here: a stage that lost its replicas may restart from it."""
+        if self._machine is not None and self._joiner is not None:
+            await self._machine.settle_all()  # first: another record would take its vote in a merge from the chain
+            if not roster.stages[self._machine.stage]:
+                await self._joiner.match(roster.anchors[self._machine.stage])
+        await self._node.publish(self._record())
 
     def _announce(self, roster: Roster) -> None:
         member = roster.member(self._node.identity.hotkey)

@@ -146,9 +146,13 @@ class RoundMachine:
         """What this node says between merges: which public state it holds."""
         return Record(run=self._node.loaded.run_id, round=self.replica.held, phase=Phase.READY, weights=self.digest)
 
+    def base_of(self, roster: Roster) -> int:
+        """How many rounds are merged into the state that a replica of this round trains from."""
+        return max(0, roster.round - self.overlapped)
+
     def ready_for(self, roster: Roster) -> bool:
         """Whether the public state held is the one that a replica of this round trains from."""
-        return self.replica.held >= roster.round - self.overlapped
+        return self.replica.held >= self.base_of(roster)
 
     async def serve(self) -> None:
         """Offer the public state held to others, and know its digest."""
@@ -158,6 +162,13 @@ class RoundMachine:
         """Go on from a public state that came from elsewhere."""
         self.replica.replaced(public, held)
         self.engine.replace_weights(public.theta)
+
+    async def renumber(self, held: int) -> None:
+        """Go on with the public state held as the one after `held` rounds: the merges in between were void."""
+        if self.replica.pending is not None:
+            await self.worker.change_weights(self.replica.merged(self.replica.public, ()))
+        self.replica.held = held
+        await self.serve()
 
     def restore(self, cut: KeptCut) -> None:
         """Go on from what was written down at a cut, as far as it belongs to the public state held."""

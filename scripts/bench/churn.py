@@ -10,17 +10,15 @@ the points that validators measured). Result: JSON on standard output and in OUT
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from neurons.telemetry import MicrobatchDone, Validated
 from scripts.bench.report import report
+from scripts.bench.swarm import run_swarm
 from scripts.tally import LogFollower
 
 Curve = list[tuple[int, float]]
@@ -49,23 +47,13 @@ def loss_at(points: Curve, microbatches: int) -> float:
     raise ValueError(f"{microbatches} microbatches are outside the curve's {points[0][0]} to {points[-1][0]}")
 
 
-def swarm(out: Path, flags: Sequence[str]) -> dict[str, object]:
-    subprocess.run(
-        [sys.executable, "-m", "scripts.cli", "localnet", "--plain", "--out", str(out), *flags],
-        check=True,
-        stdout=sys.stderr,
-    )
-    content: dict[str, object] = json.loads((out / "summary.json").read_text())
-    return content
-
-
 def compare(out: Path, seed: int, options: argparse.Namespace) -> dict[str, object]:
     flags = [f"--stages={options.stages}", f"--replicas={options.replicas}", f"--rounds={options.rounds}"]
     flags += [f"--round-seconds={options.round_seconds:g}", f"--seed={seed}"]
     kills = [f"--kill=stage:{stage}@round1" for stage in range(options.stages)]
     summaries, curves = [], []
     for name, extra in (("calm", []), ("killed", kills)):
-        summaries.append(swarm(out / f"{name}-{seed}", [*flags, *extra]))
+        summaries.append(run_swarm(out / f"{name}-{seed}", [*flags, *extra]))
         curves.append(curve(out / f"{name}-{seed}"))
     common = min(points[-1][0] for points in curves)
     calm, killed = (loss_at(points, common) for points in curves)

@@ -17,8 +17,8 @@ from pathlib import Path
 from model.accounting import stage_parameters
 from model.config import preset
 from model.split import split
-from scripts.bench.churn import swarm
 from scripts.bench.report import report
+from scripts.bench.swarm import run_swarm
 from subnet.swarm.butterfly import butterfly_bytes, gather_bytes, ranges, recheck_bytes
 from subnet.swarm.codec import codec_of
 
@@ -40,7 +40,7 @@ def expected(name: str, *, stages: int, replicas: int) -> float:
 
 
 def one(out: Path, name: str, flags: list[str], options: argparse.Namespace) -> dict[str, object]:
-    content = swarm(out, [*flags, f"--codec={name}"])
+    content = run_swarm(out, [*flags, f"--codec={name}"])
     miners = content["miners"]
     assert isinstance(miners, list)  # noqa: S101 - written by `summary`
     merges = sum(int(miner["merges"]) for miner in miners)

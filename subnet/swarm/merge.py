@@ -3,8 +3,7 @@
 Two deadlines decide (design §8). At CUT each replica's record holds the root of its payload, so a source cannot send
 different things to different peers. At HAVE each record holds a bitmap of the payloads its owner has; a source counts
 iff more than half of the stage's replicas that cut in time have it, and the round counts iff the list holds more than
-half of them. Otherwise the round is void and contributions carry over: weights stay as they are locally, so the next
-pseudo-gradient contains them.
+half of them. Otherwise the round is void and contributions carry over (`neurons.replica`).
 
 Reduction arithmetic is pinned: fp32, hotkey order, separate multiply and add. Replicas end bit-identical by
 construction, on any device.
@@ -12,7 +11,6 @@ construction, on any device.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,17 +60,6 @@ def accepted(sources: Sequence[Source], records: Mapping[str, Record | None], nu
     return listed if voters * 2 > len(sources) and len(listed) * 2 > len(sources) else ()
 
 
-def agreed_weights(holders: Sequence[str], records: Mapping[str, Record | None], number: int) -> bytes | None:
-    """The digest that more than half of `holders` committed for the weights after round `number`, if there is one."""
-    digests = Counter(
-        record.weights
-        for hotkey in holders
-        if (record := records.get(hotkey)) is not None and record.round == number and record.phase is Phase.DONE
-    )
-    digest, votes = digests.most_common(1)[0] if digests else (None, 0)
-    return digest if votes * 2 > len(holders) else None
-
-
 def mean(deltas: Iterable[torch.Tensor]) -> torch.Tensor:
     """Plain mean of fp32 pseudo-gradients, summed in the order given (hotkey order), then one multiplication.
 
@@ -105,16 +92,3 @@ def step(state: Merged, change: torch.Tensor, outer: OuterConfig) -> Merged:
         return Merged(plain_step(state.theta, change, outer), state.momentum)
     theta, momentum = outer_step(state.theta, change, state.momentum, outer)
     return Merged(theta, momentum)
-
-
-def apply(state: Merged, deltas: Sequence[torch.Tensor], outer: OuterConfig) -> Merged:
-    """One outer step on the mean of the pseudo-gradients. None (a void round) leave the state as it is."""
-    return step(state, mean(deltas), outer) if deltas else state
-
-
-def rebase(weights: torch.Tensor, before: Merged, after: Merged, *, included: bool) -> torch.Tensor:
-    """A replica's weights after the merge: W + (θ' - θ) - own pending, where pending = W - θ if it was included.
-
-    Included replicas land on θ' exactly, so they are set to it rather than to a sum that rounds to it.
-    """
-    return after.theta.clone() if included else weights + (after.theta - before.theta)

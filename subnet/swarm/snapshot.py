@@ -187,8 +187,3 @@ def agreed_digest(state: ChainState, run: bytes) -> bytes | None:
             stakes.setdefault(record.roster, []).append(neuron.stake)
     total = sum(neuron.stake for neuron in permitted)
     return next((digest for digest, stake in stakes.items() if 3 * sum(stake) > 2 * total), None)
-
-
-def agreed_roster(state: ChainState, run: bytes, digest: bytes) -> bool:
-    """Whether more than two thirds of the permitted stake carry `digest` in their records."""
-    return agreed_digest(state, run) == digest

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model.optimizer import OuterConfig
 from subnet.swarm.codec import Bf16, Codec, DeltaError, Int8, TopK2Bit, compress, no_residual, reach, rejected
-from subnet.swarm.merge import Merged, apply
+from subnet.swarm.merge import Merged, mean, step
 
 CODEC = TopK2Bit()
 COUNT = 5000
@@ -165,7 +165,7 @@ def reached() -> dict[str, float]:
                     _, sent[replica], owed[replica] = compress(CODEC, delta, owed[replica])
                 elif way == "none":
                     sent[replica] = CODEC.decode(CODEC.encode(delta), delta.numel())
-            state = apply(state, sent, OuterConfig(lr=1.0, momentum=0.0))
+            state = step(state, mean(sent), OuterConfig(lr=1.0, momentum=0.0))
         losses[way] = task.loss(state.theta)
     return losses
 

@@ -7,7 +7,7 @@ import torch
 
 from model.optimizer import OuterConfig
 from subnet.swarm.codec import codec_of
-from subnet.swarm.merge import Merged, accepted, apply, cut_sources, mean, rebase
+from subnet.swarm.merge import Merged, accepted, cut_sources, mean, step
 from subnet.swarm.record import MAX_HAVE, Flags, Phase, Record, bind_roots
 
 REPLICAS = ("a", "b", "c")
@@ -99,36 +99,21 @@ def test_replicas_land_on_the_same_bits(name: str, outer: OuterConfig, momentum:
     theta = torch.randn(1000, generator=generator)
     state = Merged(theta, torch.zeros(momentum))
     payloads = [codec.encode(torch.randn(1000, generator=generator) * 1e-2) for _ in range(3)]
-    results = [apply(state, [codec.decode(payload, 1000) for payload in payloads], outer) for _ in range(2)]
+    results = [step(state, mean([codec.decode(payload, 1000) for payload in payloads]), outer) for _ in range(2)]
     assert torch.equal(results[0].theta, results[1].theta)
     assert results[0].momentum.numel() == momentum
     assert not torch.equal(results[0].theta, theta)
-    assert torch.equal(rebase(theta + 1, state, results[0], included=True), results[0].theta)
 
 
 def test_without_a_momentum_buffer_the_step_is_plain() -> None:
     state = Merged(torch.tensor([1.0, 2.0]), torch.zeros(0))
-    after = apply(state, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 4.0])], OuterConfig(lr=0.5, momentum=0.0))
+    after = step(state, mean([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 4.0])]), OuterConfig(lr=0.5, momentum=0.0))
     assert torch.equal(after.theta, torch.tensor([0.75, 1.0]))
     assert after.momentum.numel() == 0
     with pytest.raises(ValueError, match=r"outer\.momentum is 0\.9"):
-        apply(state, [torch.ones(2)], OUTER)
-    assert apply(state, [], OUTER) is state
-
-
-def test_void_round_carries_contributions_over() -> None:
-    theta = torch.zeros(8)
-    state = Merged(theta, torch.zeros(8))
-    local = torch.linspace(0, 1, 8)
-    after = apply(state, [], OUTER)
-    assert torch.equal(rebase(local, state, after, included=False), local)
-
-
-def test_excluded_replica_keeps_its_own_progress() -> None:
-    state = Merged(torch.zeros(8), torch.zeros(8))
-    after = apply(state, [torch.full((8,), -0.5)], OuterConfig(lr=1.0, momentum=0.0))
-    assert torch.equal(after.theta, torch.full((8,), 0.5))
-    assert torch.equal(rebase(torch.ones(8), state, after, included=False), torch.full((8,), 1.5))
+        step(state, torch.ones(2), OUTER)
+    with pytest.raises(ValueError, match="no pseudo-gradients"):
+        mean([])
 
 
 def test_a_commitment_binds_payload_and_evidence() -> None:

@@ -97,7 +97,8 @@ def merge_terms(node: Node, roster: Roster, stage: int, *, secret: bytes, end: i
         marks=Marks(
             cut=roster.block + marks.cut,
             have=roster.block + marks.have,
-            merge=after if end is None else max(after, end),
+            # In an all-gather no record is read there: it is only the time by which all payloads must be here.
+            merge=max(after, end or 0) if codec.error_feedback else after,
             end=max(after + (marks.merge - marks.have), end or 0),
             margin=min(MARGIN, (marks.merge - marks.have) // 2),
         ),

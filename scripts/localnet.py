@@ -22,14 +22,13 @@ from scripts.faults import FaultError, FaultPlan
 from scripts.live import View, grid, weights
 from scripts.locks import Lock, StillRunning, claim_run, lock_path
 from scripts.nodes import NodeProcess, start_chain, start_server, stop_nodes, stop_server, wait_for_server
-from scripts.options import LocalnetError, LocalnetOptions, check_options, claim_folder
+from scripts.options import TEMPO, LocalnetError, LocalnetOptions, check_options, claim_folder
 from scripts.resume import CHAIN_FILE, RunFile, read_run
 from scripts.summary import summary, write_summary
 from scripts.tally import LogFollower, Tally
 
 NETUID = 9
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TEMPO = 20
 CHAIN_START = 30.0
 STOP_PATIENCE = 3.0
 LOOK = 0.25

@@ -16,6 +16,8 @@ CODECS: dict[str, Codec] = {"nano": "int8"}
 """Where another codec than the default does better: a nano run has a few rounds, and `topk2bit` owes most of what it
 learns for some twenty (docs/decisions.md §10)."""
 MOST_NODES = 200
+TEMPO = 20
+"""Blocks between two epochs of a local chain."""
 PHASE_SECONDS = 1.5
 SHORTEST_PHASE = 6
 """Blocks: a record takes two or three to be final, and the shortest mortal era has four."""

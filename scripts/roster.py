@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neurons.history import StateAt, replay
+from scripts.options import TEMPO
+from scripts.resume import CHAIN_FILE, ResumeError, read_run
 from subnet.chain import BittensorChain, ChainError
 from subnet.manifest import LoadedManifest, ManifestError, load_manifest
 from subnet.metagraph import ChainState
@@ -57,10 +59,24 @@ def show_roster(
         loaded, endpoint = _source(run, network, manifest)
         explained = asyncio.run(_explain(loaded, endpoint, netuid, archive, at))
     except (ManifestError, ChainError, RosterError) as error:
-        print(f"orion roster: {error}", file=sys.stderr)
+        hint = _restart(run) if run is not None and isinstance(error, ChainError) else ""
+        print(f"orion roster: {error}{hint}", file=sys.stderr)
         return 1
     _print(explained)
     return 0
+
+
+def _restart(run: Path) -> str:
+    """How to bring an ended run's chain back, to read it."""
+    try:
+        kept = read_run(run)
+    except ResumeError:
+        return ""
+    netuid = load_manifest(run / "manifest.toml").manifest.run.netuid
+    return (
+        f"; if the run has ended, bring its chain back: orion chain --state {(run / CHAIN_FILE).parent} --ready-file "
+        f"{run / 'chain.url'} --port 0 --netuid {netuid} --tempo {TEMPO} --block-time {kept.block_time}"
+    )
 
 
 def _source(run: Path | None, network: str | None, manifest: Path | None) -> tuple[LoadedManifest, str]:

@@ -11,9 +11,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from neurons.history import StateAt, replay
 from scripts.options import TEMPO
-from scripts.resume import CHAIN_FILE, ResumeError, read_run
+from scripts.resume import CHAIN_FILE, FILE, RunFile
 from subnet.chain import BittensorChain, ChainError
 from subnet.manifest import LoadedManifest, ManifestError, load_manifest
 from subnet.metagraph import ChainState
@@ -69,8 +71,8 @@ def show_roster(
 def _restart(run: Path) -> str:
     """How to bring an ended run's chain back, to read it."""
     try:
-        kept = read_run(run)
-    except ResumeError:
+        kept = RunFile.model_validate_json((run / FILE).read_bytes())
+    except (OSError, ValidationError):
         return ""
     netuid = load_manifest(run / "manifest.toml").manifest.run.netuid
     return (

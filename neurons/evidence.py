@@ -102,11 +102,11 @@ class EvidenceReader:
         roster: Roster,
         picks: Sequence[tuple[Window, Sequence[Leaf]]],
         *,
-        public: Mapping[int, torch.Tensor],
+        public: Mapping[int, tuple[torch.Tensor, ...]],
     ) -> list[Case]:
         """Weights and tensors of picked units, within one deadline for the whole miner.
 
-        `public` holds the weights (fp32 (n,)) of windows that follow from public state, by version.
+        `public` holds the weights (fp32 (n,)) that windows may have which follow from public state, by version.
         """
         index = roster.stage_of(hotkey) or 0
         found: list[Case] = []
@@ -114,7 +114,7 @@ class EvidenceReader:
         for window, units in picks:
             try:
                 async with asyncio.timeout_at(deadline):
-                    theta = await self._weights(hotkey, roster, window, public.get(window.version))
+                    theta = await self._weights(hotkey, roster, window, public.get(window.version, ()))
                     served = [await self._unit(hotkey, roster, leaf, index) for leaf in units]
             except (TransportError, LedgerError, TimeoutError) as error:
                 why = str(error) or f"nothing complete within {AUDIT_DEADLINE:g} s"
@@ -123,12 +123,15 @@ class EvidenceReader:
                 found.extend(Case(leaf, theta, tensors, "") for leaf, tensors in zip(units, served, strict=True))
         return found
 
-    async def _weights(self, hotkey: str, roster: Roster, window: Window, public: torch.Tensor | None) -> torch.Tensor:
-        """The window's weights: `public` where they follow from public state, else as served."""
-        if public is not None:
-            if window.weights != digest(tensor_bytes(public)):
-                raise LedgerError(f"its first window of round {roster.round} does not start from the public weights")
-            return public
+    async def _weights(
+        self, hotkey: str, roster: Roster, window: Window, public: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """The window's weights: one of `public` where they follow from public state, else as served."""
+        for weights in public:
+            if window.weights == digest(tensor_bytes(weights)):
+                return weights
+        if public:
+            raise LedgerError(f"its first window of round {roster.round} does not start from the public weights")
         node = self._node
         _, tensors = await node.dendrite.call(
             node.neighbours.endpoints.get(hotkey, ""),

@@ -19,12 +19,13 @@ from neurons.exchange import Desk
 from neurons.merging import merge
 from neurons.node import Node
 from neurons.rounds import ChainBoard, merge_terms
-from neurons.states import after_merge, newest_claims, take
+from neurons.states import after_merge
 from neurons.telemetry import Validated
 from neurons.wire import DendriteExchange
-from subnet.swarm.codec import Codec, codec_of
-from subnet.swarm.merge import Merged, cut_sources
-from subnet.swarm.roster import Roster, records_of
+from subnet.chain import ChainError
+from subnet.swarm.codec import Codec, PayloadError, codec_of
+from subnet.swarm.merge import Merged
+from subnet.swarm.roster import Roster
 from subnet.trust.ledger import Evidence
 
 log = logging.getLogger("orion.neurons.follower")
@@ -38,21 +39,26 @@ class RoundStart:
     roster: Roster
     base: Mapping[int, torch.Tensor]
     """θ by stage."""
+    after: Mapping[int, torch.Tensor]
+    """θ by stage after the merge that was still going on: what a replica starts from that computes nothing before."""
     sent: Mapping[str, bytes]
     """Payloads by hotkey."""
     known: frozenset[str]
     """Replicas of whom it is known whether they had sent anything."""
     codec: Codec
 
-    def weights(self, hotkey: str, evidence: Evidence) -> dict[int, torch.Tensor]:
-        """What the replica's first window of the round must have, by version; empty if not known here."""
+    def weights(self, hotkey: str, evidence: Evidence) -> dict[int, tuple[torch.Tensor, ...]]:
+        """What the replica's first window of the round may have, by version; empty if not known here."""
         stage = self.roster.stage_of(hotkey)
         if stage is None or stage not in self.base or hotkey not in self.known or not evidence.windows:
             return {}
         theta = self.base[stage]
         if hotkey in self.sent:
-            theta = theta - self.codec.decode(self.sent[hotkey], theta.numel())
-        return {min(window.version for window in evidence.windows): theta}
+            try:
+                theta = theta - self.codec.decode(self.sent[hotkey], theta.numel())
+            except PayloadError:
+                return {}
+        return {min(window.version for window in evidence.windows): (theta, self.after[stage])}
 
 
 class PublicStates:
@@ -74,13 +80,22 @@ class PublicStates:
         """Payloads of the last merge that was followed, by source; all-gather only."""
         self._round = -1
         """The round whose merge that was."""
+        self._members: frozenset[str] = frozenset()
+        """Replicas of that round."""
         self._seen: set[str] = set()
-        """Replicas whose whole part in that merge is known: its payload, or that there is none."""
+        """Replicas whose part in that merge is known: its payload, or that it was not in that round."""
 
     async def follow(self, roster: Roster) -> None:
         """Watch the merges of `roster`'s round at all stages."""
-        self._payloads, self._seen, self._round = {}, set(), roster.round
-        await asyncio.gather(*(self._follow(roster, stage) for stage in range(len(self.stages))))
+        self._payloads, self._seen, self._round, self._members = {}, set(), roster.round, roster.members
+        outcomes = await asyncio.gather(
+            *(self._follow(roster, stage) for stage in range(len(self.stages))), return_exceptions=True
+        )
+        for stage, outcome in enumerate(outcomes):
+            if isinstance(outcome, ChainError):
+                log.warning("round %d: the merge of stage %d could not be followed: %s", roster.round, stage, outcome)
+            elif outcome is not None:
+                raise outcome
 
     async def _follow(self, roster: Roster, stage: int) -> None:
         node, marks = self._node, self._node.loaded.manifest.round
@@ -103,26 +118,22 @@ class PublicStates:
         self._before[stage], self._public[stage] = before, after
         self.held[stage] = roster.round + 1
         if terms.gathers:
-            at_cut = records_of(await node.state(terms.marks.cut))
-            sources = {source.hotkey for source in cut_sources(terms.replicas, at_cut, terms.number)}
             for hotkey in roster.stages[stage]:
                 held = [desk.piece_of(hotkey, index) for index in range(len(terms.layout().sizes))]
                 if hotkey not in outcome.refused and all(piece is not None for piece in held):
                     self._payloads[hotkey] = b"".join(piece for piece in held if piece is not None)
-                if hotkey in self._payloads or hotkey not in sources:
                     self._seen.add(hotkey)
 
     async def _fetch(self, roster: Roster, stage: int) -> None:
         """A state that this validator did not see come about."""
-        node = self._node
-        await node.wait(roster.block + node.loaded.manifest.round.merge + 1)
-        for claim in await newest_claims(node, roster, stage, at_most=roster.round + 1):
-            found = await take(node, stage, claim)
-            if found is not None:
-                self._public[stage] = self._before[stage] = found.state
-                self.held[stage] = claim.held
-                return
-        log.warning("nobody served the state of stage %d after round %d", stage, roster.round)
+        node, marks = self._node, self._node.loaded.manifest.round
+        await node.wait(roster.block + marks.merge)
+        found = await after_merge(node, roster, stage, until=roster.block + marks.length + marks.close)
+        if found is None:
+            log.warning("nobody served the state of stage %d after round %d", stage, roster.round)
+            return
+        self._public[stage] = self._before[stage] = found
+        self.held[stage] = roster.round + 1
 
     def round_start(self, roster: Roster) -> RoundStart:
         """What is known here of the weights that `roster`'s round began with."""
@@ -132,9 +143,15 @@ class PublicStates:
         for stage, held in enumerate(self.held):
             if held == roster.round and self._codec.error_feedback:
                 base[stage] = self._before[stage].theta if overlapped else self._public[stage].theta
-        if overlapped:
-            known &= self._seen if self._round == roster.round - 1 else set()
-        return RoundStart(roster, base, dict(self._payloads) if overlapped else {}, frozenset(known), self._codec)
+        after = {stage: self._public[stage].theta for stage in base}
+        if overlapped and self._round == roster.round - 1:
+            # Who was not in the round before has sent nothing; of who was and is no source here, nothing is known.
+            newcomers = known - self._members
+            known &= self._seen | newcomers
+        elif overlapped:
+            known = set()
+        sent = dict(self._payloads) if overlapped else {}
+        return RoundStart(roster, base, after, sent, frozenset(known), self._codec)
 
     async def validate(self, number: int) -> None:
         """Validation loss of the public weights at the start of round `number`, one stage at a time."""

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -22,8 +23,9 @@ from neurons.rounds import MARGIN, RoundMachine
 from neurons.states import newest_claims, take
 from neurons.telemetry import Downloaded, ShadowChecked
 from subnet.swarm.merge import Merged
+from subnet.swarm.record import Record
 from subnet.swarm.roster import NO_WEIGHTS, Anchor, Roster, records_of
-from subnet.trust.audit import select_units, select_windows
+from subnet.trust.audit import Verdict, select_units, select_windows
 
 log = logging.getLogger("orion.neurons.joining")
 
@@ -84,6 +86,9 @@ class Joiner:
         ends = roster.block + node.loaded.manifest.round.length - MARGIN
         # A merge with an own contribution goes on from before a restart: its outcome comes first.
         await machine.settle(machine.replica.held)
+        # A sign of life first: what follows may take longer than the round. Unchecked, nothing is claimed yet.
+        ready = counts or self._checked
+        await node.publish(machine.state_record if ready else replace(machine.state_record, weights=NO_WEIGHTS))
         while machine.replica.held < goal and (block := (await node.chain.finalized()).number) < ends:
             newer = await self._newer(roster, counts=counts)
             if newer or await self._follow(roster, block) or await self._carry(roster):
@@ -104,8 +109,7 @@ class Joiner:
             if claim.weights == machine.digest:
                 if claim.held == machine.replica.held:
                     return False
-                machine.adopt(machine.replica.public, claim.held)
-                await machine.serve()
+                await machine.renumber(claim.held)
                 return True
             if claim.held == machine.replica.held and (counts or not set(claim.holders) & roster.members):
                 continue
@@ -154,50 +158,55 @@ class Joiner:
         return machine.replica.held > before
 
     async def _shadow(self, roster: Roster) -> bool:
-        """Compute units of a sibling again with its weights; False if they differ, True also where there is nothing to
-        compare with."""
+        """Compute units of siblings again with their weights until one agrees; False if none of those compared did.
+
+        One that differs may itself be what is wrong, so the next is asked.
+        """
         node, machine = self._node, self._machine
         closed = node.history.roster(roster.round - 1)
         if closed is None:
             return True
-        rules, marks = node.loaded.manifest.audit, node.loaded.manifest.round
-        records = records_of(await node.state(closed.block + marks.cut))
+        records = records_of(await node.state(closed.block + node.loaded.manifest.round.cut))
         seed = hashlib.sha256(b"orion/shadow/1" + closed.digest).digest()
-        me = node.identity.hotkey
+        compared = False
         for sibling in closed.stages[machine.stage]:
-            evidence = await self._reader.tables(sibling, closed, records.get(sibling))
-            if evidence is None:
+            verdicts = await self._compare(sibling, closed, records.get(sibling), seed)
+            if not verdicts:
                 continue
-            windows = select_windows(evidence, seed=seed, hotkey=sibling, count=1)
-            picks = [
-                (
-                    window,
-                    select_units(evidence, window, seed=seed, hotkey=sibling, validator=me, count=SHADOW_UNITS),
-                )
-                for window in windows
-            ]
-            served = await self._reader.cases(sibling, closed, picks, public={})
-            cases = [case for case in served if case.theta is not None]
-            if not cases:
-                continue
-            verdicts = await asyncio.to_thread(
-                replay_cases,
-                machine.engine.stage,
-                cases,
-                node.corpus,
-                accumulation=node.loaded.manifest.optimizer.accumulation,
-                tolerance=rules.tolerance,
-            )
-            machine.engine.replace_weights(machine.replica.base)
-            self._checked = all(verdict.passed for verdict in verdicts)
+            compared, passed = True, all(verdict.passed for verdict in verdicts)
             node.telemetry.emit(
                 ShadowChecked(
                     stage=machine.stage,
                     sibling=sibling,
                     units=len(verdicts),
-                    passed=self._checked,
+                    passed=passed,
                     error=round(max(verdict.error for verdict in verdicts), 6),
                 )
             )
-            return self._checked
-        return True
+            if passed:
+                self._checked = True
+                return True
+        return not compared
+
+    async def _compare(self, sibling: str, closed: Roster, record: Record | None, seed: bytes) -> list[Verdict]:
+        """Verdicts on units of one sibling's closed round; none if it serves none."""
+        node, machine = self._node, self._machine
+        evidence = await self._reader.tables(sibling, closed, record)
+        if evidence is None:
+            return []
+        me, manifest = node.identity.hotkey, node.loaded.manifest
+        picks = [
+            (window, select_units(evidence, window, seed=seed, hotkey=sibling, validator=me, count=SHADOW_UNITS))
+            for window in select_windows(evidence, seed=seed, hotkey=sibling, count=1)
+        ]
+        served = await self._reader.cases(sibling, closed, picks, public={})
+        verdicts = await asyncio.to_thread(
+            replay_cases,
+            machine.engine.stage,
+            [case for case in served if case.theta is not None],
+            node.corpus,
+            accumulation=manifest.optimizer.accumulation,
+            tolerance=manifest.audit.tolerance,
+        )
+        machine.engine.replace_weights(machine.replica.base)
+        return verdicts

@@ -58,10 +58,13 @@ class Miner:
             cut = await self._keeper.last_cut()
             if cut is not None:
                 await self._take_stage(cut.stage)
-            announced = await node.publish(self._record())
+            kept = self._machine.kept_round if self._machine is not None else None
+            announced = await node.publish(self._record()) if kept is None else None
             roster = await node.enter()
             # Who was not there when the round began sits the rest of it out: its siblings have its work already.
             late = announced is None or announced > roster.block
+            if kept is not None:
+                await self._resume()
             while not self._over(roster):
                 await self._live(roster, late=late)
                 late = False
@@ -86,7 +89,8 @@ class Miner:
 
     def _over(self, roster: Roster) -> bool:
         count = self._node.loaded.manifest.round.count
-        left = bool(self._node.flags & Flags.LEAVING) and roster.state_of(self._node.identity.hotkey) is None
+        at_work = roster.state_of(self._node.identity.hotkey) in (Standing.JOIN, Standing.ACTIVE)
+        left = bool(self._node.flags & Flags.LEAVING) and not at_work
         return left or (count > 0 and roster.round >= count)
 
     # -- one round ------------------------------------------------------------------------------------------------
@@ -101,10 +105,6 @@ class Miner:
             await self._stand_by(roster)
             return
         machine, joiner = await self._take_stage(stage)
-        if late:
-            before = self._node.history.roster(machine.replica.held)
-            if before is not None:
-                machine.resume_merge(before, (await self._node.chain.finalized()).number)
         if active is None or late or not machine.ready_for(roster):
             await joiner.catch_up(roster, counts=active is not None)
             return
@@ -113,6 +113,15 @@ class Miner:
         except BehindError as error:
             log.warning("%s", error)
             await joiner.catch_up(roster, counts=True)
+
+    async def _resume(self) -> None:
+        """Go on with the merge that was under way at a kill. Its records stay on chain: no other is published first."""
+        machine = self._machine
+        if machine is None or machine.kept_round is None:
+            return
+        cut = self._node.history.roster(machine.kept_round)
+        if cut is not None and cut.stage_of(self._node.identity.hotkey) == machine.stage:
+            machine.resume_merge(cut, (await self._node.chain.finalized()).number)
 
     async def _stand_by(self, roster: Roster) -> None:
         """Show a sign of life, and what state is here: a stage that lost its replicas may restart from it."""

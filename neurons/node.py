@@ -51,7 +51,7 @@ log = logging.getLogger("orion.neurons.node")
 
 CONNECT_TIMEOUT = 30.0
 CHAIN_STALL = 600.0
-"""Seconds without the awaited block after which a node gives up on its chain."""
+"""Seconds without any new block after which a node gives up on its chain."""
 
 ROSTER_ROUTE = RosterRequest.route
 PUSH_ROUTES = frozenset({"forward", "backward", "input", "notice"})
@@ -215,8 +215,9 @@ class Node:
         self.telemetry.emit(NodeStarted(hotkey=self.identity.hotkey, role=self.role, endpoint=endpoint.url))
 
     async def wait(self, block: int) -> None:
-        """Until `block` is finalized."""
-        await self.chain.wait_for_block(block, timeout=CHAIN_STALL)
+        """Until `block` is finalized, however long that takes while others are."""
+        while (head := (await self.chain.finalized()).number) < block:
+            await self.chain.wait_for_block(head + 1, timeout=CHAIN_STALL)
 
     async def state(self, block: int) -> ChainState:
         """The state at `block`, once it is finalized."""
@@ -318,7 +319,7 @@ class Node:
 
     @property
     def _rosters_folder(self) -> Path:
-        return self.config.out / "rosters" / self.config.name
+        return self.config.out / "rosters" / self.loaded.run_id.hex() / self.config.name
 
 
 def open_link(link: Link, hotkey: str) -> Shaper:

@@ -166,13 +166,14 @@ class StageWorker:
         for task in list(current.sends):
             task.cancel()
         await asyncio.gather(*current.sends, return_exceptions=True)
-        for key in self.engine.pending():
-            self.engine.drop(key)
-        if self.engine.units_accumulated:
-            self._enter_step(current, *await self._compute.submit(Lane.BACKWARD, 0, self._step))
-        elif self._changes:
-            self._enter_change(await self._compute.submit(Lane.BACKWARD, 0, self._change))
+        stepped, changed = await self._compute.submit(Lane.BACKWARD, 0, self._finish)
+        if stepped is not None:
+            self._enter_step(current, *stepped)
+        elif changed is not None:
+            self._enter_change(changed)
         self._compute.clear()
+        if self._changes:  # one that came meanwhile
+            self._change_when_idle()
         self._telemetry.emit(
             TrainingClosed(
                 round=current.number,
@@ -475,6 +476,14 @@ class StageWorker:
         report = self.engine.step()
         version, weights = self._change()
         return report, units, version, weights
+
+    def _finish(self) -> tuple[StepResult | None, tuple[int, torch.Tensor] | None]:
+        """On the compute thread, at the end of a round: forget what is open and take the last step, if there is one."""
+        for key in self.engine.pending():
+            self.engine.drop(key)
+        if self.engine.units_accumulated:
+            return self._step(), None
+        return None, self._change() if self._changes else None
 
     def _change(self) -> tuple[int, torch.Tensor]:
         """On the compute thread, between two steps: take over what merges have left; version and weights after it."""

@@ -31,11 +31,13 @@ from neurons.merging import merge
 from neurons.node import CHAIN_STALL, Node
 from neurons.pipeline import StageWorker
 from neurons.replica import Replica
-from neurons.states import after_merge
+from neurons.states import after_merge, said_beyond
 from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from neurons.terms import Marks, Outcome, Terms
 from neurons.wire import DendriteExchange
+from subnet.chain import ChainError
+from subnet.swarm.butterfly import ButterflyError
 from subnet.swarm.codec import DeltaError, Feedback, codec_of, no_residual, reach
 from subnet.swarm.merge import Merged
 from subnet.swarm.record import Phase, Record
@@ -173,7 +175,8 @@ class RoundMachine:
 
     def restore(self, cut: KeptCut) -> None:
         """Go on from what was written down at a cut, as far as it belongs to the public state held."""
-        self.replica.feedback = Feedback(cut.residual, self.replica.feedback.decay)
+        if self.replica.held - 1 <= cut.round <= self.replica.held:  # an older residual is partly merged by now
+            self.replica.feedback = Feedback(cut.residual, self.replica.feedback.decay)
         if cut.round == self.replica.held:
             self.replica.cut(cut.round, cut.sent, self.replica.feedback)
             self._kept = cut
@@ -278,6 +281,11 @@ class RoundMachine:
         terms = self._terms(roster, end=end)
         self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, None))
 
+    @property
+    def kept_round(self) -> int | None:
+        """The round to whose merge this replica had cut before it was restarted, until that goes on."""
+        return None if self._kept is None else self._kept.round
+
     def resume_merge(self, roster: Roster, block: int) -> None:
         """Go on with the contribution from before a restart, at `block`: with a say while there is time to vote."""
         cut, self._kept = self._kept, None
@@ -313,11 +321,17 @@ class RoundMachine:
             await task
 
     async def _merge(self, roster: Roster, terms: Terms, desk: Desk, record: Record | None) -> None:
-        """One round's merge, from its cut to the weights."""
+        """One round's merge, from its cut to the weights. What cannot be ended leaves the state as it was."""
+        try:
+            await self._play_merge(roster, terms, desk, record)
+        except (ChainError, ButterflyError) as error:
+            log.warning("round %d: the merge of stage %d broke off: %s", roster.round, self.stage, error)
+
+    async def _play_merge(self, roster: Roster, terms: Terms, desk: Desk, record: Record | None) -> None:
         node, loop = self._node, asyncio.get_running_loop()
         start = loop.time()
         exchange = DendriteExchange(
-            node.dendrite, node.neighbours.endpoints.get, run=node.loaded.run_id, number=roster.round
+            node.dendrite, node.neighbours.endpoint, run=node.loaded.run_id, number=roster.round
         )
         outcome = await merge(terms, record, self.replica.public, desk, board=ChainBoard(node), exchange=exchange)
         if self.replica.held != roster.round:
@@ -326,10 +340,11 @@ class RoundMachine:
         after, taken = outcome.public, outcome.taken
         if outcome.incomplete:
             found = await after_merge(node, roster, self.stage, until=terms.marks.end + PATIENCE_BLOCKS)
+            if found is None and await said_beyond(node, roster, self.stage):
+                log.warning("round %d: stage %d could not get what was merged", roster.round, self.stage)
+                return
             if found is None:  # nobody has it: then it was not merged, for all alike
-                log.warning(
-                    "round %d: nobody at stage %d has what was merged; it carries over", roster.round, self.stage
-                )
+                log.warning("round %d: nobody at stage %d has what was merged: it is owed", roster.round, self.stage)
             after, taken = (self.replica.public, ()) if found is None else (found, taken)
         change = await asyncio.to_thread(self.replica.merged, after, taken)
         await self.worker.change_weights(change)

@@ -39,10 +39,34 @@ def claims(records: Mapping[str, Record | None], hotkeys: Sequence[str], *, run:
 
 
 async def newest_claims(node: Node, roster: Roster, stage: int, *, at_most: int) -> list[Claim]:
-    """The claims of the stage's other replicas and joiners at the newest finalized block."""
-    state = await node.state((await node.chain.finalized()).number)
-    others = [hotkey for hotkey in (*roster.stages[stage], *roster.joining(stage)) if hotkey != node.identity.hotkey]
-    return claims(records_of(state), others, run=node.loaded.run_id, at_most=at_most)
+    """What the stage's other replicas say at the newest finalized block, as far as it can be believed, newest first:
+    what most of those say who say anything, and the state that the roster counts, whoever has it."""
+    records = records_of(await node.state((await node.chain.finalized()).number))
+    me, run, anchor = node.identity.hotkey, node.loaded.run_id, roster.anchors[stage]
+    replicas = [hotkey for hotkey in roster.stages[stage] if hotkey != me]
+    said = claims(records, replicas, run=run, at_most=at_most)
+    voices = sum(len(claim.holders) for claim in said)
+    others = [hotkey for hotkey in (*replicas, *roster.joining(stage)) if hotkey != me]
+    anchored = [
+        claim
+        for claim in claims(records, others, run=run, at_most=at_most)
+        if (claim.held, claim.weights) == (anchor.held, anchor.weights)
+    ]
+    most = [claim for claim in said if 2 * len(claim.holders) > voices]
+    return sorted({*most, *anchored}, key=lambda claim: (-claim.held, -len(claim.holders), claim.weights))
+
+
+async def said_beyond(node: Node, roster: Roster, stage: int) -> bool:
+    """Whether any other replica of the stage says to hold more than the rounds before `roster`'s merged."""
+    records = records_of(await node.state((await node.chain.finalized()).number))
+    said = (records.get(hotkey) for hotkey in roster.stages[stage] if hotkey != node.identity.hotkey)
+    return any(
+        record is not None
+        and record.run == node.loaded.run_id
+        and record.weights != NO_WEIGHTS
+        and record.held > roster.round
+        for record in said
+    )
 
 
 async def take(node: Node, stage: int, claim: Claim, *, folder: Path | None = None) -> Download | None:

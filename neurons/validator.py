@@ -28,7 +28,7 @@ from neurons.telemetry import (
     UnitAudited,
     WeightsSet,
 )
-from subnet.chain import ChainRefused
+from subnet.chain import ChainError
 from subnet.identity import verify
 from subnet.metagraph import ChainState
 from subnet.swarm.record import Flags, Phase, Record
@@ -170,7 +170,7 @@ class Auditor:
             return
         try:
             block = await node.chain.set_weights(by_uid)
-        except ChainRefused as error:
+        except ChainError as error:
             log.warning("round %d: the weights on chain stay: %s", roster.round, error)
             return
         node.telemetry.emit(WeightsSet(round=roster.round, block=block, weights=by_uid))

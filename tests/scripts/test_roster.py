@@ -33,7 +33,7 @@ async def test_the_roster_printed_is_the_one_that_a_node_has(
         await node.chain.publish(Record(run=loaded.run_id, round=0, phase=Phase.READY).encode())
         second = await node.next_roster()
         assert second.members == {node.identity.hotkey}
-        assert snapshot.kept(config.out / "rosters" / config.name) == [first, second]
+        assert snapshot.kept(config.out / "rosters" / loaded.run_id.hex() / config.name) == [first, second]
 
         for roster, flags in ((first, ["--at", str(first.block)]), (second, ["--at", str(second.block + 1)])):
             assert await asyncio.to_thread(main, ["roster", "--run", str(tmp_path), *flags]) == 0

@@ -43,6 +43,7 @@ from functools import lru_cache
 
 from subnet.swarm.roster import Roster
 from subnet.swarm.routing import head_of, hops
+from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.ledger import NO_DIGEST, NO_RECEIPT, Direction, Evidence, Leaf, receipt_message
 
 Verify = Callable[[str, bytes, bytes], bool]
@@ -105,6 +106,8 @@ class Settlement:
     """Of all whose evidence was there."""
     pathways: tuple[Pathway, ...]
     """Those of which every stage's evidence was there."""
+    findings: tuple[Finding, ...]
+    """Proofs against those who signed for two replicas' outputs of one unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,21 +233,49 @@ class _Book:
         """Who did the backward whose gradient `ahead`, one stage nearer to the head, took; None: nobody can have."""
         claims = self.claims(stage, sample, Direction.BACKWARD)
         named = None if ahead.leaf is None else self.peer(stage, ahead.leaf.source)
-        if ahead.leaf is not None and named is not None:
-            theirs = claims.get(named)
-            if theirs is not None and theirs.output == ahead.leaf.gradient:
-                return _Place(named, theirs)
-            if theirs is None and self.took_part(named, stage, sample):
-                return _Place(named, None)
-        for hotkey, leaf in claims.items():
-            if self._went_to(leaf, ahead) and self.signed(hotkey, leaf):
-                return _Place(hotkey, leaf)
-        if ahead.leaf is None:
-            # It took the gradient without signing and does not say from whom: not that one's fault.
-            for hotkey, leaf in claims.items():
-                if leaf.receipt == NO_RECEIPT:
-                    return _Place(hotkey, leaf)
+        wanted = None if ahead.leaf is None else ahead.leaf.gradient
+        found = self._pick(claims, ahead, named, wanted)
+        if found is not None:
+            return found
+        if named is not None and named not in claims and self.took_part(named, stage, sample):
+            return _Place(named, None)
+        if ahead.leaf is not None:
+            # It has another gradient than anybody sent: then whom it signed for.
+            return self._pick(claims, _Place(ahead.hotkey, None), None, None)
+        # It took the gradient without signing and does not say from whom: not that one's fault.
+        unsigned = next((hotkey for hotkey, leaf in claims.items() if leaf.receipt == NO_RECEIPT), None)
+        if unsigned is not None:
+            return _Place(unsigned, claims[unsigned])
         return _SILENT if any(self.took_part(hotkey, stage, sample) for hotkey in self.silent(stage)) else None
+
+    def _pick(self, claims: _Claims, consumer: _Place, named: str | None, wanted: bytes | None) -> _Place | None:
+        """Whose output the consumer took: whom it names or signed for, if it is what it says it took.
+
+        Where it names one and signed for another, or signed for two, the one whom its neighbour on the other side knows
+        goes first.
+        """
+        options = [
+            hotkey
+            for hotkey, leaf in claims.items()
+            if wanted in (None, leaf.output)
+            and (
+                (hotkey == named and wanted is not None)
+                or (self._went_to(leaf, consumer) and self.signed(hotkey, leaf))
+            )
+        ]
+        best = max(options, key=lambda hotkey: (self._known(hotkey, claims[hotkey]), hotkey == named), default=None)
+        return None if best is None else _Place(best, claims[best])
+
+    def _known(self, hotkey: str, leaf: Leaf) -> bool:
+        """Whether who sent this unit what came in says so."""
+        forward = leaf.direction is Direction.FORWARD
+        if forward and leaf.stage == 0:
+            return hotkey == self.owner(leaf.sample)
+        upstream = forward or leaf.stage == self.tail
+        stage = leaf.stage + (-1 if upstream else 1)
+        sent = self.claims(stage, leaf.sample, Direction.FORWARD if upstream else Direction.BACKWARD)
+        sender = self.peer(stage, leaf.source)
+        return sender is not None and sender in sent and self.sink(sent[sender]) == hotkey
 
     def _went_to(self, leaf: Leaf, consumer: _Place) -> bool:
         sink = self.sink(leaf)
@@ -252,6 +283,8 @@ class _Book:
 
     def took_part(self, hotkey: str, stage: int, sample: int) -> bool:
         """Whether a replica without a word of the sample had it: it signed for the activation, as far as is known."""
+        if stage == 0:
+            return False
         sent = self.claims(stage - 1, sample, Direction.FORWARD)
         if any(self.sink(leaf) == hotkey and self.signed(sender, leaf) for sender, leaf in sent.items()):
             return True
@@ -272,23 +305,50 @@ class _Book:
         input is the same, whoever it had that from."""
         claims = self.claims(stage, sample, Direction.FORWARD)
         named = None if consumer.leaf is None else self.peer(stage, consumer.leaf.source)
-        if consumer.leaf is not None and named is not None:
-            theirs = claims.get(named)
-            if theirs is not None and theirs.output == consumer.leaf.input:
-                return _Place(named, theirs)
-            if named not in self.spoke:
-                return _Place(named, None)
-        known = [hotkey for hotkey, leaf in claims.items() if self.signed(hotkey, leaf)]
+        wanted = None if consumer.leaf is None else consumer.leaf.input
+        found = self._pick(claims, consumer, named, wanted)
+        if found is not None:
+            return found
+        if (
+            named is not None
+            and named not in claims
+            and (named not in self.spoke or self.took_part(named, stage, sample))
+        ):
+            return _Place(named, None)
         if holder.leaf is not None:
-            used = [hotkey for hotkey in known if claims[hotkey].output == holder.leaf.input]
-            # Who had it from the first of these and is silent now, or took it over, before who has signed besides.
+            used = [hotkey for hotkey in claims if claims[hotkey].output == holder.leaf.input]
+            used = [hotkey for hotkey in used if self.signed(hotkey, claims[hotkey])]
+            # Whose output went to one that is silent, or to the holder, before who has another's signature.
             used.sort(key=lambda hotkey: self.sink(claims[hotkey]) in self.spoke - {holder.hotkey})
             if used:
                 return _Place(used[0], claims[used[0]])
-        for hotkey in known:
-            if self._went_to(claims[hotkey], consumer):
-                return _Place(hotkey, claims[hotkey])
-        return _SILENT
+        return self._pick(claims, _Place(consumer.hotkey, None), None, None) or _SILENT
+
+    # -- who signed twice -----------------------------------------------------------------------------------------
+
+    def forked(self) -> Iterator[Finding]:
+        """Consumers that signed for one unit of two producers, by these' leaves: what an honest one never does, because
+        it answers the second without a receipt. One finding per replica."""
+        seen: set[str] = set()
+        for (stage, sample, direction), claims in self._claims.items():
+            if len(claims) < 2:
+                continue
+            signers = Counter(self.sink(leaf) for hotkey, leaf in claims.items() if self.signed(hotkey, leaf))
+            for signer, count in signers.items():
+                if signer is None or count < 2 or signer in seen:
+                    continue
+                seen.add(signer)
+                yield Finding(
+                    hotkey=signer,
+                    round=self.roster.round,
+                    stage=self.roster.stage_of(signer) or 0,
+                    check=Check.RECEIPT,
+                    grade=Grade.PROOF,
+                    passed=False,
+                    error=math.inf,
+                    sample=sample,
+                    reason=f"signed for the {direction.name.lower()} of {count} replicas of stage {stage}",
+                )
 
     # -- one unit -------------------------------------------------------------------------------------------------
 
@@ -309,13 +369,19 @@ class _Book:
         fetched it to take over a dead sibling's unit, so there the digest decides."""
         if leaf.stage == 0:
             return True
-        sent = self.claims(leaf.stage - 1, leaf.sample, Direction.FORWARD)
+        stage = leaf.stage - 1
+        sent = self.claims(stage, leaf.sample, Direction.FORWARD)
         if leaf.direction is Direction.BACKWARD and leaf.stage < self.tail:
-            return any(theirs.output == leaf.input for theirs in sent.values()) or any(self.silent(leaf.stage - 1))
-        sender = self.peer(leaf.stage - 1, leaf.source)
-        if sender is None or sender not in self.spoke:
-            return sender is not None
-        return sender in sent and sent[sender].output == leaf.input
+            senders = self.roster.stages[stage]
+        else:
+            sender = self.peer(stage, leaf.source)
+            senders = () if sender is None else (sender,)
+        return any(
+            sent[sender].output == leaf.input
+            if sender in sent and (sent[sender].output == leaf.input or self.signed(sender, sent[sender]))
+            else sender not in self.spoke or self.took_part(sender, stage, leaf.sample)
+            for sender in senders
+        )
 
     def _returned(self, hotkey: str, leaf: Leaf) -> bool:
         """Whether the gradient that came in is the one that the stage behind says it sent here. One that says nothing,
@@ -374,7 +440,7 @@ def settle(
             len(leaves),
             {reason: unpaid[reason] for reason in Unpaid if unpaid[reason]},
         )
-    return Settlement(paid, tuple(_pathways(tracks)))
+    return Settlement(paid, tuple(_pathways(tracks)), tuple(book.forked()))
 
 
 def _pathways(tracks: Mapping[int, _Track | None]) -> Iterator[Pathway]:

@@ -81,11 +81,26 @@ class Book:
         first = hops(replicas, seed=SEED, head=heads[sample % len(heads)], stage=stage, index=sample // len(heads))[0]
         return replicas.index(first)
 
-    def enter(self, sample: int, path: Sequence[int], *, only: Collection[int] | None = None, lie: str = "") -> None:
+    def enter(
+        self,
+        sample: int,
+        path: Sequence[int],
+        *,
+        only: Collection[int] | None = None,
+        signers: Collection[str] | None = None,
+        lie: str = "",
+    ) -> None:
         """One microbatch that went through replica `path[stage]` of every stage, as all of them write it down.
 
-        `only` some stages write it; with `lie` its activations and gradients are other ones.
+        `only` some stages write it; for who is not among the `signers` its producer signs itself; with `lie` its
+        activations and gradients are other ones.
         """
+
+        def signed(leaf: Leaf, producer: str, consumer: str) -> Leaf:
+            if signers is None or consumer in signers:
+                return self.receipted(leaf, producer, consumer)
+            return replace(leaf, receipt=self.keys[producer].sign(b"as if it were another's"))
+
         tail = len(path) - 1
         holders = [self.roster.stages[stage][index] for stage, index in enumerate(path)]
         for stage, hotkey in enumerate(holders):
@@ -103,7 +118,7 @@ class Book:
                     input=x,
                     output=tag("y", stage, sample, lie),
                 )
-                self.leaves[hotkey].append(self.receipted(forward, hotkey, holders[stage + 1]))
+                self.leaves[hotkey].append(signed(forward, hotkey, holders[stage + 1]))
             backward = Leaf(
                 direction=Direction.BACKWARD,
                 stage=stage,
@@ -116,8 +131,7 @@ class Book:
                 gradient=NO_DIGEST if stage == tail else tag("dx", stage + 1, sample, lie),
                 output=NO_DIGEST if stage == 0 else tag("dx", stage, sample, lie),
             )
-            signed = backward if stage == 0 else self.receipted(backward, hotkey, holders[stage - 1])
-            self.leaves[hotkey].append(signed)
+            self.leaves[hotkey].append(backward if stage == 0 else signed(backward, hotkey, holders[stage - 1]))
 
     def receipted(self, leaf: Leaf, producer: str, consumer: str) -> Leaf:
         message = receipt_message(RUN, 0, producer=producer, key=leaf.key, stage=leaf.stage, output=leaf.output)

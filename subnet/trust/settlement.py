@@ -11,25 +11,25 @@ direction is on a pathway. A unit on it *pays* if
 * its window was acknowledged in time, and
 * the head or body that sent it on kept to the routing lottery (below).
 
-Whoever served no evidence earns nothing and contradicts nobody: there the receipts of its neighbours speak.
+Whoever served no evidence earns nothing and contradicts nobody: there the receipts of its neighbours speak. A stage at
+which nobody speaks of a sample can be passed only if a replica there signed for what was sent to it.
 
-What colluders gain by inventing units. Nothing, if a stage of the pathway is held by somebody honest with evidence:
-two, three or more neighbours can sign each other's receipts, but what they invent is not on a pathway that came back
-to its head and reached the tail, and what others did is on one already, so a second claim for it is refused. All
-stages of a pathway together can invent it whole, and those before a stage can send rubbish on, which honest ones then
-work on. Three things bound that. Replays and the data audit draw invented units like any others. The lottery gives a
-coalition with c of n replicas at a stage c/n of what arrives there, so one replica per stage meets itself in a share
-of product(1/n) of its head's microbatches. And off the plan it can send only as much as the next paragraph allows.
-A stage where a replica served no evidence can be skipped only if that replica signed for what was sent to it.
+*Colluders.* Two, three or more neighbours can sign each other's receipts, but while one stage of a pathway is honest
+and served its evidence they gain nothing: what they invent did not come back to a head from the tail, and what others
+did is on a pathway already. Whom a friend names in an honest replica's place gets its unit only if the friend signs
+for both; both leaves then prove it (`Settlement.findings`), as an honest consumer signs for one producer of a unit only.
+Three things are not seen here: all stages of a pathway together invent it whole; any replica can send rubbish on, which
+honest ones then work on; and who takes an output, uses it and never signs for it can name a friend. Replays and the
+data audit draw such units like any others, but in the last case they pass: senders should avoid who does not sign.
 
 *Off the plan.* The lottery (`subnet.swarm.routing.hops`) says whom a sender should hand each microbatch. A BUSY or
 frozen replica makes honest senders go elsewhere, and does so to all of them; self-dealing is one sender's. So a sender
 may go elsewhere with `OFF_PLAN_SHARE` of its microbatches, and besides with `EXCUSE` times the share that the lower
 median of the other senders took away from the same replica. What goes beyond pays its *sender* nothing: who received it
-did what it was asked. So dealing with a friend costs as much as it brings, up to half of the senders of a stage cannot
-excuse each other, and a saturated replica loses nothing by what is taken from it, because others wait at its door. A
-link broken between two replicas looks the same and costs the sender at most 1/n - OFF_PLAN_SHARE of its pay. Nothing
-is held against a sender who is alone, or for a replica that served no evidence.
+did what it was asked. So a deal costs its sender what it brings the friend: nothing is gained but on the free share. Up
+to half of the senders of a stage cannot excuse each other, and a saturated replica loses nothing by what is taken from
+it, because others wait at its door. A link broken between two replicas looks the same as a deal and costs the sender at
+most 1/n - OFF_PLAN_SHARE of its pay. Nothing is held against a sender who is alone, or for a replica without evidence.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ which nobody speaks of a sample can be passed only if a replica there signed for
 *Colluders.* Two, three or more neighbours can sign each other's receipts, but while one stage of a pathway is honest
 and served its evidence they gain nothing: what they invent did not come back to a head from the tail, and what others
 did is on a pathway already. Whom a friend names in an honest replica's place gets its unit only if the friend signs
-for both; both leaves then prove it (`Settlement.findings`), as an honest consumer signs for one producer of a unit only.
+for both, and both leaves then prove it (`Settlement.findings`): an honest consumer signs for one producer of a unit.
 Three things are not seen here: all stages of a pathway together invent it whole; any replica can send rubbish on, which
 honest ones then work on; and who takes an output, uses it and never signs for it can name a friend. Replays and the
 data audit draw such units like any others, but in the last case they pass: senders should avoid who does not sign.

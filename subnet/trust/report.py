@@ -65,6 +65,8 @@ class FindingModel(_Part):
     """A failed finding as it travels. `error` is null where nothing could be compared."""
 
     hotkey: _Hotkey
+    round: Annotated[int, Field(ge=0, lt=2**32)]
+    """What a merge shows is found after the report of its round, so it stands in the next one."""
     stage: Annotated[int, Field(ge=0, lt=2**16)]
     check: Annotated[Check, Field(strict=False)]
     grade: Literal["proof", "measurement"]
@@ -84,6 +86,7 @@ class FindingModel(_Part):
             raise ValueError(f"a finding of grade {finding.grade} that passed={finding.passed} is not reported")
         return cls(
             hotkey=finding.hotkey,
+            round=finding.round,
             stage=finding.stage,
             check=finding.check,
             grade="proof" if finding.grade is Grade.PROOF else "measurement",
@@ -96,11 +99,11 @@ class FindingModel(_Part):
             statement=None if statement is None else StatementModel.of(statement),
         )
 
-    def finding(self, number: int) -> Finding:
-        """As a finding of round `number`. What it claims, not what is believed."""
+    def finding(self) -> Finding:
+        """What it claims, not what is believed."""
         return Finding(
             hotkey=self.hotkey,
-            round=number,
+            round=self.round,
             stage=self.stage,
             check=self.check,
             grade=Grade(self.grade),

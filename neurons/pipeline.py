@@ -226,12 +226,8 @@ class StageWorker:
             )
         if self.plan.index == 1 and caller != push.head:
             self._require_gone(current, push)
-        if len(current.open) >= self.engine.capacity:
-            raise Busy(
-                f"stage {self.plan.index} holds {len(current.open)} inputs of {self.engine.capacity}",
-                "push again after the pause or to a sibling replica",
-                retry_after=RETRY_PAUSE,
-            )
+        seconds = self._driver.unit_seconds.value / 2
+        self._door.require_room(current, capacity=self.engine.capacity, unit_seconds=seconds)
         require_finite(tensors, limit=WIRE_LIMIT)
         x = tensors["y"]
         self._filter.require_usual(current, caller, push.sample, Direction.FORWARD, x)

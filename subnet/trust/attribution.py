@@ -39,7 +39,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from subnet.trust.scoring import Pathway
+from subnet.trust.settlement import Pathway
 
 SPAN = 31
 """Samples of a stratum that a point of the trend is drawn through."""
@@ -305,17 +305,19 @@ def _sums(columns: Sequence[Column], rows: Sequence[tuple[Pathway, float, float]
         x[row, [places[stage, hotkey] for stage, hotkey in enumerate(path.hotkeys)]] = 1.0
     w = np.array([weight for _, _, weight in rows])
     losses = _cut(np.array([loss for _, loss, _ in rows]))
-    flat = _without_trend(np.column_stack([losses, x]))
+    flat, spent = _without_trend(np.column_stack([losses, x]))
+    # A trend follows the noise a little: what is left of that is scaled up by the degrees of freedom it took.
     y, residual = flat[:, 0], flat[:, 1:]
+    noise = y * math.sqrt(len(rows) / max(1.0, len(rows) - spent))
     weighted = residual * w[:, None]
-    meat_rows = weighted * y[:, None]
+    meat_rows = weighted * noise[:, None]
     through = w @ x
     counts = np.where(through < w.sum(), through, 0.0)
     return _Sums(
         gram=residual.T @ weighted,
         cross=weighted.T @ y,
         meat=meat_rows.T @ meat_rows,
-        squares=float(w @ y**2),
+        squares=float(w @ noise**2),
         weight=float(w.sum()),
         counts=counts,
         rivals=np.where(counts > 0, w.sum() - counts, 0.0),
@@ -332,8 +334,8 @@ def _cut(losses: Array) -> Array:
     return np.clip(losses, middle - CUT * spread, middle + CUT * spread)
 
 
-def _without_trend(values: Array) -> Array:
-    """Columns (n, p) minus their local-linear smooth over `SPAN` rows; all columns by the same weights."""
+def _without_trend(values: Array) -> tuple[Array, float]:
+    """Columns (n, p) minus their local-linear smooth over `SPAN` rows, and the trace of the smoother."""
     n = len(values)
     half = min(SPAN, n) // 2
     rows = np.arange(n, dtype=np.float64)
@@ -351,8 +353,8 @@ def _without_trend(values: Array) -> Array:
     mean = window(values) / count[:, None]
     slope = (window(values * rows[:, None]) / count[:, None] - mean * centre[:, None]) / spread[:, None]
     smooth = mean + slope * (rows - centre)[:, None]
-    without: Array = values - smooth
-    return without
+    own = (1.0 + (rows - centre) ** 2 / spread) / count
+    return values - smooth, float(own.sum())
 
 
 def samples_needed(*, z: float, sigma: float, delta: float) -> float:

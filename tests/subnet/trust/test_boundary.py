@@ -127,7 +127,7 @@ def test_slow_boiling_ends_at_the_median_of_the_stage() -> None:
         elif bounds.judge("g", "a", (base[0] + 0.005 * n / 3 + off, base[1], base[2])) is None:
             reached = 0.005 * n / 3 + off
     assert reached < LEAST + 0.15
-    assert 0.005 * 1000 > 6 * LEAST  # it tried to go far beyond
+    assert 6 * LEAST < 0.005 * 1000  # it tried to go far beyond
 
 
 def test_nobody_widens_its_own_bound() -> None:

@@ -299,6 +299,10 @@ class Delivery:
         """Whether this replica could not be reached a moment ago."""
         return self._down.get(hop, 0.0) > asyncio.get_running_loop().time()
 
+    def set_aside(self, hop: str) -> None:
+        """Ask this replica last for a while, as if it could not be reached."""
+        self._mark_down(hop)
+
     def _deadline(self) -> float:
         """Seconds a push may take: many times what pushes take now, so that a frozen peer is noticed."""
         return min(PUSH_DEADLINE, max(OVERDUE_FLOOR, PUSH_FACTOR * self.push_seconds.value))

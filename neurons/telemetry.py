@@ -89,6 +89,20 @@ class MicrobatchDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Quarantined:
+    """What a neighbour sent was unlike what it and its siblings had sent, and was not computed with: its `count`-th in
+    this round. Says where to look; proves nothing."""
+
+    round: int
+    stage: int
+    hotkey: str
+    direction: str
+    sample: int
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingClosed:
     """Training of the round ended here. Heads count microbatches; every stage counts its own units."""
 
@@ -303,6 +317,7 @@ Event = (
     | LocalStep
     | MicrobatchStarted
     | MicrobatchDone
+    | Quarantined
     | TrainingClosed
     | RecordPublished
     | Merged

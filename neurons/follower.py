@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from model.stage import Stage, assign_flat, build_stage, flatten
+from model.stage import assign_flat, flatten
+from neurons.bench import Bench
 from neurons.exchange import Desk
 from neurons.merging import merge
 from neurons.node import Node
 from neurons.rounds import ChainBoard, merge_terms
 from neurons.states import after_merge
 from neurons.telemetry import Validated
+from neurons.terms import Outcome
 from neurons.wire import DendriteExchange
 from subnet.chain import ChainError
 from subnet.swarm.codec import Codec, PayloadError, codec_of
 from subnet.swarm.merge import Merged
 from subnet.swarm.roster import Roster
-from subnet.trust.ledger import Evidence
 
 log = logging.getLogger("orion.neurons.follower")
 
@@ -37,40 +39,57 @@ class RoundStart:
     sent to a merge that was still going on then."""
 
     roster: Roster
+    public: Mapping[int, torch.Tensor]
+    """θ by stage with all rounds before this one merged: what deltas of weights are taken against."""
     base: Mapping[int, torch.Tensor]
-    """θ by stage."""
-    after: Mapping[int, torch.Tensor]
-    """θ by stage after the merge that was still going on: what a replica starts from that computes nothing before."""
+    """θ by stage that weights were re-based on at the cut before; of codecs with error feedback."""
     sent: Mapping[str, bytes]
     """Payloads by hotkey."""
     known: frozenset[str]
     """Replicas of whom it is known whether they had sent anything."""
     codec: Codec
 
-    def weights(self, hotkey: str, evidence: Evidence) -> dict[int, tuple[torch.Tensor, ...]]:
-        """What the replica's first window of the round may have, by version; empty if not known here."""
+    def weights(self, hotkey: str) -> Iterator[torch.Tensor]:
+        """What the replica's first window of the round may have, fp32 (n,) each; nothing if not known here.
+
+        Either it starts from what it was re-based on, or, if it computed nothing before the merge was through, from the
+        public state after it.
+        """
         stage = self.roster.stage_of(hotkey)
-        if stage is None or stage not in self.base or hotkey not in self.known or not evidence.windows:
-            return {}
+        if stage is None or stage not in self.base or hotkey not in self.known:
+            return
         theta = self.base[stage]
         if hotkey in self.sent:
             try:
                 theta = theta - self.codec.decode(self.sent[hotkey], theta.numel())
             except PayloadError:
-                return {}
-        return {min(window.version for window in evidence.windows): (theta, self.after[stage])}
+                return
+        yield theta
+        if self.public[stage] is not theta:
+            yield self.public[stage]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What watching a merge found wrong with a replica."""
+
+    hotkey: str
+    stage: int
+    kind: Literal["refused", "forged", "liar"]
+    reason: str
+    shards: tuple[int, ...] = ()
+    """Of a liar."""
 
 
 class PublicStates:
     """Weights and outer momentum of every stage, and what replicas had sent but not merged when a round began."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, bench: Bench) -> None:
         manifest = node.loaded.manifest
         self._node = node
+        self._bench = bench
         self._codec = codec_of(manifest.merge.codec)
-        config = manifest.model.config()
-        self.stages: list[Stage] = [build_stage(config, plan, manifest.run.seed) for plan in node.plans]
-        thetas = [flatten(stage) for stage in self.stages]
+        thetas = [flatten(stage) for stage in bench.stages]
         empty = self._codec.error_feedback
         self._public = [Merged(theta, torch.empty(0) if empty else torch.zeros_like(theta)) for theta in thetas]
         self._before = list(self._public)
@@ -85,36 +104,44 @@ class PublicStates:
         self._seen: set[str] = set()
         """Replicas whose part in that merge is known: its payload, or that it was not in that round."""
 
-    async def follow(self, roster: Roster) -> None:
-        """Watch the merges of `roster`'s round at all stages."""
+    async def follow(self, roster: Roster, secret: bytes) -> tuple[Fault, ...]:
+        """Watch the merges of `roster`'s round at all stages; what was found wrong with whom.
+
+        `secret` chooses the shards that are computed again here.
+        """
         self._payloads, self._seen, self._round, self._members = {}, set(), roster.round, roster.members
         outcomes = await asyncio.gather(
-            *(self._follow(roster, stage) for stage in range(len(self.stages))), return_exceptions=True
+            *(self._follow(roster, stage, secret) for stage in range(len(self._public))), return_exceptions=True
         )
+        faults: list[Fault] = []
         for stage, outcome in enumerate(outcomes):
             if isinstance(outcome, ChainError):
                 log.warning("round %d: the merge of stage %d could not be followed: %s", roster.round, stage, outcome)
-            elif outcome is not None:
+            elif isinstance(outcome, BaseException):
                 raise outcome
+            else:
+                faults += outcome
+        return tuple(faults)
 
-    async def _follow(self, roster: Roster, stage: int) -> None:
+    async def _follow(self, roster: Roster, stage: int, secret: bytes) -> list[Fault]:
         node, marks = self._node, self._node.loaded.manifest.round
         if self.held[stage] != roster.round:
             await self._fetch(roster, stage)
-            return
+            return []
         exchange = DendriteExchange(
             node.dendrite, node.neighbours.endpoint, run=node.loaded.run_id, number=roster.round
         )
-        terms = merge_terms(node, roster, stage, secret=b"")
+        terms = merge_terms(node, roster, stage, secret=secret)
         desk = Desk(node.identity.hotkey)
         before = self._public[stage]
         outcome = await merge(terms, None, before, desk, board=ChainBoard(node), exchange=exchange)
         after: Merged | None = outcome.public
         if outcome.incomplete:
             after = await after_merge(node, roster, stage, until=roster.block + marks.length + marks.close)
+        faults = _faults(stage, outcome)
         if after is None:
             log.warning("round %d: the merge of stage %d could not be followed", roster.round, stage)
-            return
+            return faults
         self._before[stage], self._public[stage] = before, after
         self.held[stage] = roster.round + 1
         if terms.gathers:
@@ -123,6 +150,7 @@ class PublicStates:
                 if hotkey not in outcome.refused and all(piece is not None for piece in held):
                     self._payloads[hotkey] = b"".join(piece for piece in held if piece is not None)
                     self._seen.add(hotkey)
+        return faults
 
     async def _fetch(self, roster: Roster, stage: int) -> None:
         """A state that this validator did not see come about."""
@@ -137,13 +165,15 @@ class PublicStates:
 
     def round_start(self, roster: Roster) -> RoundStart:
         """What is known here of the weights that `roster`'s round began with."""
+        public: dict[int, torch.Tensor] = {}
         base: dict[int, torch.Tensor] = {}
         known = set(roster.members)
         overlapped = self._node.loaded.manifest.round.overlapped and roster.round > 0
         for stage, held in enumerate(self.held):
+            if held == roster.round:
+                public[stage] = self._public[stage].theta
             if held == roster.round and self._codec.error_feedback:
                 base[stage] = self._before[stage].theta if overlapped else self._public[stage].theta
-        after = {stage: self._public[stage].theta for stage in base}
         if overlapped and self._round == roster.round - 1:
             # Who was not in the round before has sent nothing; of who was and is no source here, nothing is known.
             newcomers = known - self._members
@@ -151,7 +181,7 @@ class PublicStates:
         elif overlapped:
             known = set()
         sent = dict(self._payloads) if overlapped else {}
-        return RoundStart(roster, base, after, sent, frozenset(known), self._codec)
+        return RoundStart(roster, public, base, sent, frozenset(known), self._codec)
 
     async def validate(self, number: int) -> None:
         """Validation loss of the public weights at the start of round `number`, one stage at a time."""
@@ -159,7 +189,7 @@ class PublicStates:
         if any(held != number for held in self.held):
             log.warning("no validation loss at the start of round %d: some stage's weights are not known", number)
             return
-        loss = await asyncio.to_thread(self._validation_loss)
+        loss = await self._bench.compute(self._validation_loss)
         tokens = manifest.data.validation_batches * manifest.tokens_per_microbatch
         self._node.telemetry.emit(Validated(round=number, loss=round(loss, 5), tokens=tokens))
 
@@ -170,7 +200,7 @@ class PublicStates:
             for index in range(self._node.loaded.manifest.data.validation_batches)
         ]
         held: Sequence[torch.Tensor] = [tokens[:, :-1] for tokens in batches]
-        for stage, public in zip(self.stages, self._public, strict=True):
+        for stage, public in zip(self._bench.stages, self._public, strict=True):
             assign_flat(stage, public.theta)
             if stage.plan.is_last:
                 losses = [stage.loss(x, tokens[:, 1:]) for x, tokens in zip(held, batches, strict=True)]
@@ -178,3 +208,12 @@ class PublicStates:
             wire = self._node.shapes.boundary.dtype
             held = [stage(x).to(wire).to(torch.float32) for x in held]
         raise AssertionError("a split always ends with a last stage")
+
+
+def _faults(stage: int, outcome: Outcome) -> list[Fault]:
+    faults = [Fault(hotkey, stage, "refused", reason) for hotkey, reason in outcome.refused.items()]
+    faults += [Fault(hotkey, stage, "forged", reason) for hotkey, reason in outcome.forged.items()]
+    for hotkey, shards in outcome.liars.items():
+        reason = f"published another digest than the recomputed one for shards {', '.join(map(str, shards))}"
+        faults.append(Fault(hotkey, stage, "liar", reason, shards))
+    return faults

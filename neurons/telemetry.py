@@ -211,6 +211,44 @@ class Convicted:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditCost:
+    """What a validator's audit of one round took; `swarm_flops` is what the miners' units of the round have."""
+
+    round: int
+    units: int
+    flops: float
+    swarm_flops: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportPublished:
+    """A validator serves its report of a round, with so many failed findings in so many bytes."""
+
+    round: int
+    findings: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRead:
+    """A validator asked another for its report of a round."""
+
+    round: int
+    validator: str
+    findings: int
+    """Failed ones in it."""
+    replayed: int
+    """Units replayed because of it."""
+    reproduced: int
+    """Failures of these."""
+    strays: int
+    """Findings on units that the secret it revealed does not pick."""
+    refused: str
+    """Why it was not read; empty if it was."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settled:
     """A validator settled a round: complete pathways found, and miners whose evidence was served and sound."""
 
@@ -326,6 +364,9 @@ Event = (
     | Traffic
     | Checked
     | Convicted
+    | AuditCost
+    | ReportPublished
+    | ReportRead
     | Settled
     | MinerScored
     | WeightsSet

@@ -3,191 +3,126 @@
     python -m neurons.validator --network ws://127.0.0.1:9944 --wallet w --hotkey validator-0 \\
         --manifest manifest.toml --data shards/
 
-It follows the same roster as the miners. Once a round's roots are on chain and the audit seed is known it fetches every
-miner's closed ledger, checks it against its root, replays units of the windows the seed picks, settles what is paid,
-and sets weights. Losses and scores are computed here, from public evidence.
+It follows the same roster as the miners. A round's record commits it to a secret; once the round's roots are on chain
+it audits all miners with it (`neurons.auditing`), serves its report, replays what other validators' reports say failed
+(`neurons.reports`), settles, scores and sets weights (`neurons.judgement`). Rounds overlap: a round's judgement goes on
+while the next one trains, so every round is a task of its own that waits for the one before where it must.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
+import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 
-from model.accounting import stage_flops
-from neurons.evidence import Case, EvidenceReader, replay_cases
-from neurons.follower import PublicStates, RoundStart
+from model.stage import build_stage
+from neurons.auditing import Auditor, Dossier, RoundFacts, of_merge
+from neurons.bench import Bench, forward_flops
+from neurons.follower import Fault, PublicStates, RoundStart
+from neurons.judgement import Closed, Judge, Suspicions
 from neurons.node import Node, main
-from neurons.telemetry import (
-    MinerScored,
-    NodeFinished,
-    RoundStarted,
-    Settled,
-    UnitAudited,
-    WeightsSet,
-)
-from subnet.chain import ChainError
-from subnet.identity import verify
-from subnet.metagraph import ChainState
+from neurons.reports import ReportDesk, ReportReader, write_report
+from neurons.telemetry import AuditCost, NodeFinished, RoundStarted
+from subnet.swarm.observers import observers, stakes
 from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import Roster, records_of
-from subnet.trust.audit import Verdict, correctness, select_units, select_windows
-from subnet.trust.ledger import (
-    Evidence,
-)
-from subnet.trust.scoring import Paid, Score, Settlement, score, settle, weights
+from subnet.trust.decision import Rule, tests_per_year
+from subnet.trust.finding import Grade
+from subnet.trust.heads import slot_end, slot_of
+from subnet.trust.ledger import Direction
+from subnet.trust.report import SECRET_BYTES, FindingModel, commit
 
 log = logging.getLogger("orion.neurons.validator")
 
+BLOCK_SECONDS = 12.0
+"""Of the chain that the bound on false convictions is stated for; a faster local one has more rounds in its years."""
 
-class Auditor:
-    """One validator's judgement of a run: what it audits, and the scores of the closed rounds."""
 
-    def __init__(self, node: Node, states: PublicStates) -> None:
-        self._node = node
-        self._states = states
-        self._reader = EvidenceReader(node)
-        self._history: list[dict[str, Score]] = []
+MARGIN = 4
+"""Blocks before the next round's CUT by which a round's audit ends."""
 
-    # -- one round ------------------------------------------------------------------------------------------------
 
-    async def judge(self, roster: Roster, start: RoundStart) -> None:
-        """Audit, settle and score a round whose roots are on chain, and set weights."""
-        node = self._node
-        marks, rules = node.loaded.manifest.round, node.loaded.manifest.audit
-        state = await node.state(roster.block + marks.cut)
-        seed = await node.seed(roster.block + marks.cut + rules.seed_delay, "orion/audit/1")
-        records = records_of(state)
-        members = [hotkey for stage in roster.stages for hotkey in stage]
-        tables = await asyncio.gather(*(self._reader.tables(hotkey, roster, records.get(hotkey)) for hotkey in members))
-        evidence = {hotkey: table for hotkey, table in zip(members, tables, strict=True) if table is not None}
-        # Everything is fetched from all miners at once, so nobody's slowness makes another one late.
-        fetched = await asyncio.gather(
-            *(self._audit(hotkey, roster, table, seed, start) for hotkey, table in evidence.items())
-        )
-        verdicts = {
-            hotkey: await asyncio.to_thread(self._replay, roster.stage_of(hotkey) or 0, parts)
-            for hotkey, parts in zip(evidence, fetched, strict=True)
-        }
-        self._report(roster, verdicts)
-        settlement = settle(
-            node.loaded.run_id,
-            roster,
-            evidence,
-            verify,
-            first_sample=roster.round * node.loaded.manifest.data.samples_per_round,
-        )
-        await self._set_weights(roster, state, settlement, verdicts)
+class Validator:
+    """One validator in one run. `new_secret` gives the bytes that a round's record commits to."""
 
-    # -- audits ---------------------------------------------------------------------------------------------------
-
-    async def _audit(
-        self, hotkey: str, roster: Roster, evidence: Evidence, seed: bytes, start: RoundStart
-    ) -> list[Case]:
-        """Weights and tensors of the units the seed picks in one miner's ledger."""
-        rules = self._node.loaded.manifest.audit
-        validator = self._node.identity.hotkey
-        windows = select_windows(evidence, seed=seed, hotkey=hotkey, count=rules.windows)
-        picks = [
-            (
-                window,
-                select_units(evidence, window, seed=seed, hotkey=hotkey, validator=validator, count=rules.units),
-            )
-            for window in windows
-        ]
-        return await self._reader.cases(hotkey, roster, picks, public=start.weights(hotkey, evidence))
-
-    def _replay(self, index: int, cases: Sequence[Case]) -> list[Verdict]:
-        manifest = self._node.loaded.manifest
-        return replay_cases(
-            self._states.stages[index],
-            cases,
-            self._node.corpus,
-            accumulation=manifest.optimizer.accumulation,
-            tolerance=manifest.audit.tolerance,
-        )
-
-    def _report(self, roster: Roster, verdicts: Mapping[str, Sequence[Verdict]]) -> None:
-        for hotkey, found in verdicts.items():
-            for verdict in found:
-                self._node.telemetry.emit(
-                    UnitAudited(
-                        round=roster.round,
-                        hotkey=hotkey,
-                        stage=verdict.leaf.stage,
-                        direction=verdict.leaf.direction.name.lower(),
-                        sample=verdict.leaf.sample,
-                        passed=verdict.passed,
-                        error=round(verdict.error, 6) if math.isfinite(verdict.error) else -1.0,
-                        reason=verdict.reason,
-                    )
-                )
-
-    # -- scores and weights ---------------------------------------------------------------------------------------
-
-    async def _set_weights(
-        self, roster: Roster, state: ChainState, settlement: Settlement, verdicts: Mapping[str, Sequence[Verdict]]
+    def __init__(
+        self, node: Node, *, new_secret: Callable[[], bytes] = lambda: secrets.token_bytes(SECRET_BYTES)
     ) -> None:
-        node, manifest = self._node, self._node.loaded.manifest
+        manifest = node.loaded.manifest
         config = manifest.model.config()
-        flops = {
-            hotkey: manifest.tokens_per_microbatch
-            * stage_flops(config, node.plans[index], tokens=manifest.data.sequence)[0]
-            for index, stage in enumerate(roster.stages)
-            for hotkey in stage
-        }
-        marks = {hotkey: correctness(found) for hotkey, found in verdicts.items()}
-        scores = score(settlement, forward_flops=flops, correctness=marks)
-        self._history.append(scores)
-        shares = weights(self._history, rounds=manifest.score.rounds)
-        uids = {neuron.hotkey: neuron.uid for neuron in state.neurons}
-        node.telemetry.emit(
-            Settled(round=roster.round, microbatches=len(settlement.pathways), miners=len(settlement.paid))
+        self._node = node
+        self._new_secret = new_secret
+        self._bench = Bench([build_stage(config, plan, manifest.run.seed) for plan in node.plans])
+        self._states = PublicStates(node, self._bench)
+        rule = rule_of(node, validators=1)
+        self._suspicions = Suspicions(
+            node.config.out / "suspicions" / node.loaded.run_id.hex() / f"{node.config.name}.json", rule
         )
-        for hotkey, entry in scores.items():
-            paid = settlement.paid.get(hotkey, Paid(0, 0, 0))
-            if hotkey not in uids:
-                continue
-            node.telemetry.emit(
-                MinerScored(
-                    round=roster.round,
-                    uid=uids[hotkey],
-                    hotkey=hotkey,
-                    stage=roster.stage_of(hotkey) or 0,
-                    units=paid.forward + paid.backward,
-                    claimed=paid.claimed,
-                    flops=entry.flops,
-                    correctness=entry.correctness,
-                    score=entry.value,
-                    weight=round(shares.get(hotkey, 0.0), 6),
-                )
-            )
-        by_uid = {uids[hotkey]: weight for hotkey, weight in shares.items() if hotkey in uids}
-        if not by_uid:
-            log.warning("round %d: nobody earned a weight; the weights on chain stay", roster.round)
-            return
+        self._judge = Judge(node, self._suspicions)
+        self._auditor = Auditor(
+            loaded=node.loaded,
+            plans=node.plans,
+            parameters=node.parameters,
+            corpus=node.corpus,
+            bench=self._bench,
+            dendrite=node.dendrite,
+            endpoint=node.neighbours.endpoint,
+            tolerance=lambda _: lambda _check: manifest.audit.tolerance,
+            enter=self._judge.note,
+            held=self._suspicions.of,
+            risk=self._suspicions.risk,
+            rule=lambda: self._suspicions.rule,
+        )
+        self._desk = ReportDesk(node)
+        self._reader = ReportReader(node, self._auditor)
+        self._late: list[FindingModel] = []
+        """Failed findings that came after their round's report."""
+
+    async def run(self) -> None:
+        node, count = self._node, self._node.loaded.manifest.round.count
+        node.flags |= Flags.OBSERVER
+        self._desk.open()
+        await node.listen()
+        roster = await node.enter()
+        if roster.round == 0:
+            await self._states.validate(0)
+        rounds = _Rounds()
         try:
-            block = await node.chain.set_weights(by_uid)
-        except ChainError as error:
-            log.warning("round %d: the weights on chain stay: %s", roster.round, error)
-            return
-        node.telemetry.emit(WeightsSet(round=roster.round, block=block, weights=by_uid))
+            while count == 0 or roster.round < count:
+                secret = self._new_secret()
+                await self._announce(roster, secret)
+                rounds.start = asyncio.create_task(self._start(roster, rounds.merge))
+                rounds.merge = asyncio.create_task(self._merge(roster, secret, rounds.start))
+                rounds.verdict = asyncio.create_task(
+                    self._judge_round(roster, secret, rounds.start, rounds.merge, rounds.verdict)
+                )
+                roster = await self._next(rounds)
+            await asyncio.gather(*rounds.tasks)
+        finally:
+            for task in rounds.tasks:
+                task.cancel()
+            await asyncio.gather(*rounds.tasks, return_exceptions=True)
+        await self._judge.finish()
+        node.telemetry.emit(NodeFinished(rounds=roster.round))
 
+    async def _next(self, rounds: _Rounds) -> Roster:
+        """The next roster; a round that fails meanwhile fails the node."""
+        coming = asyncio.create_task(self._node.next_roster())
+        try:
+            while not coming.done():
+                going = [task for task in rounds.tasks if not task.done()]
+                await asyncio.wait([coming, *going], return_when=asyncio.FIRST_COMPLETED)
+                for task in rounds.tasks:
+                    if task.done():
+                        task.result()
+            return coming.result()
+        finally:
+            coming.cancel()
 
-async def validate(node: Node) -> None:
-    """A validator's whole life in one run."""
-    manifest = node.loaded.manifest
-    node.flags |= Flags.OBSERVER
-    await node.listen()
-    states = PublicStates(node)
-    auditor = Auditor(node, states)
-    roster = await node.enter()
-    if roster.round == 0:
-        await states.validate(0)
-    while manifest.round.count == 0 or roster.round < manifest.round.count:
-        node.telemetry.emit(
+    async def _announce(self, roster: Roster, secret: bytes) -> None:
+        self._node.telemetry.emit(
             RoundStarted(
                 round=roster.round,
                 block=roster.block,
@@ -196,18 +131,143 @@ async def validate(node: Node) -> None:
                 roster=roster.digest.hex(),
             )
         )
-        await node.publish(Record(run=node.loaded.run_id, round=roster.round, phase=Phase.READY))
-        start = states.round_start(roster)
-        following = asyncio.create_task(states.follow(roster))
+        record = Record(run=self._node.loaded.run_id, round=roster.round, phase=Phase.READY, root=commit(secret))
+        await self._node.publish(record)
+
+    # -- merges, one round after the other --------------------------------------------------------------------------
+
+    async def _start(self, roster: Roster, before: asyncio.Task[tuple[Fault, ...]] | None) -> RoundStart:
+        """What replicas begin the round with, once the merge before is through."""
+        if before is not None:
+            await before
+        return self._states.round_start(roster)
+
+    async def _merge(self, roster: Roster, secret: bytes, start: asyncio.Task[RoundStart]) -> tuple[Fault, ...]:
+        await start
+        faults = await self._states.follow(roster, secret)
+        await self._states.validate(roster.round + 1)
+        return faults
+
+    # -- verdicts, one round after the other ------------------------------------------------------------------------
+
+    async def _judge_round(
+        self,
+        roster: Roster,
+        secret: bytes,
+        start: asyncio.Task[RoundStart],
+        merge: asyncio.Task[tuple[Fault, ...]],
+        before: asyncio.Task[None] | None,
+    ) -> None:
+        """Audit a round once its roots are on chain, exchange reports, score it, and set weights."""
+        node, marks, rules = self._node, self._node.loaded.manifest.round, self._node.loaded.manifest.audit
+        begun = await start
+        if before is not None:
+            await before
+        # Who watched the round, and what it committed to: with overlap the next round's records follow before CUT.
+        watched = await node.state(roster.block + min(marks.cut, marks.length - 1))
+        at_work = observers(watched, node.loaded.run_id)
+        cut = await node.state(roster.block + marks.cut)
+        slots = slot_of(marks.cut, rules.slot) + 1
+        ends = (roster.block + slot_end(slot, rules.slot) + rules.seed_delay for slot in range(slots))
+        weights = stakes(at_work)
+        facts = RoundFacts(
+            roster=roster,
+            records=records_of(cut),
+            start=begun,
+            seeds=[await node.seed(block, "orion/slot/1") for block in ends],
+            secret=secret,
+            stake_share=weights.get(node.identity.hotkey, 0.0) / (sum(weights.values()) or 1.0),
+            statements={},
+        )
+        self._suspicions.rule = rule_of(node, validators=len(at_work))
+        self._suspicions.begin(roster.round, roster.members, anomaly=self._judge.anomalies())
+        dossiers = self._auditor.open(facts)
+        end = roster.block + marks.cut + marks.length - MARGIN
+        await self._until(end, self._auditor.audit(facts, dossiers))
+        self._desk.publish(write_report(node, facts, dossiers, self._late))
+        await node.wait(roster.block + marks.cut + rules.report)
+        await self._until(end, self._reader.read_all(facts, dossiers, at_work))
+        self._late = []
+        for entry in of_merge(await merge, roster.round):
+            self._judge.note(entry)
+            if entry.finding.grade is not Grade.WITHHELD:
+                self._late.append(FindingModel.of(entry.finding))
+        self._count(roster, dossiers)
+        closed = Closed(
+            roster=roster,
+            cut=cut,
+            have=await node.state(roster.block + marks.have),
+            route_seed=await node.seed(roster.block, "orion/route/1"),
+            stakes=weights,
+            slots=slots,
+        )
+        await self._judge.close(closed, dossiers)
+
+    async def _until(self, block: int, work: Coroutine[None, None, None]) -> None:
+        """Run it, but not beyond `block`: then the next round's turn has come, and what is found so far counts."""
+        doing = asyncio.create_task(work)
+        clock = asyncio.create_task(self._node.wait(block))
         try:
-            await auditor.judge(roster, start)
-            await following
+            await asyncio.wait([doing, clock], return_when=asyncio.FIRST_COMPLETED)
+            if doing.done():
+                doing.result()
+            else:
+                log.warning("the audit is cut short at block %d", block)
         finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-        await states.validate(roster.round + 1)
-        roster = await node.next_roster()
-    node.telemetry.emit(NodeFinished(rounds=roster.round))
+            for task in (doing, clock):
+                task.cancel()
+            await asyncio.gather(doing, clock, return_exceptions=True)
+
+    def _count(self, roster: Roster, dossiers: Mapping[str, Dossier]) -> None:
+        manifest = self._node.loaded.manifest
+        swarm = sum(
+            (1 if leaf.direction is Direction.FORWARD else 2) * forward_flops(manifest, self._node.plans[dossier.stage])
+            for dossier in dossiers.values()
+            if dossier.evidence is not None
+            for leaf in dossier.evidence.leaves
+        )
+        self._node.telemetry.emit(
+            AuditCost(
+                round=roster.round,
+                units=sum(len(dossier.replayed) for dossier in dossiers.values()),
+                flops=sum(dossier.flops for dossier in dossiers.values()),
+                swarm_flops=float(swarm),
+                bytes=sum(dossier.source.received for dossier in dossiers.values()),
+            )
+        )
+
+
+class _Rounds:
+    """The tasks of the rounds that are being played: each awaits its predecessor, so the newest stand for all."""
+
+    def __init__(self) -> None:
+        self.start: asyncio.Task[RoundStart] | None = None
+        self.merge: asyncio.Task[tuple[Fault, ...]] | None = None
+        self.verdict: asyncio.Task[None] | None = None
+
+    @property
+    def tasks(self) -> list[asyncio.Task[object]]:
+        return [task for task in (self.start, self.merge, self.verdict) if task is not None]
+
+
+def rule_of(node: Node, *, validators: int) -> Rule:
+    """The sequential test of this run, for so many validators at work."""
+    manifest = node.loaded.manifest
+    slots = slot_of(manifest.round.cut, manifest.audit.slot) + 1
+    return Rule.of(
+        tests_per_year=tests_per_year(
+            windows=slots * manifest.audit.windows,
+            round_seconds=manifest.round.length * BLOCK_SECONDS,
+            validators=max(1, validators),
+        ),
+        false_convictions=manifest.audit.false_convictions,
+        rounds=manifest.score.rounds,
+    )
+
+
+async def validate(node: Node) -> None:
+    """A validator's whole life in one run."""
+    await Validator(node).run()
 
 
 def run(argv: list[str]) -> int:

@@ -108,10 +108,19 @@ def manifest(
             outer_lr=1.0,
             outer_momentum=0.0,
         ),
-        merge=MergeSection(codec="bf16", decay=0.95),
+        merge=MergeSection(codec="bf16", decay=0.95, clip=1.5),
         round=RoundSection(count=1, close=11, cut=12, have=13, merge=14, length=14, linger=1),
-        audit=AuditSection(seed_delay=1, windows=1, units=8, tolerance=1e-4),
-        score=ScoreSection(rounds=3),
+        audit=AuditSection(
+            slot=6,
+            seed_delay=1,
+            windows=1,
+            share=0.03,
+            steps=0.5,
+            tolerance=1e-4,
+            report=4,
+            false_convictions=1e-3,
+        ),
+        score=ScoreSection(rounds=3, burn=0.0, scarcity=1.1),
     )
 
 

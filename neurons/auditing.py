@@ -1,0 +1,520 @@
+"""One validator's audit of one round: from tables to findings, all miners at once, each within its own patience.
+
+    plan      slots' seeds pick windows; the secret, committed on chain before the round, picks units inside
+    fetch     tables, weights of picked windows as deltas, tensors of picked units, pieces of states
+    replay    on the bench, one window's units at a time
+    go on     while a failed unit leaves it open whether its miner cheats, in the windows already picked
+
+What a miner signed or committed to and anybody can recompute is a proof; floating-point results are measurements; what
+it did not show after its windows were picked was withheld. Nothing a miner serves can do more than that: everything is
+bounded before it is read, and a fault of this code in one dossier costs that dossier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from model.data import Corpus
+from model.split import StagePlan
+from neurons.bench import Bench, forward_flops, other_data, replay_flops
+from neurons.fetching import PATIENCE, Source, Unsound, Withheld, open_delta, root_of
+from neurons.follower import Fault, RoundStart
+from subnet.identity import verify
+from subnet.manifest import LoadedManifest
+from subnet.messages import Shapes
+from subnet.swarm.record import Phase, Record
+from subnet.swarm.roster import Roster
+from subnet.transport.dendrite import Dendrite
+from subnet.trust.audit import (
+    Tolerance,
+    budget,
+    comparable,
+    select_units,
+    select_windows,
+    spread,
+)
+from subnet.trust.continuity import breaks
+from subnet.trust.decision import Rule, Suspicion
+from subnet.trust.finding import Check, Finding, Grade
+from subnet.trust.heads import Statement, WindowHead, conflicting, statement_message
+from subnet.trust.ledger import Direction, Evidence, Leaf, UnitKey
+from subnet.trust.report import FindingModel
+
+log = logging.getLogger("orion.neurons.auditing")
+
+BATCH = 4
+"""Units replayed between two looks at the sequential test."""
+MEMORY = 8 << 30
+"""Bytes for the weights of windows that are in memory or on their way, and as many for deltas that are kept."""
+WINDOWS_AT_ONCE = 8
+"""So many windows in any case, over all miners: else one that is slow would hold up the others."""
+REPLAYS_OF_A_REPORT = 8
+"""Units of one miner that are replayed because one other validator says they failed."""
+UNIT_CHECKS = (Check.FORWARD, Check.BACKWARD, Check.LOSS)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFacts:
+    """What everybody knows of a round when its audit begins, and this validator's secret."""
+
+    roster: Roster
+    records: Mapping[str, Record | None]
+    """At CUT."""
+    start: RoundStart
+    seeds: Sequence[bytes]
+    """By slot."""
+    secret: bytes
+    stake_share: float
+    """This validator's part of the stake at work."""
+    statements: Mapping[str, Sequence[Statement]]
+    """What miners signed during the round, by hotkey."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A finding as this validator came by it."""
+
+    finding: Finding
+    accuser: str = ""
+    """Hotkey of the validator whose finding was replayed; empty for an own one."""
+    statement: Statement | None = None
+    """Of a proof by what the miner signed."""
+
+
+@dataclass
+class Dossier:
+    """One miner in one round."""
+
+    hotkey: str
+    stage: int
+    source: Source
+    evidence: Evidence | None = None
+    picked: dict[int, bytes] = field(default_factory=dict)
+    """Slot seed of the picked windows, by version, in the ledger's order."""
+    entries: list[Entry] = field(default_factory=list)
+    replayed: set[UnitKey] = field(default_factory=set)
+    shut: set[int] = field(default_factory=set)
+    """Windows of which something was withheld: no more is asked of them."""
+    first: torch.Tensor | None = None
+    """Weights of the round's first window, fp32 (n,), if they follow from public state and it is picked."""
+    deltas: dict[int, bytes] = field(default_factory=dict)
+    """By version: what the weights of picked windows differ by from public state."""
+    flops: float = 0.0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by who replays because of another's report."""
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [entry.finding for entry in self.entries]
+
+    def head(self, version: int) -> WindowHead | None:
+        heads = () if self.evidence is None else self.evidence.heads
+        return next((head for head in heads if head.version == version), None)
+
+
+class Auditor:
+    """Audits rounds. What it finds goes to `enter`, which answers with what is now held against the miner."""
+
+    def __init__(
+        self,
+        *,
+        loaded: LoadedManifest,
+        plans: Sequence[StagePlan],
+        parameters: Sequence[int],
+        corpus: Corpus,
+        bench: Bench,
+        dendrite: Dendrite,
+        endpoint: Callable[[str], str | None],
+        tolerance: Callable[[str], Tolerance],
+        enter: Callable[[Entry], None],
+        held: Callable[[str], Suspicion],
+        risk: Callable[[str], float],
+        rule: Callable[[], Rule],
+        patience: float = PATIENCE,
+    ) -> None:
+        """
+        Args:
+            tolerance: of a miner's device against this one's, by its hotkey.
+            enter: takes in a finding.
+            held: what is held against a miner with all findings so far.
+            risk: factor on a miner's audit rate.
+            rule: the sequential test in force.
+        """
+        self._loaded = loaded
+        self._plans = plans
+        self._parameters = parameters
+        self._corpus = corpus
+        self._bench = bench
+        self._dendrite = dendrite
+        self._endpoint = endpoint
+        self._tolerance = tolerance
+        self._enter = enter
+        self._held = held
+        self._risk = risk
+        self._rule = rule
+        self._patience = patience
+        self._shapes = Shapes.of(loaded.manifest)
+        self._gate = asyncio.Semaphore(max(WINDOWS_AT_ONCE, MEMORY // (4 * max(parameters))))
+        self._kept = 0
+        """Bytes of deltas that are kept in case that more units of their windows are replayed."""
+
+    # -- a round --------------------------------------------------------------------------------------------------
+
+    def open(self, facts: RoundFacts) -> dict[str, Dossier]:
+        """An empty dossier of every member of the roster."""
+        self._kept = 0
+        return {
+            hotkey: self._dossier(facts, hotkey, stage)
+            for stage, replicas in enumerate(facts.roster.stages)
+            for hotkey in replicas
+        }
+
+    async def audit(self, facts: RoundFacts, dossiers: Mapping[str, Dossier]) -> None:
+        """Everything but other validators' reports."""
+        await asyncio.gather(*(self._guarded(dossier, self._miner(facts, dossier)) for dossier in dossiers.values()))
+
+    def _dossier(self, facts: RoundFacts, hotkey: str, stage: int) -> Dossier:
+        source = Source(
+            dendrite=self._dendrite,
+            endpoint=self._endpoint,
+            run=self._loaded.run_id,
+            number=facts.roster.round,
+            hotkey=hotkey,
+            plan=self._plans[stage],
+            parameters=self._parameters[stage],
+            shapes=self._shapes,
+            patience=self._patience,
+        )
+        return Dossier(hotkey, stage, source)
+
+    async def _guarded(self, dossier: Dossier, work: Awaitable[None]) -> None:
+        """What goes wrong here while one miner is looked at must not end the audit of the others."""
+        try:
+            await work
+        except Exception:
+            log.exception("the audit of %s broke off; nothing more is held against it", dossier.hotkey)
+
+    async def _miner(self, facts: RoundFacts, dossier: Dossier) -> None:
+        record = facts.records.get(dossier.hotkey)
+        if record is None or record.round != facts.roster.round or record.phase < Phase.CUT:
+            log.warning("round %d: %s fixed no evidence on chain in time", facts.roster.round, dossier.hotkey)
+            return
+        try:
+            dossier.evidence = await dossier.source.tables(record, samples=self._samples(facts.roster))
+        except Withheld as error:
+            self._withhold(facts, dossier, str(error))
+            return
+        except Unsound as error:
+            self._prove(facts, dossier, Check.HEADS, str(error))
+            return
+        await self._examine(facts, dossier, dossier.evidence)
+        await self._first_pass(facts, dossier, dossier.evidence)
+        await self.go_on(facts, dossier)
+
+    def _samples(self, roster: Roster) -> range:
+        quota = self._loaded.manifest.data.samples_per_round
+        return range(roster.round * quota, (roster.round + 1) * quota)
+
+    # -- what the tables say --------------------------------------------------------------------------------------
+
+    async def _examine(self, facts: RoundFacts, dossier: Dossier, evidence: Evidence) -> None:
+        """All that needs no replay: the data, the chain of heads, what the miner signed, where its weights began."""
+        if dossier.stage == 0:
+            wrong = await asyncio.to_thread(other_data, evidence.leaves, self._corpus)
+            if wrong:
+                reason = f"{len(wrong)} samples were trained on other tokens than their own"
+                self._prove(facts, dossier, Check.DATA, reason, sample=wrong[0])
+        for broken in breaks(evidence.heads):
+            reason = f"window {broken.version} {broken.reason}"
+            self._prove(facts, dossier, Check.WEIGHTS, reason, version=broken.version)
+            break  # one convicts
+        statement = conflicting(evidence.heads, facts.statements.get(dossier.hotkey, ()))
+        if statement is not None:
+            self._contradicted(facts, dossier, statement)
+        rules = self._loaded.manifest.audit
+        for slot, seed in enumerate(facts.seeds):
+            chosen = select_windows(evidence.heads, seed=seed, hotkey=dossier.hotkey, slot=slot, count=rules.windows)
+            dossier.picked.update((head.version, seed) for head in chosen)
+        dossier.picked = dict(sorted(dossier.picked.items()))
+        await self._begin(facts, dossier, evidence)
+
+    def _contradicted(self, facts: RoundFacts, dossier: Dossier, statement: Statement, *, accuser: str = "") -> None:
+        reason = f"it signed another chain of {statement.count} windows than it closed"
+        finding = self._finding(facts, dossier, Check.HEADS, Grade.PROOF, reason)
+        self._note(dossier, Entry(finding, accuser, statement))
+
+    async def _begin(self, facts: RoundFacts, dossier: Dossier, evidence: Evidence) -> None:
+        """The first window's weights follow from public state, where that is known here."""
+        if not evidence.heads:
+            return
+        head = evidence.heads[0]
+        known = False
+        for theta in facts.start.weights(dossier.hotkey):
+            known = True
+            if await asyncio.to_thread(root_of, theta) == head.weights:
+                dossier.first = theta if head.version in dossier.picked else None
+                found = self._finding(facts, dossier, Check.WEIGHTS, Grade.PROOF, "", version=head.version)
+                self._note(dossier, Entry(replace(found, passed=True, error=0.0)))
+                return
+        if known:
+            reason = f"window {head.version}, the round's first, does not begin with the public weights"
+            self._prove(facts, dossier, Check.WEIGHTS, reason, version=head.version)
+
+    # -- replays --------------------------------------------------------------------------------------------------
+
+    async def _first_pass(self, facts: RoundFacts, dossier: Dossier, evidence: Evidence) -> None:
+        """This validator's part of the audit budget, spread over the picked windows, and whole steps of some."""
+        rules = self._loaded.manifest.audit
+        units = budget(
+            len(evidence.leaves),
+            share=rules.share,
+            stake_share=facts.stake_share,
+            risk=self._risk(dossier.hotkey),
+        )
+        heads = [head for head in evidence.heads if head.version in dossier.picked]
+        sizes = [sum(map(self._comparable(dossier), evidence.window(head.version))) for head in heads]
+        for head, count in zip(heads, spread(units, sizes), strict=True):
+            if count:
+                await self._window(facts, dossier, head, self._choose(facts, dossier, head, count))
+
+    def _comparable(self, dossier: Dossier) -> Callable[[Leaf], bool]:
+        plan = self._plans[dossier.stage]
+        return lambda leaf: comparable(plan, leaf)
+
+    def draw(self, dossier: Dossier, head: WindowHead, *, secret: bytes, count: int) -> tuple[Leaf, ...]:
+        """The first `count` units that a secret picks in a picked window."""
+        assert dossier.evidence is not None  # noqa: S101 - it was picked from there
+        return select_units(
+            dossier.evidence,
+            head,
+            secret=secret,
+            seed=dossier.picked[head.version],
+            hotkey=dossier.hotkey,
+            count=count,
+            fits=self._comparable(dossier),
+        )
+
+    def _choose(self, facts: RoundFacts, dossier: Dossier, head: WindowHead, count: int) -> list[Leaf]:
+        """The next `count` units of a window that were not replayed yet."""
+        order = self.draw(dossier, head, secret=facts.secret, count=head.forward + head.backward)
+        return [leaf for leaf in order if leaf.key not in dossier.replayed][:count]
+
+    async def _window(
+        self, facts: RoundFacts, dossier: Dossier, head: WindowHead, leaves: Sequence[Leaf], *, accuser: str = ""
+    ) -> None:
+        """Replay units of one picked window."""
+        if head.version in dossier.shut or not leaves:
+            return
+        async with self._gate:
+            try:
+                theta = await self._theta(facts, dossier, head)
+                if theta is None:
+                    return
+                units = [(leaf, await dossier.source.unit(leaf)) for leaf in leaves]
+            except Withheld as error:
+                dossier.shut.add(head.version)
+                self._withhold(facts, dossier, str(error), version=head.version)
+                return
+            found = await self._bench.replay(
+                dossier.stage,
+                theta,
+                units,
+                self._corpus,
+                accumulation=self._loaded.manifest.optimizer.accumulation,
+                tolerance=self._tolerance(dossier.hotkey),
+                hotkey=dossier.hotkey,
+                number=facts.roster.round,
+            )
+        dossier.replayed.update(leaf.key for leaf in leaves)
+        forward = forward_flops(self._loaded.manifest, self._plans[dossier.stage])
+        dossier.flops += sum(replay_flops(leaf, forward) for leaf in leaves)
+        for finding in found:
+            self._note(dossier, Entry(finding, accuser))
+
+    async def _theta(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> torch.Tensor | None:
+        """A picked window's weights, fp32 (n,); None if the public state they differ from is not known here.
+
+        Raises `Withheld`.
+        """
+        if dossier.first is not None and dossier.evidence is not None and head == dossier.evidence.heads[0]:
+            return dossier.first
+        base = facts.start.public.get(dossier.stage)
+        if base is None:
+            log.warning("round %d: the state of stage %d is not known here", facts.roster.round, dossier.stage)
+            return None
+        if head.version in dossier.deltas:
+            return await asyncio.to_thread(open_delta, dossier.deltas[head.version], base, head.weights)
+        delta, theta = await dossier.source.weights(head, base, held=facts.roster.round)
+        if self._kept + len(delta) <= MEMORY:
+            self._kept += len(delta)
+            dossier.deltas[head.version] = delta
+        return theta
+
+    async def go_on(self, facts: RoundFacts, dossier: Dossier) -> None:
+        """Replay more units of the picked windows while the sequential test asks for it."""
+        while self._held(dossier.hotkey).goes_on(self._rule()):
+            left = {
+                head.version: head
+                for version in dossier.picked
+                if (head := dossier.head(version)) is not None
+                and version not in dossier.shut
+                and self._choose(facts, dossier, head, 1)
+            }
+            if not left:
+                return
+            head = left[self._held(dossier.hotkey).next_window(list(left))]
+            before = len(dossier.replayed)
+            await self._window(facts, dossier, head, self._choose(facts, dossier, head, BATCH))
+            if len(dossier.replayed) == before:
+                return
+
+    # -- what others say ------------------------------------------------------------------------------------------
+
+    async def reproduce(
+        self, facts: RoundFacts, dossier: Dossier, models: Iterable[FindingModel], *, accuser: str
+    ) -> int:
+        """Replay what another validator says failed, as far as that says something new; how many failed here too.
+
+        What the tables show was looked at already. Data comes from the miner: one that shows it to its accuser and not
+        here withholds it here, which counts the same.
+        """
+        before = _failures(dossier)
+        wanted: dict[int, list[Leaf]] = {}
+        for model in models:
+            if model.check is Check.HEADS and model.statement is not None:
+                self._check_statement(facts, dossier, model.statement.statement(), accuser)
+            elif model.check in UNIT_CHECKS and model.version in dossier.picked:
+                leaf = self._named(dossier, model)
+                if leaf is not None and leaf not in wanted.setdefault(leaf.version, []):
+                    wanted[leaf.version].append(leaf)
+        tried = 0
+        for version, leaves in wanted.items():
+            head = dossier.head(version)
+            for leaf in leaves:
+                if head is None or tried == REPLAYS_OF_A_REPORT:
+                    break
+                tried += 1
+                await self._window(facts, dossier, head, [leaf], accuser=accuser)
+        if tried:
+            await self.go_on(facts, dossier)
+        return _failures(dossier) - before
+
+    def _named(self, dossier: Dossier, model: FindingModel) -> Leaf | None:
+        """The unit that a finding is about, if it was not replayed here yet."""
+        if dossier.evidence is None or model.version is None:
+            return None
+        forward = model.check is Check.FORWARD
+        return next(
+            (
+                leaf
+                for leaf in dossier.evidence.window(model.version)
+                if leaf.sample == model.sample
+                and (leaf.direction is Direction.FORWARD) == forward
+                and leaf.key not in dossier.replayed
+                and self._comparable(dossier)(leaf)
+            ),
+            None,
+        )
+
+    def _check_statement(self, facts: RoundFacts, dossier: Dossier, statement: Statement, accuser: str) -> None:
+        """What the accuser says that the miner signed: believed by the signature alone."""
+        if dossier.evidence is None or any(entry.statement is not None for entry in dossier.entries):
+            return
+        message = statement_message(
+            self._loaded.run_id,
+            facts.roster.round,
+            hotkey=dossier.hotkey,
+            count=statement.count,
+            digest=statement.digest,
+        )
+        signed = verify(dossier.hotkey, message, statement.signature)
+        if signed and conflicting(dossier.evidence.heads, [statement]) is not None:
+            self._contradicted(facts, dossier, statement, accuser=accuser)
+
+    # -- findings -------------------------------------------------------------------------------------------------
+
+    def _note(self, dossier: Dossier, entry: Entry) -> None:
+        dossier.entries.append(entry)
+        self._enter(entry)
+
+    def _prove(
+        self,
+        facts: RoundFacts,
+        dossier: Dossier,
+        check: Check,
+        reason: str,
+        *,
+        version: int | None = None,
+        sample: int | None = None,
+    ) -> None:
+        finding = self._finding(facts, dossier, check, Grade.PROOF, reason, version=version, sample=sample)
+        self._note(dossier, Entry(finding))
+
+    def _withhold(self, facts: RoundFacts, dossier: Dossier, reason: str, *, version: int | None = None) -> None:
+        finding = self._finding(facts, dossier, Check.WITHHELD, Grade.WITHHELD, reason, version=version)
+        self._note(dossier, Entry(finding))
+
+    def _finding(
+        self,
+        facts: RoundFacts,
+        dossier: Dossier,
+        check: Check,
+        grade: Grade,
+        reason: str,
+        *,
+        version: int | None = None,
+        sample: int | None = None,
+    ) -> Finding:
+        return Finding(
+            hotkey=dossier.hotkey,
+            round=facts.roster.round,
+            stage=dossier.stage,
+            check=check,
+            grade=grade,
+            passed=False,
+            error=math.inf,
+            version=version,
+            sample=sample,
+            reason=reason,
+        )
+
+
+def _failures(dossier: Dossier) -> int:
+    return sum(not entry.finding.passed for entry in dossier.entries)
+
+
+def of_merge(faults: Iterable[Fault], number: int) -> list[Entry]:
+    """What watching a round's merge found wrong, as findings.
+
+    A digest that is not the recomputed one and a payload that is no valid content are on chain, so they are proofs;
+    bytes that do not hash to what they should are seen by who asked alone.
+    """
+    entries = []
+    for fault in faults:
+        check, grade = _FAULTS[fault.kind]
+        finding = Finding(
+            hotkey=fault.hotkey,
+            round=number,
+            stage=fault.stage,
+            check=check,
+            grade=grade,
+            passed=False,
+            error=math.inf,
+            piece=fault.shards[0] if fault.shards else None,
+            reason=fault.reason,
+        )
+        entries.append(Entry(finding))
+    return entries
+
+
+_FAULTS = {
+    "refused": (Check.PAYLOAD, Grade.PROOF),
+    "forged": (Check.WITHHELD, Grade.WITHHELD),
+    "liar": (Check.SHARD, Grade.PROOF),
+}

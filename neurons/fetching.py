@@ -1,0 +1,233 @@
+"""What a miner shows to one reader, asked for with patience and checked against what it committed to.
+
+Everything has a size known beforehand, so a giant reply is cut off at its header. Who is busy is asked again; who is
+slow has a budget of seconds for a whole round, which grows with what is asked for, so nobody's slowness costs a reader
+more than that. What does not come, or is not what the leaf or the root says, raises `Withheld`: it cannot be shown to
+anybody else, so it counts in the reader's own judgement only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import torch
+
+from model.split import StagePlan
+from subnet.messages import (
+    ACKS_LIMIT,
+    EvidenceRequest,
+    EvidenceTables,
+    Shapes,
+    StatePart,
+    StatePiece,
+    StateRequest,
+    Tensors,
+    UnitRequest,
+    WeightsDelta,
+    WindowRequest,
+    evidence_specs,
+    table,
+)
+from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
+from subnet.swarm.record import Record, bind_roots
+from subnet.transport.dendrite import Dendrite
+from subnet.transport.errors import Busy, Refused, Silent, TransportError, Unavailable, Unreachable
+from subnet.transport.synapse import HEADER_LIMIT, S, Specs, Synapse, tensor_bytes, wire_bytes
+from subnet.trust import delta
+from subnet.trust.audit import UnitTensors
+from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, WindowHead
+from subnet.trust.ledger import (
+    CLOSING_BYTES,
+    LEAF_BYTES,
+    Direction,
+    Evidence,
+    Leaf,
+    LedgerError,
+    Tables,
+    digest,
+)
+from subnet.trust.tree import PIECE_BYTES, PROOF_LIMIT, Tree, pieces_of, proven
+
+log = logging.getLogger("orion.neurons.fetching")
+
+PATIENCE = 20.0
+"""Seconds that a miner may take in sum for what one reader asks of it in a round, besides the transfers."""
+LEAST_RATE = 1e6
+"""Bytes per second that it must serve at: a tenth of a slow uplink."""
+CALL_DEADLINE = 10.0
+"""Seconds for one call, besides the transfer. A call that gets no answer is tried again within `PATIENCE`."""
+PAUSE = 0.2
+LONGEST_PAUSE = 5.0
+TRY_AGAIN = (Busy, Unavailable, Unreachable)
+
+
+class Withheld(Exception):  # noqa: N818 - what happened, as the transport's errors say it
+    """A miner did not show what it must, or showed something else: one line."""
+
+
+class Unsound(Exception):  # noqa: N818
+    """What a miner showed is what its root on chain fixes, and no honest one can have written it: one line."""
+
+
+def delta_limit(parameters: int) -> int:
+    """Bytes of the largest delta of so many weights: incompressible ones, with framing."""
+    return 4 * parameters + parameters // 16 + 4096
+
+
+class Source:
+    """One miner's round, as one reader asks for it. `received` counts bytes of tensors."""
+
+    def __init__(
+        self,
+        *,
+        dendrite: Dendrite,
+        endpoint: Callable[[str], str | None],
+        run: bytes,
+        number: int,
+        hotkey: str,
+        plan: StagePlan,
+        parameters: int,
+        shapes: Shapes,
+        patience: float = PATIENCE,
+    ) -> None:
+        self.hotkey = hotkey
+        self.received = 0
+        self._dendrite = dendrite
+        self._endpoint = endpoint
+        self._run = run.hex()
+        self._number = number
+        self._plan = plan
+        self._parameters = parameters
+        self._shapes = shapes
+        self._left = patience
+
+    async def tables(self, record: Record, *, samples: range) -> Evidence:
+        """The closed ledger behind the record's root. Raises `Withheld`, and `Unsound` for one that contradicts itself.
+
+        samples: the round's ids.
+        """
+        if record.work > 2 * len(samples):
+            raise Unsound(f"its record claims {record.work} units, a round has {2 * len(samples)}")
+        limit = record.work * (LEAF_BYTES + HEAD_BYTES) + ACKS_LIMIT * ACK_BYTES + CLOSING_BYTES
+        reply, tensors = await self._call(
+            EvidenceRequest(run=self._run, round=self._number),
+            EvidenceTables,
+            lambda fields: evidence_specs(record.work, min(fields.heads, record.work), fields.acks),
+            limit,
+        )
+        leaves, heads, acks, closing = (bytes(tensor_bytes(tensors[name])) for name in _TABLES)
+        tables = Tables(leaves, heads, acks, closing)
+        if bind_roots(bytes.fromhex(reply.payload), tables.root) != record.root:
+            raise Withheld("its evidence does not hash to its root on chain")
+        try:
+            evidence = Evidence.parse(tables)
+            evidence.check(stage=self._plan.index, samples=samples)
+        except LedgerError as error:
+            raise Unsound(str(error)) from error
+        return evidence
+
+    async def weights(self, head: WindowHead, base: torch.Tensor, *, held: int) -> tuple[bytes, torch.Tensor]:
+        """A window's weights, fp32 (n,), and before them what they differ by from the public state `base`, as
+        `subnet.trust.delta` writes it."""
+        _, tensors = await self._call(
+            WindowRequest(run=self._run, round=self._number, version=head.version, held=held),
+            WeightsDelta,
+            lambda fields: {"delta": table(1, fields.size)},
+            delta_limit(self._parameters),
+        )
+        data = bytes(tensor_bytes(tensors["delta"]))
+        theta = await asyncio.to_thread(open_delta, data, base, head.weights)
+        if theta is None:
+            raise Withheld(f"the weights of window {head.version} do not hash to its head")
+        return data, theta
+
+    async def unit(self, leaf: Leaf) -> UnitTensors:
+        """A unit's tensors, each checked against its leaf."""
+        backward = leaf.direction is Direction.BACKWARD
+        specs = self._shapes.unit(self._plan, backward=backward)
+        _, tensors = await self._call(
+            UnitRequest(run=self._run, round=self._number, sample=leaf.sample, backward=backward),
+            Tensors,
+            specs,
+            wire_bytes(specs),
+        )
+        for name, tensor in tensors.items():
+            if digest(tensor_bytes(tensor)) != getattr(leaf, name):
+                raise Withheld(f"the {name} of sample {leaf.sample} does not hash to its leaf")
+        return UnitTensors(tensors["input"], tensors.get("gradient"), tensors.get("output"))
+
+    async def piece(self, version: int, part: StatePart, index: int, *, root: bytes, values: int) -> bytes:
+        """One piece of a state of `values` fp32, proven by the root that a head or the closing names."""
+        count = pieces_of(4 * values)
+        size = min(PIECE_BYTES, 4 * values - index * PIECE_BYTES)
+        _, tensors = await self._call(
+            StateRequest(run=self._run, round=self._number, version=version, part=part, piece=index),
+            StatePiece,
+            lambda fields: fields.specs(),
+            PIECE_BYTES + PROOF_LIMIT * HASH_BYTES,
+        )
+        data, hashes = bytes(tensor_bytes(tensors["data"])), bytes(tensor_bytes(tensors["proof"]))
+        proof = [hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES)]
+        if len(data) != size or not proven(root, count=count, index=index, piece=data, proof=proof):
+            raise Withheld(f"piece {index} of {part} of window {version} does not lead to its root")
+        return data
+
+    async def _call(
+        self, message: Synapse, reply: type[S], specs: Specs | Callable[[S], Specs], limit: int
+    ) -> tuple[S, dict[str, torch.Tensor]]:
+        """Ask until there is an answer or the miner's seconds are used up."""
+        loop, turn = asyncio.get_running_loop(), 0
+        self._left += limit / LEAST_RATE
+        while True:
+            start = loop.time()
+            deadline = min(self._left, CALL_DEADLINE + limit / LEAST_RATE)
+            endpoint = self._endpoint(self.hotkey)
+            try:
+                if endpoint is None:
+                    raise Unreachable(f"{self.hotkey} serves no axon")
+                if deadline <= 0:
+                    raise Silent(f"it has used up its {PATIENCE:g} seconds of the round")
+                fields, tensors = await self._dendrite.call(
+                    endpoint,
+                    self.hotkey,
+                    message,
+                    reply=reply,
+                    reply_specs=specs,
+                    max_reply_bytes=HEADER_LIMIT + limit,
+                    deadline=deadline,
+                )
+            except TRY_AGAIN as error:
+                asked = error.retry_after if isinstance(error, Refused) else None
+                pause = min(LONGEST_PAUSE, asked or PAUSE * 2.0**turn)
+                self._left -= loop.time() - start + pause
+                if self._left <= 0:
+                    raise Withheld(f"{message.route}: {error}") from error
+                turn += 1
+                await asyncio.sleep(pause)
+            except TransportError as error:
+                self._left -= max(loop.time() - start, limit / LEAST_RATE)
+                raise Withheld(f"{message.route}: {error}") from error
+            else:  # what is left of the transfer's seconds is not the miner's to keep
+                self._left -= max(loop.time() - start, limit / LEAST_RATE)
+                self.received += sum(tensor.nbytes for tensor in tensors.values())
+                return fields, tensors
+
+
+_TABLES = ("leaves", "heads", "acks", "closing")
+
+
+def open_delta(data: bytes, base: torch.Tensor, root: bytes) -> torch.Tensor | None:
+    """The weights (fp32 (n,)) that a delta leads to, None if they are not those under `root`."""
+    try:
+        theta = delta.decode(data, base, delta_limit(base.numel()))
+    except delta.DeltaFormatError as error:
+        log.info("a delta that does not open: %s", error)
+        return None
+    return theta if root_of(theta) == root else None
+
+
+def root_of(theta: torch.Tensor) -> bytes:
+    """The root of a flat state, fp32 (n,)."""
+    return Tree.of(tensor_bytes(theta)).root

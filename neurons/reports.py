@@ -25,7 +25,7 @@ from subnet.transport.axon import Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Busy, Dropped, Refused, TransportError, Unavailable, UnknownRun, Unreachable
 from subnet.transport.synapse import HEADER_LIMIT, tensor_bytes
-from subnet.trust.finding import Check
+from subnet.trust.finding import Check, Grade
 from subnet.trust.ledger import Direction
 from subnet.trust.report import (
     FINDINGS_LIMIT,
@@ -85,7 +85,7 @@ def write_report(node: Node, facts: RoundFacts, dossiers: Mapping[str, Dossier],
         FindingModel.of(entry.finding, entry.statement)
         for dossier in dossiers.values()
         for entry in dossier.entries
-        if not entry.finding.passed and not entry.accuser and entry.finding.check is not Check.WITHHELD
+        if not entry.finding.passed and not entry.accuser and entry.finding.grade is not Grade.WITHHELD
     ]
     return Report(
         run=node.loaded.run_id.hex(),

@@ -81,6 +81,9 @@ def summary(
             "units": tally.audits_passed + tally.audits_failed,
             "passed": tally.audits_passed,
             "failed": tally.audits_failed,
+            "flops_share": _rounded(tally.audit_flops_share, 5),
+            "bytes_share": _rounded(tally.audit_bytes_share, 5),
+            "convictions": [asdict(conviction) for conviction in tally.convictions],
         },
         "records": {
             "published": tally.records,
@@ -160,8 +163,8 @@ def _greatest(values: Iterable[float | None]) -> float | None:
     return _rounded(max((value for value in values if value is not None), default=None))
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+def _rounded(value: float | None, digits: int = 3) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from neurons.telemetry import (
+    AuditCost,
     Checked,
+    Convicted,
     Downloaded,
     Intervention,
     LocalStep,
@@ -117,6 +119,18 @@ class RoundTally:
         return self.started - self.done
 
 
+@dataclass(frozen=True, slots=True)
+class Conviction:
+    """One validator counts nothing for a miner from `round` up to the round before `until`."""
+
+    validator: str
+    """Name of its node."""
+    round: int
+    hotkey: str
+    until: int
+    reason: str
+
+
 @dataclass
 class Churn:
     """How often the swarm changed."""
@@ -156,6 +170,9 @@ class Tally:
     validation: dict[int, float] = field(default_factory=dict)
     audits_passed: int = 0
     audits_failed: int = 0
+    audit_costs: dict[tuple[int, str], AuditCost] = field(default_factory=dict)
+    """By round and validator."""
+    convictions: list[Conviction] = field(default_factory=list)
     weights: dict[str, dict[int, float]] = field(default_factory=dict)
     """Last weights by validator name."""
     scores: dict[str, MinerScored] = field(default_factory=dict)
@@ -199,6 +216,23 @@ class Tally:
         return self.tokens / seconds if seconds > 0 else 0.0
 
     @property
+    def audit_flops_share(self) -> float | None:
+        """FLOPs of all validators' replays, as a share of those of the miners' units in the same rounds."""
+        swarm: dict[int, float] = {}
+        for (number, _), cost in self.audit_costs.items():
+            swarm[number] = max(swarm.get(number, 0.0), cost.swarm_flops)
+        whole = sum(swarm.values())
+        return sum(cost.flops for cost in self.audit_costs.values()) / whole if whole > 0 else None
+
+    @property
+    def audit_bytes_share(self) -> float | None:
+        """Bytes that all validators fetched for audits, as a share of what miners moved to train and to merge."""
+        moved = sum(
+            miner.traffic.forward + miner.traffic.backward + miner.traffic.merge for miner in self.miners.values()
+        )
+        return sum(cost.bytes for cost in self.audit_costs.values()) / moved if moved > 0 else None
+
+    @property
     def recent_loss(self) -> float:
         return sum(loss for _, loss in self.recent) / len(self.recent) if self.recent else float("nan")
 
@@ -239,6 +273,11 @@ class Tally:
             case Checked(check=check, passed=passed, accuser="") if check in REPLAYED:
                 self.audits_passed += passed
                 self.audits_failed += not passed
+            case AuditCost(round=number) as event:
+                self.audit_costs[number, name] = event
+            case Convicted() as event:
+                self.convictions.append(Conviction(name, event.round, event.hotkey, event.until, event.reason))
+                self.news.append(f"{name} convicts {event.hotkey} in round {event.round}: {event.reason}")
             case MinerScored(hotkey=hotkey) as event:
                 self.scores[hotkey] = event
             case WeightsSet(round=number, block=block, weights=weights):

@@ -7,6 +7,9 @@ import pytest
 from rich.console import Console
 
 from neurons.telemetry import (
+    AuditCost,
+    Checked,
+    Convicted,
     Downloaded,
     Intervention,
     LocalStep,
@@ -144,6 +147,52 @@ def test_what_merges_cost_and_found() -> None:
     row = content(tally)["miners"][0]
     assert (row["merges"], row["merge_seconds"], row["merge_bytes"], row["merge_carried"]) == (2, 1.5, 200, 6)
     assert [item["hotkey"] for item in content(tally)["merge_faults"]] == ["other"]
+
+
+def checked(check: str, *, passed: bool, accuser: str = "") -> Checked:
+    return Checked(
+        round=0,
+        hotkey="hot",
+        stage=0,
+        check=check,
+        grade="measurement",
+        passed=passed,
+        error=0.0,
+        tolerance=0.02,
+        version=0,
+        sample=0,
+        piece=None,
+        reason="",
+        accuser=accuser,
+    )
+
+
+def test_what_audits_cost_and_whom_they_convict() -> None:
+    def cost(number: int, swarm: float) -> AuditCost:
+        return AuditCost(round=number, units=4, flops=30.0, swarm_flops=swarm, bytes=500)
+
+    tally = told(
+        checked("forward", passed=True),
+        checked("backward", passed=False),
+        checked("forward", passed=False, accuser="another validator"),
+        checked("weights", passed=True),
+        Traffic(forward=6000, backward=3000, merge=1000, evidence=0),
+        Convicted(round=1, hotkey="hot", until=4, reason="forward: off"),
+        cost(0, 1000.0),
+    )
+    tally.add("validator-1", Stamped(7.0, cost(0, 900.0)))
+    tally.add("validator-1", Stamped(8.0, cost(1, 2000.0)))
+    audits = content(tally)["audits"]
+    assert isinstance(audits, dict)
+    assert (audits["units"], audits["passed"], audits["failed"]) == (2, 1, 1)
+    assert audits["flops_share"] == pytest.approx(90 / 3000)
+    assert audits["bytes_share"] == pytest.approx(0.15)
+    assert audits["convictions"] == [
+        {"validator": "miner-0", "round": 1, "hotkey": "hot", "until": 4, "reason": "forward: off"}
+    ]
+    none = content(told())["audits"]
+    assert isinstance(none, dict)
+    assert (none["flops_share"], none["bytes_share"], none["convictions"]) == (None, None, [])
 
 
 def test_a_microbatch_counts_once_whoever_completes_it() -> None:

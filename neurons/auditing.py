@@ -25,7 +25,6 @@ from model.split import StagePlan
 from neurons.bench import Bench, forward_flops, other_data, replay_flops
 from neurons.fetching import PATIENCE, Source, Unsound, Withheld, open_delta, root_of
 from neurons.follower import Fault, RoundStart
-from subnet.identity import verify
 from subnet.manifest import LoadedManifest
 from subnet.messages import Shapes
 from subnet.swarm.record import Phase, Record
@@ -42,9 +41,8 @@ from subnet.trust.audit import (
 from subnet.trust.continuity import breaks
 from subnet.trust.decision import Rule, Suspicion
 from subnet.trust.finding import Check, Finding, Grade
-from subnet.trust.heads import Statement, WindowHead, conflicting, statement_message
-from subnet.trust.ledger import Direction, Evidence, Leaf, UnitKey
-from subnet.trust.report import FindingModel
+from subnet.trust.heads import Statement, WindowHead, conflicting
+from subnet.trust.ledger import Evidence, Leaf, UnitKey
 
 log = logging.getLogger("orion.neurons.auditing")
 
@@ -54,8 +52,6 @@ MEMORY = 8 << 30
 """Bytes for the weights of windows that are in memory or on their way, and as many for deltas that are kept."""
 WINDOWS_AT_ONCE = 8
 """So many windows in any case, over all miners: else one that is slow would hold up the others."""
-REPLAYS_OF_A_REPORT = 8
-"""Units of one miner that are replayed because one other validator says they failed."""
 UNIT_CHECKS = (Check.FORWARD, Check.BACKWARD, Check.LOSS)
 
 
@@ -236,7 +232,7 @@ class Auditor:
             break  # one convicts
         statement = conflicting(evidence.heads, facts.statements.get(dossier.hotkey, ()))
         if statement is not None:
-            self._contradicted(facts, dossier, statement)
+            self.contradicted(facts, dossier, statement)
         rules = self._loaded.manifest.audit
         for slot, seed in enumerate(facts.seeds):
             chosen = select_windows(evidence.heads, seed=seed, hotkey=dossier.hotkey, slot=slot, count=rules.windows)
@@ -244,10 +240,10 @@ class Auditor:
         dossier.picked = dict(sorted(dossier.picked.items()))
         await self._begin(facts, dossier, evidence)
 
-    def _contradicted(self, facts: RoundFacts, dossier: Dossier, statement: Statement, *, accuser: str = "") -> None:
+    def contradicted(self, facts: RoundFacts, dossier: Dossier, statement: Statement, *, accuser: str = "") -> None:
         reason = f"it signed another chain of {statement.count} windows than it closed"
         finding = self._finding(facts, dossier, Check.HEADS, Grade.PROOF, reason)
-        self._note(dossier, Entry(finding, accuser, statement))
+        self.note(dossier, Entry(finding, accuser, statement))
 
     async def _begin(self, facts: RoundFacts, dossier: Dossier, evidence: Evidence) -> None:
         """The first window's weights follow from public state, where that is known here."""
@@ -260,7 +256,7 @@ class Auditor:
             if await asyncio.to_thread(root_of, theta) == head.weights:
                 dossier.first = theta if head.version in dossier.picked else None
                 found = self._finding(facts, dossier, Check.WEIGHTS, Grade.PROOF, "", version=head.version)
-                self._note(dossier, Entry(replace(found, passed=True, error=0.0)))
+                self.note(dossier, Entry(replace(found, passed=True, error=0.0)))
                 return
         if known:
             reason = f"window {head.version}, the round's first, does not begin with the public weights"
@@ -278,12 +274,12 @@ class Auditor:
             risk=self._risk(dossier.hotkey),
         )
         heads = [head for head in evidence.heads if head.version in dossier.picked]
-        sizes = [sum(map(self._comparable(dossier), evidence.window(head.version))) for head in heads]
+        sizes = [sum(map(self.comparable(dossier), evidence.window(head.version))) for head in heads]
         for head, count in zip(heads, spread(units, sizes), strict=True):
             if count:
-                await self._window(facts, dossier, head, self._choose(facts, dossier, head, count))
+                await self.window(facts, dossier, head, self._choose(facts, dossier, head, count))
 
-    def _comparable(self, dossier: Dossier) -> Callable[[Leaf], bool]:
+    def comparable(self, dossier: Dossier) -> Callable[[Leaf], bool]:
         plan = self._plans[dossier.stage]
         return lambda leaf: comparable(plan, leaf)
 
@@ -297,7 +293,7 @@ class Auditor:
             seed=dossier.picked[head.version],
             hotkey=dossier.hotkey,
             count=count,
-            fits=self._comparable(dossier),
+            fits=self.comparable(dossier),
         )
 
     def _choose(self, facts: RoundFacts, dossier: Dossier, head: WindowHead, count: int) -> list[Leaf]:
@@ -305,7 +301,7 @@ class Auditor:
         order = self.draw(dossier, head, secret=facts.secret, count=head.forward + head.backward)
         return [leaf for leaf in order if leaf.key not in dossier.replayed][:count]
 
-    async def _window(
+    async def window(
         self, facts: RoundFacts, dossier: Dossier, head: WindowHead, leaves: Sequence[Leaf], *, accuser: str = ""
     ) -> None:
         """Replay units of one picked window."""
@@ -335,7 +331,7 @@ class Auditor:
         forward = forward_flops(self._loaded.manifest, self._plans[dossier.stage])
         dossier.flops += sum(replay_flops(leaf, forward) for leaf in leaves)
         for finding in found:
-            self._note(dossier, Entry(finding, accuser))
+            self.note(dossier, Entry(finding, accuser))
 
     async def _theta(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> torch.Tensor | None:
         """A picked window's weights, fp32 (n,); None if the public state they differ from is not known here.
@@ -370,76 +366,13 @@ class Auditor:
                 return
             head = left[self._held(dossier.hotkey).next_window(list(left))]
             before = len(dossier.replayed)
-            await self._window(facts, dossier, head, self._choose(facts, dossier, head, BATCH))
+            await self.window(facts, dossier, head, self._choose(facts, dossier, head, BATCH))
             if len(dossier.replayed) == before:
                 return
 
-    # -- what others say ------------------------------------------------------------------------------------------
-
-    async def reproduce(
-        self, facts: RoundFacts, dossier: Dossier, models: Iterable[FindingModel], *, accuser: str
-    ) -> int:
-        """Replay what another validator says failed, as far as that says something new; how many failed here too.
-
-        What the tables show was looked at already. Data comes from the miner: one that shows it to its accuser and not
-        here withholds it here, which counts the same.
-        """
-        before = _failures(dossier)
-        wanted: dict[int, list[Leaf]] = {}
-        for model in models:
-            if model.check is Check.HEADS and model.statement is not None:
-                self._check_statement(facts, dossier, model.statement.statement(), accuser)
-            elif model.check in UNIT_CHECKS and model.version in dossier.picked:
-                leaf = self._named(dossier, model)
-                if leaf is not None and leaf not in wanted.setdefault(leaf.version, []):
-                    wanted[leaf.version].append(leaf)
-        tried = 0
-        for version, leaves in wanted.items():
-            head = dossier.head(version)
-            for leaf in leaves:
-                if head is None or tried == REPLAYS_OF_A_REPORT:
-                    break
-                tried += 1
-                await self._window(facts, dossier, head, [leaf], accuser=accuser)
-        if tried:
-            await self.go_on(facts, dossier)
-        return _failures(dossier) - before
-
-    def _named(self, dossier: Dossier, model: FindingModel) -> Leaf | None:
-        """The unit that a finding is about, if it was not replayed here yet."""
-        if dossier.evidence is None or model.version is None:
-            return None
-        forward = model.check is Check.FORWARD
-        return next(
-            (
-                leaf
-                for leaf in dossier.evidence.window(model.version)
-                if leaf.sample == model.sample
-                and (leaf.direction is Direction.FORWARD) == forward
-                and leaf.key not in dossier.replayed
-                and self._comparable(dossier)(leaf)
-            ),
-            None,
-        )
-
-    def _check_statement(self, facts: RoundFacts, dossier: Dossier, statement: Statement, accuser: str) -> None:
-        """What the accuser says that the miner signed: believed by the signature alone."""
-        if dossier.evidence is None or any(entry.statement is not None for entry in dossier.entries):
-            return
-        message = statement_message(
-            self._loaded.run_id,
-            facts.roster.round,
-            hotkey=dossier.hotkey,
-            count=statement.count,
-            digest=statement.digest,
-        )
-        signed = verify(dossier.hotkey, message, statement.signature)
-        if signed and conflicting(dossier.evidence.heads, [statement]) is not None:
-            self._contradicted(facts, dossier, statement, accuser=accuser)
-
     # -- findings -------------------------------------------------------------------------------------------------
 
-    def _note(self, dossier: Dossier, entry: Entry) -> None:
+    def note(self, dossier: Dossier, entry: Entry) -> None:
         dossier.entries.append(entry)
         self._enter(entry)
 
@@ -454,11 +387,11 @@ class Auditor:
         sample: int | None = None,
     ) -> None:
         finding = self._finding(facts, dossier, check, Grade.PROOF, reason, version=version, sample=sample)
-        self._note(dossier, Entry(finding))
+        self.note(dossier, Entry(finding))
 
     def _withhold(self, facts: RoundFacts, dossier: Dossier, reason: str, *, version: int | None = None) -> None:
         finding = self._finding(facts, dossier, Check.WITHHELD, Grade.WITHHELD, reason, version=version)
-        self._note(dossier, Entry(finding))
+        self.note(dossier, Entry(finding))
 
     def _finding(
         self,
@@ -483,10 +416,6 @@ class Auditor:
             sample=sample,
             reason=reason,
         )
-
-
-def _failures(dossier: Dossier) -> int:
-    return sum(not entry.finding.passed for entry in dossier.entries)
 
 
 def of_merge(faults: Iterable[Fault], number: int) -> list[Entry]:

@@ -18,7 +18,7 @@ import torch
 from model.stage import assign_flat, flatten
 from neurons.bench import Bench
 from neurons.exchange import Desk
-from neurons.merging import merge
+from neurons.merging import judge_shard, merge
 from neurons.node import Node
 from neurons.rounds import ChainBoard, merge_terms
 from neurons.states import after_merge
@@ -151,6 +151,19 @@ class PublicStates:
                     self._payloads[hotkey] = b"".join(piece for piece in held if piece is not None)
                     self._seen.add(hotkey)
         return faults
+
+    async def recheck(self, roster: Roster, stage: int, shard: int) -> tuple[str, ...]:
+        """Who published another digest of a merged shard of `roster`'s round than the one computed here; nobody where
+        the state before that merge is not known any more."""
+        before = {self.held[stage]: self._public[stage], self.held[stage] - 1: self._before[stage]}.get(roster.round)
+        if before is None:
+            return ()
+        node = self._node
+        exchange = DendriteExchange(
+            node.dendrite, node.neighbours.endpoint, run=node.loaded.run_id, number=roster.round
+        )
+        terms = merge_terms(node, roster, stage, secret=b"")
+        return await judge_shard(terms, before, shard, board=ChainBoard(node), exchange=exchange)
 
     async def _fetch(self, roster: Roster, stage: int) -> None:
         """A state that this validator did not see come about."""

@@ -71,6 +71,24 @@ async def merge(
     return await kind(terms, record, public, desk, board, exchange, offload).play()
 
 
+async def judge_shard(
+    terms: Terms,
+    public: Merged,
+    shard: int,
+    *,
+    board: Board,
+    exchange: Exchange,
+    offload: Offload = asyncio.to_thread,
+) -> tuple[str, ...]:
+    """Who published another digest of one merged shard than the one computed here, after MERGE: for who is told later.
+
+    `public` is θ_r. Nobody, where there is no such shard or its sources' pieces are not served any more.
+    """
+    if terms.gathers:
+        return ()
+    return await _Butterfly(terms, None, public, Desk(""), board, exchange, offload).judge_alone(shard)
+
+
 class _Merge:
     """What both ways have in common: to CUT, and from there to HAVE."""
 
@@ -270,8 +288,7 @@ class _Butterfly(_Merge):
     async def _merge(self, sources: Sequence[Source]) -> Outcome:
         terms, marks = self._terms, self._marks
         # The CUT block's own hash is no seed: whoever made that block knew the roots in it.
-        seed = await self._board.seed(marks.cut + 1)
-        self._plan = plan = Butterfly.draw(terms.replicas, terms.count, seed)
+        self._plan = plan = Butterfly.draw(terms.replicas, terms.count, await self._board.seed(marks.cut + 1))
         mine = plan.shards_of(self._desk.hotkey)
         _, listed, records = await self._agree(sources, mine)
         if not listed:
@@ -292,6 +309,21 @@ class _Butterfly(_Merge):
         settling = [self._start(self._settle(shard, taking.get(shard))) for shard in self._truth]
         await self._until(marks.end, [*settling, *judging])
         return await self._offload(lambda: self._conclude(listed))
+
+    async def judge_alone(self, shard: int) -> tuple[str, ...]:
+        """Recompute one shard of a merge that is over; who published another digest, in hotkey order."""
+        terms, marks, board = self._terms, self._marks, self._board
+        sources = cut_sources(terms.replicas, await board.records_at(marks.cut), terms.number)
+        self._plan = Butterfly.draw(terms.replicas, terms.count, await board.seed(marks.cut + 1))
+        if not 0 <= shard < len(self._plan.pairs):
+            return ()
+        records = await board.records_at(marks.have)
+        listed = accepted(sources, records, terms.number)
+        everyone = range(len(self._plan.pairs))
+        self._sources = tuple(shard_sources(self._plan, one, listed, records, terms.number) for one in everyone)
+        self._judged = verdicts(self._plan, await board.records_at(marks.merge), terms.number)
+        await self._judge(shard)
+        return tuple(sorted(self._liars))
 
     def _before(self, shard: int) -> Merged:
         return part_of(self._public, self._parts[shard])

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from neurons.auditing import UNIT_CHECKS, Auditor, Dossier, RoundFacts
+from neurons.adopting import Adopter
+from neurons.auditing import UNIT_CHECKS, Dossier, RoundFacts
 from neurons.node import Node
 from neurons.telemetry import ReportPublished, ReportRead
 from neurons.wire import byte_tensor
@@ -112,7 +113,7 @@ class ReportReader:
     """Reads other validators' reports of a round and replays what they say failed."""
 
     node: Node
-    auditor: Auditor
+    adopter: Adopter
     patience: float = PATIENCE
 
     async def read_all(
@@ -193,7 +194,7 @@ class ReportReader:
                 continue
             async with dossier.lock:
                 before = len(dossier.replayed)
-                failed = await self.auditor.reproduce(facts, dossier, models, accuser=report.validator)
+                failed = await self.adopter.reproduce(facts, dossier, models, accuser=report.validator)
                 tried = len(dossier.replayed) - before
             replayed, reproduced = replayed + tried, reproduced + failed
             unconfirmed += bool(tried) and not failed
@@ -211,7 +212,7 @@ class ReportReader:
             if head is None or head.version not in dossier.picked:
                 strays += 1
                 continue
-            drawn = self.auditor.draw(dossier, head, secret=secret, count=counts.get(model.hotkey, 0))
+            drawn = self.adopter.auditor.draw(dossier, head, secret=secret, count=counts.get(model.hotkey, 0))
             direction = Direction.FORWARD if model.check is Check.FORWARD else Direction.BACKWARD
             strays += (model.sample, direction) not in {(leaf.sample, leaf.direction) for leaf in drawn}
         return strays

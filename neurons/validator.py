@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping
 
 from model.stage import build_stage
+from neurons.adopting import Adopter
 from neurons.auditing import Auditor, Dossier, RoundFacts, of_merge
 from neurons.bench import Bench, forward_flops
 from neurons.follower import Fault, PublicStates, RoundStart
@@ -76,7 +77,8 @@ class Validator:
             rule=lambda: self._suspicions.rule,
         )
         self._desk = ReportDesk(node)
-        self._reader = ReportReader(node, self._auditor)
+        adopter = Adopter(self._auditor, run=node.loaded.run_id, recheck=self._recheck)
+        self._reader = ReportReader(node, adopter)
         self._late: list[FindingModel] = []
         """Failed findings that came after their round's report."""
 
@@ -147,6 +149,10 @@ class Validator:
         faults = await self._states.follow(roster, secret)
         await self._states.validate(roster.round + 1)
         return faults
+
+    async def _recheck(self, number: int, stage: int, shard: int) -> tuple[str, ...]:
+        roster = self._node.history.roster(number)
+        return () if roster is None else await self._states.recheck(roster, stage, shard)
 
     # -- verdicts, one round after the other ------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from model.config import BoundaryConfig, BoundaryForm
 from model.engine import Recompute, StageEngine
 from model.split import split
 from model.stage import build_stage, flatten
+from neurons.adopting import Adopter
 from neurons.auditing import Auditor, Dossier, Entry, RoundFacts
 from neurons.bench import Bench
 from neurons.follower import RoundStart
@@ -396,6 +397,10 @@ def rows(data: bytes, width: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, width)
 
 
+async def no_shards(_number: int, _stage: int, _shard: int) -> tuple[str, ...]:
+    return ()
+
+
 class Judging:
     """One validator: its auditor, its suspicions, and what it found."""
 
@@ -427,6 +432,8 @@ class Judging:
             rule=lambda: self.rule,
             patience=patience,
         )
+
+        self.adopter = Adopter(self.auditor, run=closed.loaded.run_id, recheck=no_shards)
 
     def of(self, hotkey: str) -> Suspicion:
         return self.held.get(hotkey, Suspicion()).at(NUMBER, self.rule)

@@ -18,7 +18,7 @@ import torch
 
 from model.optimizer import OuterConfig
 from neurons.exchange import Desk, Leaves
-from neurons.merging import merge
+from neurons.merging import judge_shard, merge
 from neurons.terms import Marks, Outcome, Terms
 from subnet.swarm.codec import codec_of, no_residual
 from subnet.swarm.merge import Merged
@@ -183,7 +183,7 @@ class Stage:
         return virtually(self._play())
 
     async def _play(self) -> dict[str, Outcome]:
-        chain = Chain()
+        self.chain = chain = Chain()
         for hotkey in self.names:
             feedback = no_residual(self.codec_used, self.count, 0.95)
             pieces, _, _ = self.terms(hotkey).contribution(self.deltas[hotkey], feedback)
@@ -210,6 +210,15 @@ class Stage:
     def _kill(self, hotkey: str, task: asyncio.Task[Outcome]) -> None:
         self.dead.add(hotkey)
         task.cancel()
+
+    def judge(self, shard: int) -> tuple[str, ...]:
+        """What somebody finds who is told of one shard when the merge is over."""
+        assert self.public is not None
+        board = ChainBoard(self.chain, "judge", self.seed, lambda record: record)
+        link = Link(self, "judge")
+        return virtually(
+            judge_shard(self.terms("judge"), self.public, shard, board=board, exchange=link, offload=inline)
+        )
 
     async def _replica(self, hotkey: str, chain: Chain) -> Outcome:
         assert self.public is not None

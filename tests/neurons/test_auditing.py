@@ -223,7 +223,7 @@ async def test_who_signed_another_chain_than_it_closed_is_proven_and_others_can_
         assert entry.statement == lie
         # Nobody else believes it: the signature is over another digest.
         model = FindingModel.of(entry.finding, entry.statement)
-        await one.auditor.reproduce(facts, one.auditor.open(facts)[work.hotkey], [model], accuser="two")
+        await one.adopter.reproduce(facts, one.auditor.open(facts)[work.hotkey], [model], accuser="two")
         assert not one.failed()
         del dossiers
 
@@ -240,7 +240,7 @@ async def test_a_signed_lie_is_adopted_by_its_signature(closed: ClosedRound) -> 
             judge.entries[0].finding, hotkey=work.hotkey, check=Check.HEADS, grade=Grade.PROOF, passed=False
         )
         model = FindingModel.of(finding).model_copy(update={"statement": StatementModel.of(lie)})
-        assert await judge.auditor.reproduce(facts, dossiers[work.hotkey], [model, model], accuser="two") == 1
+        assert await judge.adopter.reproduce(facts, dossiers[work.hotkey], [model, model], accuser="two") == 1
         (entry,) = judge.failed()
         assert (entry.accuser, entry.finding.check) == ("two", Check.HEADS)
         assert judge.of(work.hotkey).convicted_round == NUMBER

@@ -215,6 +215,24 @@ def test_a_colluding_pair_is_caught_as_often_as_stated(replicas: int, trials: in
     assert abs(hits - trials * caught(replicas)) <= bound
 
 
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_who_is_told_of_a_shard_later_finds_the_pair_that_lied_about_it(codec: str) -> None:
+    stage = Stage(5, codec=codec, count=60)
+    pair = colluding(stage)
+    stage.play()
+    assert stage.judge(0) == pair
+    assert stage.judge(1) == ()
+    assert stage.judge(99) == ()
+    stage.dead.update(stage.names)
+    assert stage.judge(0) == (), "nobody serves the pieces any more"
+
+
+def test_an_all_gather_has_no_holders_to_lie() -> None:
+    stage = Stage(3, codec="topk2bit", count=5000)
+    stage.play()
+    assert stage.judge(0) == ()
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_source_that_equivocates_is_named_by_whom_it_tried(codec: str) -> None:
     stage = Stage(5, codec)

@@ -77,7 +77,7 @@ class Office:
         return report
 
     async def read(self, *others: Observer, patience: float = 1.0) -> list[ReportRead]:
-        reader = ReportReader(self.node, self.judge.auditor, patience)
+        reader = ReportReader(self.node, self.judge.adopter, patience)
         await reader.read_all(self.facts, self.dossiers, {other.hotkey: other for other in (self.observer, *others)})
         found = [stamped.event for stamped in read_events(self.log.getvalue().splitlines())]
         return [event for event in found if isinstance(event, ReportRead)]
@@ -166,21 +166,23 @@ async def test_each_unit_is_replayed_once(cheated: ClosedRound) -> None:
             assert before[hotkey] <= dossier.replayed
 
 
-def lie(office: Office, hotkey: str, sample: int, version: int, check: Check = Check.BACKWARD) -> FindingModel:
-    finding = Finding(
-        hotkey=hotkey,
-        round=NUMBER,
-        stage=1,
-        check=check,
-        grade=Grade.MEASUREMENT,
-        passed=False,
-        error=1.0,
-        tolerance=0.02,
-        version=version,
-        sample=sample,
-        reason="it fails, believe me",
-    )
-    return FindingModel.of(finding)
+def finding(hotkey: str, **changes: object) -> Finding:
+    fields = {
+        "hotkey": hotkey,
+        "round": NUMBER,
+        "stage": 1,
+        "check": Check.BACKWARD,
+        "grade": Grade.MEASUREMENT,
+        "passed": False,
+        "error": 1.0,
+        "tolerance": 0.02,
+        "reason": "it fails, believe me",
+    }
+    return Finding(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def lie(hotkey: str, sample: int, version: int, check: Check = Check.BACKWARD) -> FindingModel:
+    return FindingModel.of(finding(hotkey, sample=sample, version=version, check=check))
 
 
 async def test_a_lying_report_harms_nobody_and_is_soon_not_listened_to(honest: ClosedRound) -> None:
@@ -200,7 +202,7 @@ async def test_a_lying_report_harms_nobody_and_is_soon_not_listened_to(honest: C
                     and (work.engine.plan.is_last or leaf.direction is Direction.FORWARD)
                 )
                 check = Check.FORWARD if leaf.direction is Direction.FORWARD else Check.BACKWARD
-                lies.append(lie(liar, work.hotkey, leaf.sample, version, check))
+                lies.append(lie(work.hotkey, leaf.sample, version, check))
         report = write_report(liar.node, liar.facts, liar.dossiers, []).model_copy(update={"findings": lies})
         liar.desk.publish(report)
         (event,) = await one.read(liar.observer)
@@ -221,10 +223,10 @@ async def test_a_finding_on_what_was_never_picked_or_computed_costs_nothing(hone
         picked = next(iter(one.dossiers[work.hotkey].picked))
         stranger = liar.hotkey
         lies = [
-            lie(liar, work.hotkey, 2**40, picked),
-            lie(liar, work.hotkey, 2, 2**31),
-            lie(liar, work.hotkey, 2, picked, Check.SHARD),
-            lie(liar, stranger, 2, picked),
+            lie(work.hotkey, 2**40, picked),
+            lie(work.hotkey, 2, 2**31),
+            lie(work.hotkey, 2, picked, Check.SHARD),
+            lie(stranger, 2, picked),
         ]
         await liar.audit()
         liar.desk.publish(write_report(liar.node, liar.facts, liar.dossiers, []).model_copy(update={"findings": lies}))
@@ -232,6 +234,30 @@ async def test_a_finding_on_what_was_never_picked_or_computed_costs_nothing(hone
         assert (event.replayed, event.reproduced) == (0, 0)
         assert event.strays == 2
         assert not one.judge.failed()
+
+
+async def test_a_lie_about_a_merged_shard_is_adopted_once_it_is_computed_again(honest: ClosedRound) -> None:
+    liar, other = honest.stage(1)
+    async with Offices(honest, "one", "two") as held:
+        one, two = held.offices
+        asked: list[tuple[int, int, int]] = []
+
+        async def recheck(number: int, stage: int, shard: int) -> tuple[str, ...]:
+            asked.append((number, stage, shard))
+            return (liar.hotkey,)
+
+        one.judge.adopter._recheck = recheck
+        await one.audit()
+        await two.audit()
+        shard = finding(liar.hotkey, check=Check.SHARD, grade=Grade.PROOF, round=NUMBER - 1, version=None, piece=4)
+        late = [FindingModel.of(one_) for one_ in (shard, shard, replace(shard, hotkey=other.hotkey))]
+        two.desk.publish(write_report(two.node, two.facts, two.dossiers, late))
+        (event,) = await one.read(two.observer)
+        assert event.reproduced == 1
+        assert asked == [(NUMBER - 1, 1, 4)] * 2
+        (entry,) = one.judge.failed()
+        assert (entry.finding.hotkey, entry.finding.check, entry.accuser) == (liar.hotkey, Check.SHARD, two.hotkey)
+        assert one.judge.of(liar.hotkey).convicted_round == NUMBER - 1
 
 
 async def test_a_report_counts_only_with_the_secret_that_was_committed_to(honest: ClosedRound) -> None:

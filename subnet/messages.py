@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,7 +21,9 @@ from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
 from subnet.swarm.public import PARTS, Part, pieces_of, span_of
 from subnet.swarm.snapshot import SNAPSHOT_LIMIT
 from subnet.transport.synapse import Synapse, TensorSpec
-from subnet.trust.ledger import LEAF_BYTES, MAX_LOSS, WINDOW_BYTES
+from subnet.trust.heads import ACK_BYTES, HEAD_BYTES
+from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, MAX_LOSS
+from subnet.trust.tree import PIECE_BYTES, PROOF_LIMIT
 
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 DigestHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -125,6 +127,38 @@ class ShardRequest(RunSynapse):
     piece: Annotated[int, Field(ge=0, lt=2**32)]
 
 
+HEADS_LIMIT = 256
+"""Window heads in one push."""
+ACKS_LIMIT = 4096
+"""Acknowledgements in a closed ledger: of 64 validators in 64 slots."""
+
+SignatureHex = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
+class Heads(RunSynapse):
+    """A miner pushes heads of its windows to a validator: tensor `heads`, uint8 (n, HEAD_BYTES), the chain's windows
+    number `first` and on. `signature` is its statement over the chain after them (`heads.statement_message`)."""
+
+    route: ClassVar[str] = "heads"
+    stage: Annotated[int, Field(ge=0, lt=2**16)]
+    first: Annotated[int, Field(ge=0, lt=2**20)]
+    count: Annotated[int, Field(gt=0, le=HEADS_LIMIT)]
+    digest: DigestHex
+    """Of the chain after them."""
+    signature: SignatureHex
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {"heads": table(self.count, HEAD_BYTES)}
+
+
+class Acknowledged(Synapse):
+    """The validator's word for all heads so far (`heads.ack_message`); `slot` is the one that is open for it."""
+
+    count: Annotated[int, Field(ge=0, lt=2**20)]
+    slot: Annotated[int, Field(ge=0, lt=2**16)]
+    signature: SignatureHex
+
+
 class EvidenceRequest(RunSynapse):
     """The closed ledger of the round."""
 
@@ -132,17 +166,70 @@ class EvidenceRequest(RunSynapse):
 
 
 class EvidenceTables(Synapse):
-    """Tensors `leaves` uint8 (work, LEAF_BYTES) and `windows` uint8 (windows, WINDOW_BYTES)."""
+    """Tensors `leaves` uint8 (work, LEAF_BYTES), `heads` uint8 (heads, HEAD_BYTES), `acks` uint8 (acks, ACK_BYTES) and
+    `closing` uint8 (1, CLOSING_BYTES)."""
 
     payload: DigestHex
-    windows: Annotated[int, Field(ge=0, lt=2**20)]
+    heads: Annotated[int, Field(ge=0, lt=2**20)]
+    acks: Annotated[int, Field(ge=0, le=ACKS_LIMIT)]
 
 
 class WindowRequest(RunSynapse):
-    """The weights at the start of one window."""
+    """The weights at the start of one picked window, as what they differ by (`subnet.trust.delta`) from the public
+    state that `held` rounds are merged into."""
 
     route: ClassVar[str] = "window"
     version: Annotated[int, Field(ge=0, lt=2**32)]
+    held: Round
+
+
+class WeightsDelta(Synapse):
+    """Tensor `delta`, uint8 (1, size)."""
+
+    size: Annotated[int, Field(gt=0, lt=2**40)]
+
+
+StatePart = Literal["weights", "optimizer", "next_weights", "next_optimizer", "closing", "owed", "still_owed"]
+"""The states of a window that its head names, and of the cut that the closing names."""
+
+
+class StateRequest(RunSynapse):
+    """One piece of a state, with its proof. `version` is the window's, any for the states of the cut."""
+
+    route: ClassVar[str] = "state"
+    version: Annotated[int, Field(ge=0, lt=2**32)]
+    part: StatePart
+    piece: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class StatePiece(Synapse):
+    """Tensors `data`, uint8 (1, size), and `proof`, uint8 (hashes, 32)."""
+
+    size: Annotated[int, Field(gt=0, le=PIECE_BYTES)]
+    hashes: Annotated[int, Field(ge=0, le=PROOF_LIMIT)]
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {"data": table(1, self.size), "proof": table(self.hashes, HASH_BYTES)}
+
+
+REPORT_LIMIT = 4 << 20
+"""Bytes of a validator's report of a round."""
+
+
+class ReportRequest(RunSynapse):
+    """A validator's report of the round: what it audited and found."""
+
+    route: ClassVar[str] = "report"
+
+
+class ReportReply(Synapse):
+    """Tensor `report`, uint8 (1, size): the canonical JSON of `subnet.trust.report.Report`."""
+
+    size: Annotated[int, Field(gt=0, le=REPORT_LIMIT)]
+    signature: SignatureHex
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {"report": table(1, self.size)}
 
 
 class UnitRequest(RunSynapse):
@@ -232,8 +319,13 @@ def table(rows: int, row_bytes: int) -> TensorSpec:
     return TensorSpec(torch.uint8, (rows, row_bytes))
 
 
-def evidence_specs(work: int, windows: int) -> dict[str, TensorSpec]:
-    return {"leaves": table(work, LEAF_BYTES), "windows": table(windows, WINDOW_BYTES)}
+def evidence_specs(work: int, heads: int, acks: int) -> dict[str, TensorSpec]:
+    return {
+        "leaves": table(work, LEAF_BYTES),
+        "heads": table(heads, HEAD_BYTES),
+        "acks": table(acks, ACK_BYTES),
+        "closing": table(1, CLOSING_BYTES),
+    }
 
 
 def tree_specs(counts: Mapping[Part, int]) -> dict[str, TensorSpec]:

@@ -2,11 +2,12 @@
 
 A *unit* is one microbatch at one stage in one direction; its leaf binds the digests of what went in and out, the
 weight version it was computed with and the replicas on either side. The consumer of a unit's output signs a receipt
-over that output, so a liar needs its neighbour's help. A *window* is one local step of one replica: all backward
-units with the same version; its head binds the weights they were computed with.
+over that output, so a liar needs its neighbour's help. A *window* is one local step of one replica: all units with the
+same version; its head (`subnet.trust.heads`) binds them to the weights they were computed with.
 
-At CUT the ledger closes: leaves and window heads become two byte tables whose hash is the evidence root on chain,
-fixed before the audit seed exists. Rows are fixed little-endian layouts, so `work` on chain tells a reader the size.
+At CUT the ledger closes: leaves, window heads, the validators' acknowledgements of them, and what the cut was taken
+from become byte tables whose hash is the evidence root on chain. Rows are fixed little-endian layouts, so `work` on
+chain tells a reader the size.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+
+from subnet.trust.heads import Ack, WindowHead, parse_acks, parse_heads
 
 NO_PEER = 255
 NO_DIGEST = bytes(32)
@@ -25,9 +28,9 @@ MAX_LOSS = 1e4
 """Nats per token; a uniform guess over the largest vocabulary has 12."""
 
 _LEAF = struct.Struct("<BHQIBBf32s32s32s64s")
-_WINDOW = struct.Struct("<II32s")
+_CLOSING = struct.Struct("<32s32s32s")
 LEAF_BYTES = _LEAF.size
-WINDOW_BYTES = _WINDOW.size
+CLOSING_BYTES = _CLOSING.size
 
 
 class Direction(IntEnum):
@@ -91,15 +94,24 @@ class UnitKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
-    """One local step: `units` backward units computed with the weights whose digest this is."""
+class Closing:
+    """What the cut was taken from, by roots of `subnet.trust.tree` over flat fp32 vectors."""
 
-    version: int
-    units: int
     weights: bytes
+    """The replica's weights at the cut."""
+    owed: bytes
+    """What error feedback owed before it; the root of nothing for a codec without."""
+    still_owed: bytes
+    """What it owes after it."""
 
     def encode(self) -> bytes:
-        return _WINDOW.pack(self.version, self.units, self.weights)
+        return _CLOSING.pack(self.weights, self.owed, self.still_owed)
+
+
+def units_hash(leaves: Iterable[Leaf]) -> bytes:
+    """What a head binds its window's units by: their leaves in the ledger's order, as they were before any receipt."""
+    bare = (replace(leaf, sink=NO_PEER, receipt=NO_RECEIPT).encode() for leaf in leaves)
+    return hashlib.sha256(b"orion/units/1" + b"".join(bare)).digest()
 
 
 def receipt_message(run: bytes, number: int, *, producer: str, key: UnitKey, stage: int, output: bytes) -> bytes:
@@ -114,28 +126,54 @@ def digest(data: bytes | bytearray | memoryview) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Tables:
+    """A closed ledger as bytes: how it travels, and what the root on chain is taken of."""
+
+    leaves: bytes
+    heads: bytes
+    acks: bytes
+    closing: bytes
+
+    @property
+    def root(self) -> bytes:
+        """The hash a record's root binds (32 bytes)."""
+        tables = (self.leaves, self.heads, self.acks, self.closing)
+        return hashlib.sha256(b"orion/evidence/2" + b"".join(hashlib.sha256(t).digest() for t in tables)).digest()
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """A closed ledger: what validators fetch and check against the chain."""
 
     leaves: tuple[Leaf, ...]
-    windows: tuple[Window, ...]
+    heads: tuple[WindowHead, ...]
+    acks: tuple[Ack, ...]
+    closing: Closing
 
-    def tables(self) -> tuple[bytes, bytes]:
-        """The two byte tables (leaves, windows) that travel and that the root is taken of."""
-        return b"".join(leaf.encode() for leaf in self.leaves), b"".join(w.encode() for w in self.windows)
+    def tables(self) -> Tables:
+        return Tables(
+            b"".join(leaf.encode() for leaf in self.leaves),
+            b"".join(head.encode() for head in self.heads),
+            b"".join(ack.encode() for ack in self.acks),
+            self.closing.encode(),
+        )
 
     @property
     def root(self) -> bytes:
-        return evidence_root(*self.tables())
+        return self.tables().root
+
+    def window(self, version: int) -> tuple[Leaf, ...]:
+        """The units of one window, in the ledger's order."""
+        return tuple(leaf for leaf in self.leaves if leaf.version == version)
 
     def check(self, *, stage: int, samples: range) -> None:
         """Refuse evidence that no honest replica of `stage` can have written in a round of these sample ids.
 
         Every leaf lies in the stage, the round and a window; each unit occurs once; windows follow each other without a
-        gap, none is empty, and each counts its backward units. So every leaf can be drawn by an audit, and every
-        window that is drawn has a unit to replay. Raises `LedgerError`.
+        gap, none is empty, slots never go back, and each head counts and hashes its own units. So every leaf can be
+        drawn by an audit, and every window that is drawn has a unit to replay. Raises `LedgerError`.
         """
-        units: Counter[int] = Counter()
+        windows: dict[int, list[Leaf]] = {}
         seen: set[UnitKey] = set()
         for leaf in self.leaves:
             if leaf.stage != stage or leaf.sample not in samples or leaf.key in seen:
@@ -143,23 +181,34 @@ class Evidence:
             if not 0.0 <= leaf.loss <= MAX_LOSS:
                 raise LedgerError(f"leaf of sample {leaf.sample} has loss {leaf.loss}, which no tail reports")
             seen.add(leaf.key)
-            units[leaf.version] += leaf.direction is Direction.BACKWARD
-        versions = [window.version for window in self.windows]
+            windows.setdefault(leaf.version, []).append(leaf)
+        versions = [head.version for head in self.heads]
         gapless = list(range(versions[0], versions[0] + len(versions))) if versions else []
-        if versions != sorted(units) or versions != gapless:
+        if versions != sorted(windows) or versions != gapless:
             raise LedgerError(f"windows {versions[:5]}… do not follow each other or are not those of the leaves")
-        for window in self.windows:
-            if window.units != units[window.version]:
+        slots = [head.slot for head in self.heads]
+        if slots != sorted(slots):
+            raise LedgerError("a window lies in an earlier slot than the one before it")
+        for head in self.heads:
+            counts = Counter(leaf.direction for leaf in windows[head.version])
+            if (head.forward, head.backward) != (counts[Direction.FORWARD], counts[Direction.BACKWARD]):
                 raise LedgerError(
-                    f"window {window.version} counts {window.units} units, its leaves are {units[window.version]}"
+                    f"window {head.version} counts {head.forward} + {head.backward} units, its leaves are "
+                    f"{counts[Direction.FORWARD]} + {counts[Direction.BACKWARD]}"
                 )
+            if units_hash(windows[head.version]) != head.units:
+                raise LedgerError(f"the units of window {head.version} do not hash to its head")
 
     @classmethod
-    def parse(cls, leaves: bytes | memoryview, windows: bytes | memoryview) -> Evidence:
-        """Rows back to leaves and windows. Raises `LedgerError` for a size or direction that cannot be."""
-        if len(leaves) % LEAF_BYTES or len(windows) % WINDOW_BYTES:
-            raise LedgerError(f"evidence tables of {len(leaves)} and {len(windows)} bytes are not whole rows")
-        return cls(tuple(_leaves(leaves)), tuple(Window(*row) for row in _WINDOW.iter_unpack(windows)))
+    def parse(cls, tables: Tables) -> Evidence:
+        """Tables back to rows. Raises `LedgerError` for a size, direction or hotkey that cannot be."""
+        if len(tables.leaves) % LEAF_BYTES or len(tables.closing) != CLOSING_BYTES:
+            raise LedgerError(f"evidence tables of {len(tables.leaves)} bytes are not whole rows")
+        try:
+            heads, acks = parse_heads(tables.heads), parse_acks(tables.acks)
+        except ValueError as error:
+            raise LedgerError(str(error)) from error
+        return cls(tuple(_leaves(tables.leaves)), heads, acks, Closing(*_CLOSING.unpack(tables.closing)))
 
 
 def _leaves(table: bytes | memoryview) -> Iterator[Leaf]:
@@ -182,31 +231,19 @@ def _leaves(table: bytes | memoryview) -> Iterator[Leaf]:
         )
 
 
-def evidence_root(leaves: bytes | memoryview, windows: bytes | memoryview) -> bytes:
-    """The hash a record's root binds."""
-    return hashlib.sha256(
-        b"orion/evidence/1" + hashlib.sha256(leaves).digest() + hashlib.sha256(windows).digest()
-    ).digest()
-
-
 @dataclass
 class Ledger:
     """The open book of one replica in one round."""
 
     _leaves: dict[UnitKey, Leaf] = field(default_factory=dict)
-    _windows: dict[int, Window] = field(default_factory=dict)
-
-    def open_window(self, version: int, weights: bytes) -> None:
-        self._windows[version] = Window(version, 0, weights)
+    _heads: list[WindowHead] = field(default_factory=list)
+    _acks: dict[tuple[str, int], Ack] = field(default_factory=dict)
 
     def add(self, leaf: Leaf) -> None:
         """Enter a computed unit once; its receipt follows when the consumer has accepted the output."""
         if leaf.key in self._leaves:
             raise LedgerError(f"unit {leaf.key} was computed twice: duplicates must be answered, not recomputed")
         self._leaves[leaf.key] = leaf
-        if leaf.direction is Direction.BACKWARD:
-            window = self._windows[leaf.version]
-            self._windows[leaf.version] = replace(window, units=window.units + 1)
 
     def receipt(self, key: UnitKey, *, sink: int, signature: bytes) -> None:
         """Enter the consumer's signature for a unit of this round."""
@@ -216,9 +253,20 @@ class Ledger:
         """The leaf of a computed unit."""
         return self._leaves[key]
 
-    def close(self) -> Evidence:
-        """Everything entered so far, in the order it was computed; windows without any unit are left out."""
-        used = {leaf.version for leaf in self._leaves.values()}
-        return Evidence(
-            tuple(self._leaves.values()), tuple(window for window in self._windows.values() if window.version in used)
-        )
+    def window(self, version: int) -> tuple[Leaf, ...]:
+        """The units entered so far with these weights."""
+        return tuple(leaf for leaf in self._leaves.values() if leaf.version == version)
+
+    def close_window(self, head: WindowHead) -> None:
+        """Enter a window's head, once all of its units are in."""
+        self._heads.append(head)
+
+    def acknowledge(self, ack: Ack) -> None:
+        """Enter a validator's acknowledgement; of one slot the one that counts most windows stays."""
+        held = self._acks.get((ack.validator, ack.slot))
+        if held is None or held.count < ack.count:
+            self._acks[ack.validator, ack.slot] = ack
+
+    def close(self, closing: Closing) -> Evidence:
+        """Everything entered so far, in the order it was computed."""
+        return Evidence(tuple(self._leaves.values()), tuple(self._heads), tuple(self._acks.values()), closing)

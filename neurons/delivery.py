@@ -5,6 +5,9 @@ gradient goes to the replica the input came from; if that one is gone, to a sibl
 stage before and computes only the backward. Every receipt is checked before it is believed. Deadlines come from
 measured times: an output whose gradient is overdue is offered to another replica. A duplicate costs nothing, because
 whoever has it already says so.
+
+Who is full is not asked again before it said there would be room. While all replicas are, activations stand in line and
+only the first is offered: each offer carries the tensor, and many would fill the uplink for nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 
 import torch
 
@@ -22,7 +25,17 @@ from subnet.identity import Identity, verify
 from subnet.messages import Accepted, Backward, Forward, InputRequest, Push, Tensors
 from subnet.swarm.routing import heirs, hops
 from subnet.transport.dendrite import NO_SPECS, NO_TENSORS, Dendrite
-from subnet.transport.errors import BadReply, Busy, Dropped, Refused, Silent, TransportError, Unavailable, Unreachable
+from subnet.transport.errors import (
+    BadReply,
+    Busy,
+    Dropped,
+    Full,
+    Refused,
+    Silent,
+    TransportError,
+    Unavailable,
+    Unreachable,
+)
 from subnet.transport.synapse import S, Specs, Synapse, TensorSpec
 from subnet.trust.ledger import NO_RECEIPT, Direction, Leaf, UnitKey, receipt_message
 
@@ -83,6 +96,10 @@ class Delivery:
         self._returns: deque[float] = deque(maxlen=RECENT_RETURNS)
         self._down: dict[str, float] = {}
         self._looking: set[str] = set()
+        self._full: dict[str, float] = {}
+        """Until when, by the loop's clock, a replica has said to be full."""
+        self._line = asyncio.Lock()
+        """Held by who is first in line for room at the next stage."""
         self.push_seconds = RecentMean()
 
     async def forward(
@@ -102,28 +119,50 @@ class Delivery:
         order = hops(replicas, seed=current.seed, head=push.head, stage=stage, index=push.index)
         planned = order[0]
         order = tuple(sorted(order, key=lambda hop: (self.is_down(hop), hop == avoid, hop != again)))
-        turn = 0
-        while current.accepting and order and push.sample in current.open:
-            hop = order[turn % len(order)]
-            turn += 1
-            try:
-                receipt = await self._push(current, hop, push, {"y": y}, leaf)
-            except TRY_ANOTHER as refusal:
-                log.debug("forward of sample %d to %s: %s", push.sample, hop, refusal)
-                if turn % len(order) == 0:
-                    await asyncio.sleep(_pause(refusal))
-                continue
-            except Refused as refusal:
-                log.warning("forward of sample %d was refused by %s: %s", push.sample, hop, refusal)
-                order = tuple(other for other in order if other != hop)
-                continue
-            now = asyncio.get_running_loop().time()
-            current.awaited[push.sample] = Awaited(hop, now, shared=receipt is None)
-            current.sinks.setdefault(push.sample, set()).add(hop)
-            if receipt is not None:
-                current.ledger.receipt(leaf.key, sink=replicas.index(hop), signature=receipt)
-                current.rerouted += hop != planned
-            return
+        missed: set[str] = set()
+        in_line = False
+        try:
+            while current.accepting and order and push.sample in current.open:
+                free = [hop for hop in order if not self._is_full(hop)]
+                if not free:
+                    in_line = in_line or await self._line.acquire()
+                    await self._wait_for_room(order)
+                    continue
+                hop = next((hop for hop in free if hop not in missed), free[0])
+                try:
+                    receipt = await self._push(current, hop, push, {"y": y}, leaf)
+                except Full as refusal:
+                    self._full[hop] = asyncio.get_running_loop().time() + _pause(refusal)
+                    continue
+                except TRY_ANOTHER as refusal:
+                    log.debug("forward of sample %d to %s: %s", push.sample, hop, refusal)
+                    missed.add(hop)
+                    if missed.issuperset(free):
+                        missed.clear()
+                        await asyncio.sleep(_pause(refusal))
+                    continue
+                except Refused as refusal:
+                    log.warning("forward of sample %d was refused by %s: %s", push.sample, hop, refusal)
+                    order = tuple(other for other in order if other != hop)
+                    continue
+                now = asyncio.get_running_loop().time()
+                current.awaited[push.sample] = Awaited(hop, now, shared=receipt is None)
+                current.sinks.setdefault(push.sample, set()).add(hop)
+                if receipt is not None:
+                    current.ledger.receipt(leaf.key, sink=replicas.index(hop), signature=receipt)
+                    current.rerouted += hop != planned
+                return
+        finally:
+            if in_line:
+                self._line.release()
+
+    def _is_full(self, hop: str) -> bool:
+        return self._full.get(hop, 0.0) > asyncio.get_running_loop().time()
+
+    async def _wait_for_room(self, hops: Iterable[str]) -> None:
+        """Until one of them should have room."""
+        soonest = min(self._full.get(hop, 0.0) for hop in hops)
+        await asyncio.sleep(max(0.0, soonest - asyncio.get_running_loop().time()))
 
     async def backward(self, current: TrainingRound, push: Backward, leaf: Leaf, dx: torch.Tensor, source: str) -> None:
         """Push the input's gradient to `source`; if it cannot be reached, to a sibling that takes the unit over.
@@ -259,6 +298,10 @@ class Delivery:
     def is_down(self, hop: str) -> bool:
         """Whether this replica could not be reached a moment ago."""
         return self._down.get(hop, 0.0) > asyncio.get_running_loop().time()
+
+    def set_aside(self, hop: str) -> None:
+        """Ask this replica last for a while, as if it could not be reached."""
+        self._mark_down(hop)
 
     def _deadline(self) -> float:
         """Seconds a push may take: many times what pushes take now, so that a frozen peer is noticed."""

@@ -2,19 +2,31 @@
 
 Transport has checked who speaks; here the roster decides whether that hotkey may say this: the right run and round, a
 replica of the neighbouring stage, a sample that is the head's own, a gradient from whoever signed for the activation.
+
+A replica takes no more work than covers the time in which more can arrive. So at saturation, when every replica of a
+stage always has some waiting and senders offer the rest to its siblings, each gets what it computes and no more: one at
+half the speed half as much. Without that limit the lottery's equal shares would make all as fast as the slowest.
 """
 
 from __future__ import annotations
 
+import math
+
 from model.split import StagePlan
-from neurons.delivery import RETRY_PAUSE, Delivery
+from neurons.delivery import LONGEST_PAUSE, RETRY_PAUSE, Delivery
 from neurons.training import TrainingRound
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
 from subnet.messages import InputRequest, Notice, Push
 from subnet.swarm.routing import sample_id
-from subnet.transport.errors import Busy, Dropped, Unavailable, UnknownHotkey, UnknownRun
+from subnet.transport.errors import Busy, Dropped, Full, Unavailable, UnknownHotkey, UnknownRun
 from subnet.trust.ledger import Direction, UnitKey, receipt_message
+
+WAITING = 3
+"""Units accepted and not computed, the one that runs included, with which a replica is full if pushes take no time.
+Fewer would send away work that equal siblings find unequally busy by chance; more needs more in flight."""
+SHORTEST_PAUSE = 0.005
+"""Seconds."""
 
 
 class Door:
@@ -55,6 +67,28 @@ class Door:
         return push.index < quota // len(heads) and push.sample == sample_id(
             base=current.number * quota, heads=len(heads), head=heads.index(push.head), index=push.index
         )
+
+    def require_room(self, current: TrainingRound, *, capacity: int, unit_seconds: float) -> None:
+        """Take an activation only while there is need of it. Raises `Full`.
+
+        Args:
+            capacity: most inputs that may be open.
+            unit_seconds: mean time of a unit, forward or backward.
+        """
+        if len(current.open) >= capacity:
+            raise Full(
+                f"stage {self._plan.index} holds {len(current.open)} inputs of {capacity}",
+                "push again after the pause or to a sibling replica",
+                retry_after=RETRY_PAUSE,
+            )
+        offer = 2 * self._delivery.push_seconds.value  # from a refusal to the next push that has arrived
+        limit = WAITING + math.ceil(offer / unit_seconds) if unit_seconds > 0 else capacity
+        if len(current.work) >= limit:
+            raise Full(
+                f"stage {self._plan.index} has {len(current.work)} units waiting, limit {limit}",
+                "push again after the pause or to a sibling replica",
+                retry_after=min(LONGEST_PAUSE, max(SHORTEST_PAUSE, unit_seconds)),
+            )
 
     def require_sink(self, current: TrainingRound, sample: int, caller: str) -> None:
         """Only who signed for this replica's forward may send its gradient or, if they are gone, who took over."""

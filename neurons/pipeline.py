@@ -28,6 +28,7 @@ from neurons.compute import ComputeThread, Lane
 from neurons.delivery import RETRY_PAUSE, Delivery
 from neurons.door import Door
 from neurons.drive import Driver
+from neurons.filter import Filter
 from neurons.heads import Heads
 from neurons.telemetry import LocalStep, Telemetry, TrainingClosed
 from neurons.training import OpenInput, TrainingRound
@@ -102,6 +103,7 @@ class StageWorker:
         )
         self._synchronous = synchronous
         self._door = Door(identity, loaded, engine.plan, self._delivery)
+        self._filter = Filter(stage=engine.plan.index, telemetry=telemetry, set_aside=self._delivery.set_aside)
         self._driver = Driver(
             identity=identity,
             loaded=loaded,
@@ -224,14 +226,11 @@ class StageWorker:
             )
         if self.plan.index == 1 and caller != push.head:
             self._require_gone(current, push)
-        if len(current.open) >= self.engine.capacity:
-            raise Busy(
-                f"stage {self.plan.index} holds {len(current.open)} inputs of {self.engine.capacity}",
-                "push again after the pause or to a sibling replica",
-                retry_after=RETRY_PAUSE,
-            )
+        seconds = self._driver.unit_seconds.value / 2
+        self._door.require_room(current, capacity=self.engine.capacity, unit_seconds=seconds)
         require_finite(tensors, limit=WIRE_LIMIT)
         x = tensors["y"]
+        self._filter.require_usual(current, caller, push.sample, Direction.FORWARD, x)
         x_digest = digest(tensor_bytes(x))
         receipt = self._door.sign_receipt(current, key, caller, x_digest)
         source = current.roster.stages[self.plan.index - 1].index(caller)
@@ -259,6 +258,7 @@ class StageWorker:
             self._door.require_sink(current, push.sample, caller)
         require_finite(tensors, limit=WIRE_LIMIT)
         g = tensors["g"]
+        self._filter.require_usual(current, caller, push.sample, Direction.BACKWARD, g)
         g_digest = digest(tensor_bytes(g))
         receipt = self._door.sign_receipt(current, key, caller, g_digest)
         source = current.roster.stages[self.plan.index + 1].index(caller)
@@ -342,6 +342,8 @@ class StageWorker:
 
     async def _adopt(self, current: TrainingRound, push: Backward) -> None:
         found = await self._delivery.fetch_input(current, push)
+        if found is not None and not self._filter.takes(current, found[0], push.sample, found[1]):
+            found = None
         if UnitKey(push.sample, Direction.BACKWARD) in current.receipts:
             pass  # its forward has come meanwhile, and its gradient too
         elif found is not None and push.sample not in current.open:

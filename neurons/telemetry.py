@@ -89,6 +89,20 @@ class MicrobatchDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Quarantined:
+    """What a neighbour sent was unlike what it and its siblings had sent, and was not computed with: its `count`-th in
+    this round. Says where to look; proves nothing."""
+
+    round: int
+    stage: int
+    hotkey: str
+    direction: str
+    sample: int
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingClosed:
     """Training of the round ended here. Heads count microbatches; every stage counts its own units."""
 
@@ -166,16 +180,33 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitAudited:
-    """A validator replayed one unit of a miner."""
+class Checked:
+    """A validator's finding on a miner (`subnet.trust.finding`), its own or from replaying one of another's report."""
 
     round: int
     hotkey: str
     stage: int
-    direction: str
-    sample: int
+    check: str
+    grade: str
     passed: bool
     error: float
+    """-1 where nothing could be compared."""
+    tolerance: float
+    version: int | None
+    sample: int | None
+    piece: int | None
+    reason: str
+    accuser: str
+    """Hotkey of the validator whose failed finding was replayed; empty for an own one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Convicted:
+    """A miner counts nothing in this validator's scores up to the round before `until`."""
+
+    round: int
+    hotkey: str
+    until: int
     reason: str
 
 
@@ -190,17 +221,39 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class MinerScored:
-    """A validator's score of one miner for one round, term by term."""
+    """A validator's score of one miner for one round, term by term (`subnet.trust.scoring`)."""
 
     round: int
     uid: int
     hotkey: str
     stage: int
-    units: int
+    root: str
+    """What its record fixed at block `cut`, hex; empty if nothing."""
+    cut: int
     claimed: int
+    """Units in its evidence."""
+    units: int
+    """Units that pay: `forward` and `backward`."""
+    forward: int
+    backward: int
+    unpaid: dict[str, int]
+    """The others by reason (`subnet.trust.settlement.Unpaid`)."""
+    forward_flops: float
+    """Of one microbatch at its stage."""
     flops: float
     correctness: float
+    timeliness: float
+    missed: list[str]
+    """Marks it did not keep: root, evidence, bitmap."""
+    scarcity: float
     score: float
+    mean: float
+    rounds: int
+    """Over how many closed rounds the mean is."""
+    share: float
+    """Of all means."""
+    burn: float
+    """Share of the weight that nobody earns."""
     weight: float
 
 
@@ -264,13 +317,15 @@ Event = (
     | LocalStep
     | MicrobatchStarted
     | MicrobatchDone
+    | Quarantined
     | TrainingClosed
     | RecordPublished
     | Merged
     | MergeFault
     | ShadowChecked
     | Traffic
-    | UnitAudited
+    | Checked
+    | Convicted
     | Settled
     | MinerScored
     | WeightsSet

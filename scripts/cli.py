@@ -50,6 +50,19 @@ def _add_roster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     roster.add_argument("--archive", default=None, help="ws:// URL to read what the network's nodes have pruned from")
 
 
+def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    score = commands.add_parser("score", help="say where a miner's weight comes from")
+    actions = score.add_subparsers(dest="action", required=True, metavar="ACTION")
+    explain = actions.add_parser(
+        "explain",
+        help="print every term of a miner's score and the evidence behind it",
+        description="Print, per validator and round, every term of a miner's score and the evidence behind it.",
+    )
+    explain.add_argument("--uid", type=int, required=True, help="the miner's uid")
+    explain.add_argument("--run", type=Path, required=True, help="folder of a run: events/ of its validators")
+    explain.add_argument("--round", type=int, default=None, help="only this round (default: all)")
+
+
 def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     localnet = commands.add_parser(
         "localnet",
@@ -112,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_generate(commands)
     _add_roster(commands)
+    _add_score(commands)
     # Its options are the chain's own: `main` hands them over unparsed.
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
@@ -152,6 +166,10 @@ def main(argv: list[str] | None = None) -> int:
             netuid=flags.netuid,
             archive=flags.archive,
         )
+    if flags.command == "score":
+        from scripts.score import explain_score  # noqa: PLC0415 - reads only, but pulls in the event types
+
+        return explain_score(uid=flags.uid, run=flags.run, number=flags.round)
     return _localnet(flags)
 
 

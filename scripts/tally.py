@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from neurons.telemetry import (
+    Checked,
     Downloaded,
     Intervention,
     LocalStep,
@@ -29,12 +30,12 @@ from neurons.telemetry import (
     StateChanged,
     Traffic,
     TrainingClosed,
-    UnitAudited,
     Validated,
     WeightsSet,
     read_event,
 )
 from scripts.recovery import Recovery
+from subnet.trust.finding import Check
 
 RECENT = 20
 NO_TRAFFIC = Traffic(0, 0, 0, 0)
@@ -42,6 +43,8 @@ NO_RECORD = RecordPublished(phase="", round=0, block=0, bytes=0, epoch_used=0, e
 GONE = frozenset({"dead", "left"})
 """States of a miner that does nothing any more."""
 AT_WORK = frozenset({"training", "merging", "merged"})
+REPLAYED = frozenset({Check.FORWARD, Check.BACKWARD, Check.LOSS})
+"""Checks of one unit each."""
 Sample = tuple[int, int]
 """Round and sample id: one microbatch."""
 
@@ -233,7 +236,7 @@ class Tally:
                 self._record(event)
             case Traffic() as event:
                 self.miner(name).traffic_now = event
-            case UnitAudited(passed=passed):
+            case Checked(check=check, passed=passed, accuser="") if check in REPLAYED:
                 self.audits_passed += passed
                 self.audits_failed += not passed
             case MinerScored(hotkey=hotkey) as event:

@@ -154,6 +154,12 @@ class Busy(Refused):
     status, code = 429, "busy"
 
 
+class Full(Busy):
+    """BUSY because the replica has work enough waiting: a sibling may have room, and so will this one soon."""
+
+    status, code = 429, "full"
+
+
 class Broken(Refused):
     """The handler failed in a way nobody foresaw; that node's log has the traceback under the given id."""
 
@@ -171,7 +177,7 @@ REFUSALS: Final[dict[str, type[Refused]]] = {
     for kind in (
         MalformedRequest, BadSignature, StaleRequest, UnknownHotkey, UnknownRoute, UnknownRun, TooSlow,
         ReplayedRequest, Dropped, LengthRequired, TooLarge, WrongReceiver, WrongTensor, NotFinite, Busy,
-        Broken, Unavailable,
+        Full, Broken, Unavailable,
     )
 }  # fmt: skip
 

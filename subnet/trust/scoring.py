@@ -1,200 +1,96 @@
-"""Scoring: from evidence and audits to weights, every term named, recomputable by anyone.
+"""Scoring: from what is settled and what audits found to weights, every term named, recomputable by anyone.
 
-    score = verified useful FLOPs x correctness
+    score = verified useful FLOPs x correctness x timeliness x scarcity
 
-averaged over the last closed rounds. A unit's FLOPs are verified when the unit is *paid* (`settle`): its microbatch
-came back to its head, the consumer of its output signed for it, and its input is what the upstream leaf says it put
-out, its gradient what the downstream leaf sent. Where a neighbour served no evidence the receipts alone decide, so
-nobody loses pay through another's silence.
+* FLOPs of the units that pay (`subnet.trust.settlement`): a forward counts once its stage's cost, a backward twice;
+  recompute is not paid.
+* correctness is 0 or 1, by the audits.
+* timeliness, in [0, 1], is the share of the round's three marks kept (`Kept`).
+* scarcity, at least 1 and at most the manifest's, rewards those who came to a stage that has too few replicas.
+
+A miner's mean is taken over the last closed rounds; its weight is its share of all means, after the burn. Once a
+hotkey has been seen, every later round counts for it, as 0 where it was nowhere. A conviction makes it 0 in that round,
+in all before, and in as many from then on as a mean is taken over. So silence is never better than failure: a round in
+which nothing was shown is worth what a failed one is, and who shows nothing once its root is on chain is treated as
+convicted by whoever asked. A miner may still give a round up before its root is there, when it sees what is drawn; that
+costs the whole round, and the draw hits with at least the cheated share, so it loses that share of its pay to save as
+much of the work.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
+from subnet.swarm.record import Phase, Record
 from subnet.swarm.roster import Roster
-from subnet.swarm.routing import head_of
-from subnet.trust.ledger import NO_DIGEST, Direction, Evidence, Leaf, receipt_message
+from subnet.trust.settlement import NOTHING, Settlement
 
-Verify = Callable[[str, bytes, bytes], bool]
-"""(hotkey, message, signature) -> whether the signature is the hotkey's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Paid:
-    """Units of one miner in one round that count."""
-
-    forward: int
-    backward: int
-    claimed: int
-    """Leaves in its evidence, paid or not."""
+EARLIEST, LATEST = 30, 20
+"""Blocks before an epoch between which weights are set: late enough to know the newest round, and early enough to be
+included whatever the chain's load."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pathway:
-    """Who a completed microbatch went through, head first, and the loss its tail reported."""
+class Kept:
+    """Which of a round's marks a miner kept."""
 
-    sample: int
-    hotkeys: tuple[str, ...]
-    loss: float
+    root: bool
+    """Its record fixed a root by CUT."""
+    evidence: bool
+    """It served what hashes to that root, in time."""
+    bitmap: bool
+    """Its record said by HAVE which payloads it holds, still under that root."""
 
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    paid: dict[str, Paid]
-    pathways: tuple[Pathway, ...]
-
-
-_Unit = tuple[int, int, Direction]
-"""(stage, sample, direction)."""
+    @property
+    def share(self) -> float:
+        """Without root or evidence no unit pays, so among those paid this is 1 or 2/3."""
+        return (self.root + self.evidence + self.bitmap) / 3
 
 
-class _Book:
-    """Leaves of all miners of a round, with the neighbours' view of each."""
+def marks_kept(
+    roster: Roster,
+    at_cut: Mapping[str, Record | None],
+    at_have: Mapping[str, Record | None],
+    *,
+    served: Collection[str],
+) -> dict[str, Kept]:
+    """For every member of the roster, from the records at its CUT and HAVE blocks.
 
-    def __init__(
-        self, run: bytes, roster: Roster, evidence: Mapping[str, Evidence], verify: Verify, first_sample: int
-    ) -> None:
-        self.run, self.roster, self.verify, self.first_sample = run, roster, verify, first_sample
-        self.tail = len(roster.stages) - 1
-        self.units: dict[str, dict[_Unit, Leaf]] = {
-            hotkey: {
-                (leaf.stage, leaf.sample, leaf.direction): leaf
-                for leaf in table.leaves
-                if leaf.stage == roster.stage_of(hotkey)
-            }
-            for hotkey, table in evidence.items()
-        }
-
-    def peer(self, stage: int, index: int) -> str | None:
-        if not 0 <= stage < len(self.roster.stages) or index >= len(self.roster.stages[stage]):
-            return None
-        return self.roster.stages[stage][index]
-
-    def leaf(self, hotkey: str, stage: int, leaf: Leaf, direction: Direction) -> Leaf | None:
-        return self.units.get(hotkey, {}).get((stage, leaf.sample, direction))
-
-    def signed(self, hotkey: str, leaf: Leaf) -> bool:
-        """Whether the sink signed for this unit's output."""
-        consumer = self.peer(leaf.stage + (1 if leaf.direction is Direction.FORWARD else -1), leaf.sink)
-        if consumer is None:
-            return False
-        message = receipt_message(
-            self.run, self.roster.round, producer=hotkey, key=leaf.key, stage=leaf.stage, output=leaf.output
-        )
-        return self.verify(consumer, message, leaf.receipt)
-
-    def assigned(self, hotkey: str, leaf: Leaf) -> bool:
-        """Whether the sample was this head's to train."""
-        heads = self.roster.stages[0]
-        return head_of(leaf.sample, base=self.first_sample, heads=len(heads)) == heads.index(hotkey)
-
-    def linked(self, hotkey: str, leaf: Leaf) -> bool:
-        """Whether what came in is what its sender says it sent; a sender without evidence contradicts nothing.
-
-        A gradient must have been sent to this replica; an activation may have been fetched to take over a dead
-        sibling's unit, so there the digest decides.
-        """
-        upstream = leaf.direction is Direction.FORWARD or leaf.stage == self.tail
-        stage = leaf.stage - 1 if upstream else leaf.stage + 1
-        if stage < 0:
-            return self.assigned(hotkey, leaf) or self.inherited(leaf, leaf.sink)
-        sender = self.peer(stage, leaf.source)
-        if sender is None or (leaf.stage == 0 and not self.started(hotkey, leaf)):
-            return False
-        if sender not in self.units:
-            return True
-        sent = self.leaf(sender, stage, leaf, Direction.FORWARD if upstream else Direction.BACKWARD)
-        if sent is None or sent.output != (leaf.input if upstream else leaf.gradient):
-            return False
-        return upstream or self.peer(leaf.stage, sent.sink) == hotkey
-
-    def started(self, hotkey: str, leaf: Leaf) -> bool:
-        """Whether a head may count this backward: its own sample, forwarded with a receipt, or one it took over from a
-        head that served no evidence."""
-        if self.assigned(hotkey, leaf):
-            forward = self.leaf(hotkey, 0, leaf, Direction.FORWARD)
-            return forward is not None and self.signed(hotkey, forward)
-        return self.inherited(leaf, leaf.source)
-
-    def inherited(self, leaf: Leaf, neighbour: int) -> bool:
-        """Whether a unit of another head's sample counts for the head that took it over: only if the owner served no
-        evidence, so that nobody can take a living head's pay, and the neighbour in the next stage did."""
-        heads = self.roster.stages[0]
-        owner = heads[head_of(leaf.sample, base=self.first_sample, heads=len(heads))]
-        return owner not in self.units and self.peer(1, neighbour) in self.units
-
-    def consumed(self, hotkey: str, leaf: Leaf) -> bool:
-        """Whether the consumer's own leaf, if it shows one, names this replica as the source of exactly this output.
-
-        It signed for the output, so a leaf that it leaves out costs only itself.
-        """
-        forward = leaf.direction is Direction.FORWARD
-        stage = leaf.stage + 1 if forward else leaf.stage - 1
-        consumer = self.peer(stage, leaf.sink)
-        if consumer not in self.units:
-            return True
-        direction = Direction.BACKWARD if not forward or stage == self.tail else Direction.FORWARD
-        used = self.leaf(consumer, stage, leaf, direction)
-        if used is None:
-            return True
-        return (used.input if forward else used.gradient) == leaf.output and self.peer(
-            leaf.stage, used.source
-        ) == hotkey
-
-    def completed(self) -> set[int]:
-        """Samples of the microbatches that came back to their head, in its own words or by its receipt."""
-        done: set[int] = set()
-        for hotkey, units in self.units.items():
-            for (stage, sample, direction), leaf in units.items():
-                if direction is not Direction.BACKWARD:
-                    continue
-                head = self.peer(0, leaf.sink) if stage == 1 else None
-                back = stage == 0 and self.linked(hotkey, leaf)
-                if back or (stage == 1 and head not in self.units and self.signed(hotkey, leaf)):
-                    done.add(sample)
-        return done
-
-
-def settle(
-    run: bytes, roster: Roster, evidence: Mapping[str, Evidence], verify: Verify, *, first_sample: int
-) -> Settlement:
-    """Which units of a round count, per miner, and the pathways they form.
-
-    `first_sample` is the round's first sample id: it decides which head each sample belongs to.
-
-    `evidence` holds the tables that were served and matched their root on chain; miners missing from it earn nothing.
+    `served` are those whose evidence came in time and matched its root.
     """
-    book = _Book(run, roster, evidence, verify, first_sample)
-    done = book.completed()
-    paid: dict[str, Paid] = {}
-    for hotkey, units in book.units.items():
-        counts = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
-        for leaf in units.values():
-            counts[leaf.direction] += _pays(book, hotkey, leaf, done)
-        paid[hotkey] = Paid(counts[Direction.FORWARD], counts[Direction.BACKWARD], len(units))
-    return Settlement(paid, tuple(_pathways(book, done)))
+    marks = {}
+    for hotkey in roster.members:
+        cut, have = at_cut.get(hotkey), at_have.get(hotkey)
+        root = cut is not None and cut.round == roster.round and cut.phase >= Phase.CUT
+        bitmap = (
+            root
+            and cut is not None
+            and have is not None
+            and have.round == roster.round
+            and have.phase >= Phase.HAVE
+            and have.root == cut.root
+        )
+        marks[hotkey] = Kept(root, root and hotkey in served, bitmap)
+    return marks
 
 
-def _pays(book: _Book, hotkey: str, leaf: Leaf, done: set[int]) -> bool:
-    if leaf.sample not in done or not book.linked(hotkey, leaf):
-        return False
-    return leaf.output == NO_DIGEST or (book.signed(hotkey, leaf) and book.consumed(hotkey, leaf))
+def scarcity(roster: Roster, *, cap: float) -> dict[str, float]:
+    """The premium of every member: 1 + (cap - 1) x the share of replicas that its stage lacks.
 
-
-def _pathways(book: _Book, done: Iterable[int]) -> Iterable[Pathway]:
-    tail = len(book.roster.stages) - 1
-    holders: dict[int, dict[int, tuple[str, float]]] = defaultdict(dict)
-    for hotkey, units in book.units.items():
-        for (stage, sample, direction), leaf in units.items():
-            if direction is Direction.BACKWARD:
-                holders[sample][stage] = (hotkey, leaf.loss)
-    for sample in sorted(done):
-        path = holders[sample]
-        if len(path) == tail + 1:
-            yield Pathway(sample, tuple(path[stage][0] for stage in range(tail + 1)), path[tail][1])
+    A stage's target is the mean over stages. Only those get a premium who were sent there after the run's first roster,
+    as newcomers or from another stage: nobody chooses its stage, so nobody can seek it.
+    """
+    target = len(roster.members) / max(1, len(roster.stages))
+    premium = {}
+    for stage in roster.stages:
+        lacking = max(0.0, 1.0 - len(stage) / target) if target else 0.0
+        for hotkey in stage:
+            member = roster.member(hotkey)
+            moved = member is not None and member.since > 0
+            premium[hotkey] = 1.0 + (cap - 1.0) * lacking if moved else 1.0
+    return premium
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,35 +101,127 @@ class Score:
     flops: float
     """Forward and backward FLOPs of its paid units; recompute is not paid."""
     correctness: float
+    timeliness: float
+    scarcity: float
 
     @property
     def value(self) -> float:
-        return self.flops * self.correctness
+        return self.flops * self.correctness * self.timeliness * self.scarcity
 
 
 def score(
-    settlement: Settlement, *, forward_flops: Mapping[str, float], correctness: Mapping[str, float]
+    settlement: Settlement,
+    *,
+    forward_flops: Mapping[str, float],
+    correctness: Mapping[str, float],
+    timeliness: Mapping[str, float],
+    scarcity: Mapping[str, float],
 ) -> dict[str, Score]:
     """Scores of a round, for every member of its roster: who served no evidence earned nothing.
 
-    `forward_flops` is a member's stage's forward cost of one microbatch; a backward counts twice that.
+    `forward_flops` is a member's stage's forward cost of one microbatch; a backward counts twice that. Who was not
+    audited is correct; the other terms are there for all members.
     """
-    nothing = Paid(0, 0, 0)
     scores = {}
     for hotkey in forward_flops:
-        paid = settlement.paid.get(hotkey, nothing)
+        paid = settlement.paid.get(hotkey, NOTHING)
         flops = (paid.forward + 2.0 * paid.backward) * forward_flops[hotkey]
-        scores[hotkey] = Score(hotkey, flops, correctness.get(hotkey, 1.0))
+        scores[hotkey] = Score(hotkey, flops, correctness.get(hotkey, 1.0), timeliness[hotkey], scarcity[hotkey])
     return scores
 
 
-def weights(history: Sequence[Mapping[str, Score]], *, rounds: int) -> dict[str, float]:
-    """Normalised weights by hotkey: mean score over the last `rounds` closed rounds, newcomers over those present."""
-    recent = history[-rounds:]
-    sums: dict[str, list[float]] = defaultdict(list)
-    for scores in recent:
-        for hotkey, entry in scores.items():
-            sums[hotkey].append(entry.value)
-    means = {hotkey: sum(values) / len(values) for hotkey, values in sums.items()}
-    total = sum(means.values())
-    return {hotkey: value / total for hotkey, value in means.items() if value > 0} if total > 0 else {}
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A miner's mean score and over how many rounds it is taken."""
+
+    value: float
+    rounds: int
+
+
+class History:
+    """The closed rounds of a run as one validator judged them, as far as weights depend on them."""
+
+    def __init__(self, rounds: int) -> None:
+        """`rounds` is over how many a mean is taken, and for how many a conviction counts."""
+        self._rounds = rounds
+        self._recent: deque[Mapping[str, Score]] = deque(maxlen=rounds)
+        self._count = 0
+        self._first: dict[str, int] = {}
+        """Index of the closed round in which a hotkey was first seen."""
+        self._clean: dict[str, int] = {}
+        """Index of the first closed round that counts again for one that was convicted."""
+
+    def barred(self, hotkey: str) -> bool:
+        """Whether the round that is closed next counts nothing for it, because of an earlier conviction."""
+        return self._count < self._clean.get(hotkey, 0)
+
+    def close(self, scores: Mapping[str, Score], convicted: Collection[str] = ()) -> dict[str, Score]:
+        """Enter a round, with who was convicted in it; its scores as they count."""
+        for hotkey in convicted:
+            self._clean[hotkey] = self._count + self._rounds
+        counted = {
+            hotkey: replace(entry, correctness=0.0) if self.barred(hotkey) else entry
+            for hotkey, entry in scores.items()
+        }
+        for hotkey in counted:
+            self._first.setdefault(hotkey, self._count)
+        self._recent.append(counted)
+        self._count += 1
+        return counted
+
+    def mean(self, hotkey: str) -> Mean:
+        """Over the last closed rounds; a newcomer's over those since it was first seen."""
+        oldest = self._count - len(self._recent)
+        begin = max(oldest, self._first.get(hotkey, self._count))
+        if begin == self._count:
+            return Mean(0.0, 0)
+        clean = self._clean.get(hotkey, 0)
+        counted = [
+            entry.value
+            for index, scores in enumerate(self._recent, start=oldest)
+            if index >= clean and (entry := scores.get(hotkey)) is not None
+        ]
+        return Mean(sum(counted) / (self._count - begin), self._count - begin)
+
+    def shares(self) -> dict[str, float]:
+        """Every miner's part of all means; those that have one, in hotkey order. Empty if nobody has."""
+        means = {hotkey: self.mean(hotkey).value for hotkey in sorted(self._first)}
+        total = sum(means.values())
+        return {hotkey: value / total for hotkey, value in means.items() if value > 0} if total > 0 else {}
+
+
+def weights(shares: Mapping[str, float], *, uids: Mapping[str, int], burn: float, owner: str) -> dict[int, float]:
+    """Weights to set, by uid, summing to 1: the burn uid, the subnet owner's, gets `burn`, the miners the rest.
+
+    Who is no longer registered gets nothing; the others share it. With nobody eligible everything is burned. If the
+    owner's hotkey is not registered there is no burn uid: then the miners get all, and with nobody eligible either
+    there is nothing to set, so the result is empty and what is on chain stays.
+    """
+    eligible = {uids[hotkey]: share for hotkey, share in shares.items() if hotkey in uids and share > 0}
+    total = sum(eligible.values())
+    sink = uids.get(owner)
+    if not eligible:
+        return {} if sink is None else {sink: 1.0}
+    kept = 1.0 if sink is None else 1.0 - burn
+    result = {uid: kept * share / total for uid, share in eligible.items()}
+    if sink is not None and burn > 0:
+        result[sink] = result.get(sink, 0.0) + burn
+    return result
+
+
+def due(now: int, *, epoch: int, tempo: int, last: int | None) -> int:
+    """The block, `now` or later, at which to set weights next: once per tempo, shortly before the epoch.
+
+    Args:
+        now: the newest block.
+        epoch: the next epoch's block, later than `now`.
+        tempo: blocks between epochs. One so short that it has no room for the span before its end asks for weights
+            at once, each time something is new: so on a local chain.
+        last: the block at which this validator set its weights last. Late is better than not at all.
+    """
+    if tempo <= EARLIEST:
+        return now
+    middle = epoch - (EARLIEST + LATEST) // 2
+    if last is not None and last > epoch - tempo:
+        return middle + tempo
+    return middle if now < epoch - EARLIEST else now

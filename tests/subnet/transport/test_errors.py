@@ -17,8 +17,13 @@ def test_every_refusal_survives_the_wire(kind: type[Refused]) -> None:
     assert got.retry_after == 0.5
 
 
+def descendants(kind: type[Refused]) -> set[type[Refused]]:
+    return {child for direct in kind.__subclasses__() for child in (direct, *descendants(direct))}
+
+
 def test_every_subclass_is_in_the_table_under_a_code_of_its_own() -> None:
-    assert set(errors.REFUSALS.values()) == set(Refused.__subclasses__())
+    assert set(errors.REFUSALS.values()) == descendants(Refused)
+    assert len({kind.code for kind in descendants(Refused)}) == len(descendants(Refused))
 
 
 @pytest.mark.parametrize(

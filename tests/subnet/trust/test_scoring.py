@@ -1,310 +1,255 @@
-"""A unit pays once, only if linked and receipted; nobody loses pay through another's silence."""
+"""Scores are their terms; silence is never better than failure; weights burn what they must, once per tempo."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from subnet.identity import Identity, verify
-from subnet.swarm.roster import Roster
-from subnet.trust.ledger import (
-    NO_DIGEST,
-    NO_PEER,
-    Direction,
-    Evidence,
-    Leaf,
-    LedgerError,
-    Window,
-    digest,
-    evidence_root,
-    receipt_message,
-)
-from subnet.trust.scoring import Settlement, score, settle, weights
+from subnet.swarm.record import Phase, Record
+from subnet.swarm.roster import FROM_SEED, Member, Roster, Standing
+from subnet.trust.scoring import EARLIEST, LATEST, History, Kept, Score, due, marks_kept, scarcity, score, weights
+from subnet.trust.settlement import Paid, Settlement
+from tests.subnet.trust.books import Book
 
-RUN = b"run-0001"
-STAGES, REPLICAS, SAMPLES = 3, 2, 8
-KEYS = {key.hotkey: key for key in (Identity.from_uri(f"//score-{i}") for i in range(STAGES * REPLICAS))}
-HOTKEYS = list(KEYS)
-ROSTER = Roster.of([HOTKEYS[s * REPLICAS : (s + 1) * REPLICAS] for s in range(STAGES)])
+ROUNDS = 3
 
 
-def tag(*parts: object) -> bytes:
-    return digest("/".join(map(str, parts)).encode())
+def entry(hotkey: str, value: float, *, correctness: float = 1.0) -> Score:
+    return Score(hotkey, value, correctness, 1.0, 1.0)
 
 
-def receipted(leaf: Leaf, producer: str, consumer: str) -> Leaf:
-    message = receipt_message(RUN, 0, producer=producer, key=leaf.key, stage=leaf.stage, output=leaf.output)
-    return replace(leaf, receipt=KEYS[consumer].sign(message))
+# -- one round ----------------------------------------------------------------------------------------------------
 
 
-def honest() -> dict[str, list[Leaf]]:
-    """Sample k of head k % 2 goes through replica (k // 2) % 2 of every later stage."""
-    book: dict[str, list[Leaf]] = {hotkey: [] for hotkey in HOTKEYS}
-    for sample in range(SAMPLES):
-        path = [sample % 2, (sample // 2) % 2, (sample // 2) % 2]
-        holders = [ROSTER.stages[stage][path[stage]] for stage in range(STAGES)]
-        for stage, hotkey in enumerate(holders):
-            first, last = stage == 0, stage == STAGES - 1
-            x = tag("tokens", sample) if first else tag("y", stage - 1, sample)
-            if not last:
-                forward = Leaf(
-                    direction=Direction.FORWARD,
-                    stage=stage,
-                    sample=sample,
-                    version=0,
-                    source=NO_PEER if first else path[stage - 1],
-                    sink=path[stage + 1],
-                    input=x,
-                    output=tag("y", stage, sample),
-                )
-                book[hotkey].append(receipted(forward, hotkey, holders[stage + 1]))
-            backward = Leaf(
-                direction=Direction.BACKWARD,
-                stage=stage,
-                sample=sample,
-                version=0,
-                source=path[stage - 1] if last else path[stage + 1],
-                sink=NO_PEER if first else path[stage - 1],
-                loss=1.5,
-                input=x,
-                gradient=NO_DIGEST if last else tag("dx", stage + 1, sample),
-                output=NO_DIGEST if first else tag("dx", stage, sample),
-            )
-            book[hotkey].append(backward if first else receipted(backward, hotkey, holders[stage - 1]))
-    return book
-
-
-def evidence(book: dict[str, list[Leaf]]) -> dict[str, Evidence]:
-    return {hotkey: Evidence(tuple(leaves), (Window(0, len(leaves), b"w" * 32),)) for hotkey, leaves in book.items()}
-
-
-def judged(book: dict[str, list[Leaf]], *, without: tuple[str, ...] = ()) -> Settlement:
-    tables = {hotkey: table for hotkey, table in evidence(book).items() if hotkey not in without}
-    return settle(RUN, ROSTER, tables, verify, first_sample=0)
-
-
-def units(settlement: Settlement, hotkey: str) -> int:
-    return settlement.paid[hotkey].forward + settlement.paid[hotkey].backward
-
-
-def test_honest_work_is_paid_whole() -> None:
-    settlement = judged(honest())
-    assert all(units(settlement, hotkey) == settlement.paid[hotkey].claimed > 0 for hotkey in HOTKEYS)
-    assert len(settlement.pathways) == SAMPLES
-    assert all(path.loss == 1.5 for path in settlement.pathways)
-
-
-def test_forged_receipts_pay_nothing() -> None:
-    book = honest()
-    cheat = ROSTER.stages[1][0]
-    own = [replace(leaf, receipt=KEYS[cheat].sign(b"trust me")) for leaf in book[cheat]]
-    settlement = judged({**book, cheat: own})
-    assert units(settlement, cheat) == 0
-    assert units(settlement, ROSTER.stages[1][1]) > 0
-
-
-def test_invented_input_pays_nothing() -> None:
-    book = honest()
-    cheat = ROSTER.stages[1][0]
-    invented = [
-        replace(leaf, input=tag("dream", leaf.sample)) if leaf.direction is Direction.FORWARD else leaf
-        for leaf in book[cheat]
-    ]
-    settlement = judged({**book, cheat: invented})
-    assert settlement.paid[cheat].forward == 0
-    assert settlement.paid[cheat].backward > 0
-
-
-def test_a_head_is_paid_for_its_own_samples_only() -> None:
-    book = honest()
-    one, two = ROSTER.stages[0]
-    settlement = judged({**book, one: book[two], two: []})
-    assert units(settlement, one) == 0
-
-
-def test_work_that_never_came_back_pays_nothing() -> None:
-    book = honest()
-    head = ROSTER.stages[0][0]
-    book[head] = [leaf for leaf in book[head] if leaf.direction is Direction.FORWARD]
-    settlement = judged(book)
-    assert units(settlement, head) == 0
-    assert sum(units(settlement, hotkey) for hotkey in ROSTER.stages[2]) == SAMPLES // 2
-
-
-def test_a_copied_unit_pays_only_who_did_it() -> None:
-    book = honest()
-    real, copy = ROSTER.stages[1]
-    settlement = judged({**book, copy: [*book[copy], *book[real]]})
-    assert units(settlement, real) == len(book[real])
-    assert units(settlement, copy) == len(book[copy])
-
-
-def test_a_unit_taken_over_from_a_silent_head_pays_the_one_that_was_sent_the_gradient() -> None:
-    book = honest()
-    dead, heir = ROSTER.stages[0]
-    mine = [leaf for leaf in book[dead] if leaf.direction is Direction.BACKWARD][:2]
-    for hotkey in ROSTER.stages[1]:
-        book[hotkey] = [
-            receipted(replace(leaf, sink=1), hotkey, heir)
-            if leaf.direction is Direction.BACKWARD and leaf.sample in {taken.sample for taken in mine}
-            else leaf
-            for leaf in book[hotkey]
-        ]
-    own = units(judged(book), heir)
-    settlement = judged({**book, heir: [*book[heir], *mine]}, without=(dead,))
-    assert units(settlement, heir) == own + len(mine)
-    assert units(judged({**book, heir: [*book[heir], *mine]}), heir) == own
-
-
-def test_a_microbatch_started_for_a_silent_head_pays_its_heir_as_if_it_were_its_own() -> None:
-    """Taken over whole: forward and backward leaf, both receipted; with the owner's evidence there it pays nothing."""
-    book = honest()
-    dead, heir = ROSTER.stages[0]
-    mine = [leaf for leaf in book[dead] if leaf.sample < 2]
-    assert len(mine) == 2
-    body = ROSTER.stages[1][mine[0].sink]
-    forwards = [leaf for leaf in mine if leaf.direction is Direction.FORWARD]
-    taken = [receipted(leaf, heir, body) if leaf in forwards else leaf for leaf in mine]
-    book[body] = [
-        replace(leaf, source=1)
-        if leaf.sample < 2 and leaf.direction is Direction.FORWARD
-        else receipted(replace(leaf, sink=1), body, heir)
-        if leaf.sample < 2
-        else leaf
-        for leaf in book[body]
-    ]
-    own = units(judged(book, without=(dead,)), heir)
-    with_taken = {**book, heir: [*book[heir], *taken]}
-    settlement = judged(with_taken, without=(dead,))
-    assert units(settlement, heir) == own + 2 == settlement.paid[heir].claimed
-    assert units(settlement, body) == len(book[body])
-    assert units(judged(with_taken), heir) == own, "the owner is there"
-    assert units(judged(with_taken, without=(dead, body)), heir) == units(judged(book, without=(dead, body)), heir)
-    unsigned = [replace(leaf, receipt=b"x" * 64) if leaf in taken[:1] else leaf for leaf in with_taken[heir]]
-    assert (
-        judged({**book, heir: unsigned}, without=(dead,)).paid[heir].forward
-        == judged(book, without=(dead,)).paid[heir].forward
+def test_a_score_is_the_product_of_its_terms() -> None:
+    settlement = Settlement({"a": Paid(3, 2, 9), "b": Paid(3, 2, 5), "c": Paid(3, 2, 5)}, (), ())
+    scores = score(
+        settlement,
+        forward_flops={"a": 10.0, "b": 10.0, "c": 20.0, "silent": 10.0},
+        correctness={"b": 0.0},
+        timeliness={"a": 1.0, "b": 1.0, "c": 2 / 3, "silent": 0.0},
+        scarcity={"a": 1.1, "b": 1.0, "c": 1.0, "silent": 1.0},
     )
+    assert scores["a"].flops == (3 + 2 * 2) * 10.0
+    assert scores["a"].value == pytest.approx(70.0 * 1.1)
+    assert scores["b"].value == 0.0
+    assert scores["c"].value == pytest.approx(140.0 * 2 / 3)
+    assert scores["silent"].value == 0.0
 
 
-def test_a_silent_neighbour_takes_nobody_s_pay() -> None:
-    for silent in HOTKEYS:
-        settlement = judged(honest(), without=(silent,))
-        assert silent not in settlement.paid
-        for hotkey in settlement.paid:
-            assert units(settlement, hotkey) == settlement.paid[hotkey].claimed, (silent, hotkey)
+def test_honest_replicas_of_a_round_score_by_their_stage_s_work() -> None:
+    book = Book()
+    every = dict.fromkeys(book.hotkeys, 1.0)
+    scores = score(book.settle(), forward_flops=every, correctness={}, timeliness=every, scarcity=every)
+    for stage in book.roster.stages:
+        assert len({scores[hotkey].value for hotkey in stage}) == 1
 
 
-def test_leaves_for_stages_one_does_not_hold_change_nobody_s_pay() -> None:
-    book = honest()
-    before = judged(book)
-    cheat = ROSTER.stages[1][0]
-    everything = [leaf for leaves in book.values() for leaf in leaves]
-    after = judged({**book, cheat: [*everything, *book[cheat]]})
-    for hotkey in HOTKEYS:
-        assert units(after, hotkey) == units(before, hotkey), hotkey
+def test_marks_are_kept_by_record_and_evidence() -> None:
+    roster = Roster.of([["a", "b"], ["c", "d"]])
+
+    def record(phase: Phase, *, number: int = 0, root: bytes = b"r" * 32) -> Record:
+        return Record(run=b"run-0001", round=number, phase=phase, root=root)
+
+    cut = {"a": record(Phase.CUT), "b": record(Phase.CUT), "c": record(Phase.READY), "d": record(Phase.CUT)}
+    have = {
+        "a": record(Phase.HAVE),
+        "b": record(Phase.HAVE, root=b"x" * 32),
+        "c": record(Phase.HAVE),
+        "d": record(Phase.READY, number=1),
+    }
+    marks = marks_kept(roster, cut, have, served={"a", "b", "c"})
+    assert marks == {
+        "a": Kept(root=True, evidence=True, bitmap=True),
+        "b": Kept(root=True, evidence=True, bitmap=False),
+        "c": Kept(root=False, evidence=False, bitmap=False),
+        "d": Kept(root=True, evidence=False, bitmap=False),
+    }
+    assert [marks[name].share for name in "abcd"] == pytest.approx([1, 2 / 3, 0, 1 / 3])
+    assert marks_kept(roster, {}, {}, served=())["a"].share == 0
 
 
-def test_only_a_head_can_say_that_a_microbatch_came_back() -> None:
-    book = honest()
-    for head in ROSTER.stages[0]:
-        book[head] = [leaf for leaf in book[head] if leaf.direction is Direction.FORWARD]
-    cheat = ROSTER.stages[1][0]
-    fake = [
-        Leaf(direction=Direction.BACKWARD, stage=0, sample=sample, version=0, source=0, loss=0.1)
-        for sample in range(SAMPLES)
+def test_scarcity_goes_to_who_came_to_a_short_stage_only() -> None:
+    rows = [
+        *(Member(hotkey=f"old{i}", standing=Standing.ACTIVE, stage=0) for i in range(4)),
+        Member(hotkey="founder", standing=Standing.ACTIVE, stage=1),
+        Member(hotkey="moved", standing=Standing.ACTIVE, stage=1, since=3),
+        Member(hotkey="joined0", standing=Standing.ACTIVE, stage=0, since=3),
+        Member(hotkey="joins", standing=Standing.JOIN, stage=1, since=4),
+        Member(hotkey="waits", standing=Standing.WAIT),
     ]
-    settlement = judged({**book, cheat: [*book[cheat], *fake]})
-    assert not settlement.pathways
-    assert all(units(settlement, hotkey) == 0 for hotkey in HOTKEYS)
-
-
-def test_serving_no_evidence_earns_nothing_and_counts() -> None:
-    silent = HOTKEYS[0]
-    flops = dict.fromkeys(HOTKEYS, 1.0)
-    whole = score(judged(honest()), forward_flops=flops, correctness={})
-    without = score(judged(honest(), without=(silent,)), forward_flops=flops, correctness={})
-    assert without[silent].value == 0.0
-    twin = next(hotkey for hotkey in HOTKEYS[1:] if whole[hotkey].value == whole[silent].value)
-    shares = weights([whole, without, without], rounds=3)
-    assert shares[silent] == pytest.approx(shares[twin] / 3)
-
-
-def sound(leaves: list[Leaf]) -> Evidence:
-    """Evidence with the window table an honest ledger would have."""
-    versions = sorted({leaf.version for leaf in leaves})
-    backward = [leaf.version for leaf in leaves if leaf.direction is Direction.BACKWARD]
-    return Evidence(tuple(leaves), tuple(Window(version, backward.count(version), b"w" * 32) for version in versions))
-
-
-def test_honest_evidence_is_sound() -> None:
-    for stage, replicas in enumerate(ROSTER.stages):
-        for hotkey in replicas:
-            sound(honest()[hotkey]).check(stage=stage, samples=range(SAMPLES))
-    Evidence((), ()).check(stage=0, samples=range(SAMPLES))
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda leaves: [replace(leaves[0], stage=2), *leaves[1:]],
-        lambda leaves: [replace(leaves[0], sample=2**63), *leaves[1:]],
-        lambda leaves: [*leaves, leaves[0]],
-        lambda leaves: [replace(leaves[0], loss=float("nan")), *leaves[1:]],
-        lambda leaves: [replace(leaves[0], loss=1e38), *leaves[1:]],
-        lambda leaves: [replace(leaves[0], version=10**6), *leaves[1:]],
-    ],
-)
-def test_evidence_that_cannot_be_is_refused(spoil: Callable[[list[Leaf]], list[Leaf]]) -> None:
-    leaves = honest()[ROSTER.stages[1][0]]
-    with pytest.raises(LedgerError):
-        sound(spoil(leaves)).check(stage=1, samples=range(SAMPLES))
-
-
-@pytest.mark.parametrize(
-    "windows",
-    [
-        (),
-        (Window(0, 99, b"w" * 32),),
-        (Window(0, 4, b"w" * 32), Window(0, 4, b"w" * 32)),
-        (Window(0, 4, b"w" * 32), Window(1, 0, b"w" * 32)),
-        (Window(7, 4, b"w" * 32),),
-    ],
-)
-def test_windows_are_those_of_the_leaves(windows: tuple[Window, ...]) -> None:
-    leaves = tuple(honest()[ROSTER.stages[1][0]])
-    assert sum(leaf.direction is Direction.BACKWARD for leaf in leaves) == 4
-    with pytest.raises(LedgerError, match="window"):
-        Evidence(leaves, windows).check(stage=1, samples=range(SAMPLES))
-
-
-def test_tables_round_trip_and_their_root_binds_every_byte() -> None:
-    table = evidence(honest())[HOTKEYS[0]]
-    leaves, windows = table.tables()
-    assert Evidence.parse(leaves, windows).root == table.root == evidence_root(leaves, windows)
-    for position in range(0, len(leaves), 37):
-        altered = bytearray(leaves)
-        altered[position] ^= 1
-        assert evidence_root(altered, windows) != table.root
-    with pytest.raises(LedgerError, match="whole rows"):
-        Evidence.parse(leaves[:-1], windows)
-    with pytest.raises(LedgerError, match="direction 9"):
-        Evidence.parse(b"\x09" + leaves[1:], windows)
-
-
-def test_score_is_flops_times_correctness_and_weights_are_their_mean() -> None:
-    settlement = judged(honest())
-    flops = dict.fromkeys(HOTKEYS, 10.0)
-    cheat = HOTKEYS[0]
-    scores = score(settlement, forward_flops=flops, correctness={cheat: 0.0})
-    paid = settlement.paid[HOTKEYS[1]]
-    assert scores[HOTKEYS[1]].value == 10.0 * (paid.forward + 2 * paid.backward)
-    assert scores[cheat].value == 0.0
-    shares = weights([scores], rounds=3)
-    assert cheat not in shares
-    assert sum(shares.values()) == pytest.approx(1.0)
-    newcomer = {**scores, "new": replace(scores[HOTKEYS[1]], hotkey="new")}
-    assert weights([scores, newcomer], rounds=3)["new"] == pytest.approx(
-        weights([scores, newcomer], rounds=3)[HOTKEYS[1]]
+    table = tuple(sorted(rows, key=lambda row: row.hotkey))
+    premium = scarcity(Roster(4, table, (FROM_SEED, FROM_SEED), (0, 0)), cap=1.2)
+    target = 7 / 2
+    assert premium["moved"] == pytest.approx(1 + 0.2 * (1 - 2 / target))
+    assert {name: value for name, value in premium.items() if name != "moved"} == dict.fromkeys(
+        [f"old{i}" for i in range(4)] + ["founder", "joined0"], 1.0
     )
-    assert weights([{cheat: scores[cheat]}], rounds=3) == {}
+    assert set(scarcity(Roster.of([[], []]), cap=1.2)) == set()
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=5), st.floats(1, 1.25))
+def test_scarcity_is_between_one_and_its_cap(stages: list[list[int]], cap: float) -> None:
+    rows = tuple(
+        Member(hotkey=f"{stage:02d}{index:02d}", standing=Standing.ACTIVE, stage=stage, since=since)
+        for stage, replicas in enumerate(stages)
+        for index, since in enumerate(replicas)
+    )
+    premium = scarcity(Roster(9, rows, (FROM_SEED,) * len(stages), (0,) * len(stages)), cap=cap)
+    assert set(premium) == {row.hotkey for row in rows}
+    assert all(1.0 <= value <= cap for value in premium.values())
+
+
+# -- history ------------------------------------------------------------------------------------------------------
+
+
+def test_a_mean_is_over_the_last_rounds_and_a_newcomer_s_over_those_present() -> None:
+    history = History(ROUNDS)
+    for value in (100.0, 3.0, 6.0):
+        history.close({"a": entry("a", value)})
+    history.close({"a": entry("a", 9.0), "new": entry("new", 6.0)})
+    assert history.mean("a").value == pytest.approx(6.0)
+    assert history.mean("a").rounds == ROUNDS
+    assert history.mean("new").value == pytest.approx(6.0)
+    assert history.mean("new").rounds == 1
+    assert history.mean("nobody").rounds == 0
+    assert history.shares() == pytest.approx({"a": 0.5, "new": 0.5})
+
+
+def test_who_was_seen_once_is_no_newcomer_again() -> None:
+    history = History(ROUNDS)
+    history.close({"a": entry("a", 6.0), "b": entry("b", 6.0)})
+    for _ in range(5):
+        history.close({"a": entry("a", 6.0)})
+    history.close({"a": entry("a", 6.0), "b": entry("b", 6.0)})
+    assert history.mean("b").value == pytest.approx(6.0 / ROUNDS)
+
+
+def test_a_conviction_zeroes_what_was_and_as_many_rounds_as_a_mean_is_taken_over() -> None:
+    history = History(ROUNDS)
+    everybody = {name: entry(name, 6.0) for name in ("cheat", "honest")}
+    for _ in range(4):
+        history.close(everybody)
+    assert not history.barred("cheat")
+    counted = history.close(everybody, convicted=["cheat"])
+    assert counted["cheat"].correctness == 0.0
+    assert history.shares() == {"honest": 1.0}
+    for left in reversed(range(ROUNDS)):
+        assert history.barred("cheat") == (left > 0)
+        history.close(everybody)
+        assert (history.shares().get("cheat", 0.0) > 0) == (left == 0)
+    assert history.mean("cheat").value == pytest.approx(6.0 / ROUNDS)
+
+
+def test_a_conviction_of_one_who_is_in_no_roster_counts_when_it_is_back() -> None:
+    history = History(ROUNDS)
+    history.close({"a": entry("a", 1.0)}, convicted=["cheat"])
+    history.close({"a": entry("a", 1.0), "cheat": entry("cheat", 1.0)})
+    assert history.shares() == {"a": 1.0}
+
+
+def test_nobody_has_a_share_of_nothing() -> None:
+    history = History(ROUNDS)
+    assert history.shares() == {}
+    history.close({"a": entry("a", 0.0)})
+    assert history.shares() == {}
+
+
+HONEST, FAILED, CONVICTED, WITHHELD, SILENT, AWAY = "honest", "failed", "convicted", "withheld", "silent", "away"
+DEEDS = st.sampled_from([HONEST, FAILED, CONVICTED, WITHHELD, SILENT, AWAY])
+
+
+def play(deeds: list[str], values: list[float]) -> float:
+    """The share of one miner after it did this, beside one that is always honest.
+
+    A failed audit that does not convict makes the round incorrect; who withholds what was asked for is treated as
+    convicted; who is silent in a round has no root; who is away is not even in its roster.
+    """
+    history = History(ROUNDS)
+    for deed, value in zip(deeds, values, strict=True):
+        scores = {"other": entry("other", 1.0)}
+        if deed != AWAY:
+            claimed = 0.0 if deed in (SILENT, WITHHELD) else value
+            scores["one"] = entry("one", claimed, correctness=0.0 if deed in (FAILED, CONVICTED) else 1.0)
+        history.close(scores, convicted=["one"] if deed in (CONVICTED, WITHHELD) else [])
+    return history.shares().get("one", 0.0)
+
+
+@given(st.lists(st.tuples(DEEDS, st.floats(0, 10)), min_size=1, max_size=10), st.data())
+def test_silence_is_never_better_than_failure(rounds: list[tuple[str, float]], data: st.DataObject) -> None:
+    deeds, values = [deed for deed, _ in rounds], [value for _, value in rounds]
+    at = data.draw(st.integers(0, len(deeds) - 1))
+
+    def with_deed(deed: str) -> float:
+        return play([*deeds[:at], deed, *deeds[at + 1 :]], values)
+
+    was_there_before = any(deed != AWAY for deed in deeds[:at])
+    assert with_deed(SILENT) <= with_deed(FAILED) <= with_deed(HONEST)
+    assert with_deed(WITHHELD) <= with_deed(CONVICTED) <= with_deed(FAILED)
+    if was_there_before:
+        assert with_deed(AWAY) <= with_deed(FAILED)
+
+
+# -- weights ------------------------------------------------------------------------------------------------------
+
+UIDS = {"a": 3, "b": 5, "owner": 0}
+
+
+def test_the_owner_s_uid_gets_the_burn_and_the_miners_the_rest() -> None:
+    assert weights({"a": 0.25, "b": 0.75}, uids=UIDS, burn=0.2, owner="owner") == pytest.approx(
+        {3: 0.2, 5: 0.6, 0: 0.2}
+    )
+    assert weights({"a": 0.25, "b": 0.75}, uids=UIDS, burn=0.0, owner="owner") == pytest.approx({3: 0.25, 5: 0.75})
+    assert weights({"a": 0.5, "owner": 0.5}, uids=UIDS, burn=0.2, owner="owner") == pytest.approx({3: 0.4, 0: 0.6})
+
+
+def test_with_nobody_eligible_everything_is_burned() -> None:
+    assert weights({}, uids=UIDS, burn=0.0, owner="owner") == {0: 1.0}
+    assert weights({"gone": 1.0}, uids=UIDS, burn=0.3, owner="owner") == {0: 1.0}
+
+
+def test_without_an_owner_s_uid_nothing_is_burned() -> None:
+    uids = {"a": 3, "b": 5}
+    assert weights({"a": 0.5, "b": 0.5}, uids=uids, burn=0.5, owner="owner") == pytest.approx({3: 0.5, 5: 0.5})
+    assert weights({}, uids=uids, burn=0.5, owner="owner") == {}
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1e-6, 1)),
+    st.dictionaries(st.sampled_from([*"abcdefgh", "owner"]), st.integers(0, 255)),
+    st.floats(0, 0.99),
+)
+def test_weights_sum_to_one_or_there_are_none(shares: dict[str, float], uids: dict[str, int], burn: float) -> None:
+    uids = {hotkey: uid for uid, hotkey in {uid: hotkey for hotkey, uid in uids.items()}.items()}
+    result = weights(shares, uids=uids, burn=burn, owner="owner")
+    assert all(value > 0 for value in result.values())
+    if result:
+        assert sum(result.values()) == pytest.approx(1.0)
+    else:
+        assert "owner" not in uids
+        assert not set(shares) & set(uids)
+
+
+@given(
+    st.integers(31, 720),
+    st.integers(0, 100_000),
+    st.integers(1, 720),
+    st.one_of(st.none(), st.integers(0, 1000)),
+)
+def test_weights_are_set_once_per_tempo_and_early_enough(tempo: int, now: int, ahead: int, ago: int | None) -> None:
+    epoch = now + min(ahead, tempo)
+    last = None if ago is None else now - ago
+    block = due(now, epoch=epoch, tempo=tempo, last=last)
+    assert block >= now
+    if last is not None and last > epoch - tempo:
+        assert block > epoch
+        assert LATEST <= epoch + tempo - block <= EARLIEST
+    elif now <= epoch - LATEST:
+        assert LATEST <= epoch - block <= EARLIEST
+    else:
+        assert block == now, "late is better than not at all"
+
+
+def test_a_tempo_without_room_asks_for_weights_at_once() -> None:
+    assert due(77, epoch=80, tempo=10, last=76) == 77

@@ -26,7 +26,8 @@ from subnet.messages import (
 from subnet.transport.axon import Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Dropped, Unavailable, UnknownRun
-from subnet.trust.ledger import LEAF_BYTES, WINDOW_BYTES, Direction, UnitKey
+from subnet.trust.heads import ACK_BYTES, HEAD_BYTES
+from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, Direction, UnitKey
 
 
 class EvidenceDesk:
@@ -66,10 +67,13 @@ class EvidenceDesk:
         held = self._held(request)
         if held.evidence is None or held.desk is None:
             raise Unavailable(f"the ledger of round {request.round} is still open", "ask after CUT", retry_after=0.5)
-        leaves, windows = held.evidence.tables()
-        return EvidenceTables(payload=held.desk.payload_root.hex(), windows=len(held.evidence.windows)), {
-            "leaves": byte_tensor(leaves).view(-1, LEAF_BYTES),
-            "windows": byte_tensor(windows).view(-1, WINDOW_BYTES),
+        evidence, tables = held.evidence, held.evidence.tables()
+        payload = held.desk.payload_root.hex()
+        return EvidenceTables(payload=payload, heads=len(evidence.heads), acks=len(evidence.acks)), {
+            "leaves": byte_tensor(tables.leaves).view(-1, LEAF_BYTES),
+            "heads": byte_tensor(tables.heads).view(-1, HEAD_BYTES),
+            "acks": byte_tensor(tables.acks).view(-1, ACK_BYTES),
+            "closing": byte_tensor(tables.closing).view(-1, CLOSING_BYTES),
         }
 
     async def window(self, _caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:

@@ -16,7 +16,9 @@ import torch
 from model.data import Corpus
 from model.stage import Stage, assign_flat
 from neurons.node import Node
+from neurons.windows import root_of
 from subnet.messages import (
+    ACKS_LIMIT,
     EvidenceRequest,
     EvidenceTables,
     Tensors,
@@ -30,16 +32,15 @@ from subnet.swarm.roster import Roster
 from subnet.transport.errors import TransportError
 from subnet.transport.synapse import HEADER_LIMIT, tensor_bytes
 from subnet.trust.audit import UnitTensors, Verdict, replay
+from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, WindowHead
 from subnet.trust.ledger import (
     LEAF_BYTES,
-    WINDOW_BYTES,
     Direction,
     Evidence,
     Leaf,
     LedgerError,
-    Window,
+    Tables,
     digest,
-    evidence_root,
 )
 
 log = logging.getLogger("orion.neurons.evidence")
@@ -81,14 +82,14 @@ class EvidenceReader:
                 hotkey,
                 EvidenceRequest(run=node.loaded.run_id.hex(), round=roster.round),
                 reply=EvidenceTables,
-                reply_specs=lambda fields: evidence_specs(record.work, min(fields.windows, record.work)),
-                max_reply_bytes=HEADER_LIMIT + record.work * (LEAF_BYTES + WINDOW_BYTES),
+                reply_specs=lambda fields: evidence_specs(record.work, min(fields.heads, record.work), fields.acks),
+                max_reply_bytes=HEADER_LIMIT + record.work * (LEAF_BYTES + HEAD_BYTES) + ACKS_LIMIT * ACK_BYTES,
                 deadline=FETCH_DEADLINE,
             )
-            leaves, windows = tensor_bytes(tensors["leaves"]), tensor_bytes(tensors["windows"])
-            if bind_roots(bytes.fromhex(reply.payload), evidence_root(leaves, windows)) != record.root:
+            tables = Tables(*(bytes(tensor_bytes(tensors[name])) for name in ("leaves", "heads", "acks", "closing")))
+            if bind_roots(bytes.fromhex(reply.payload), tables.root) != record.root:
                 raise LedgerError("its evidence does not hash to its root on chain")
-            evidence = Evidence.parse(leaves, windows)
+            evidence = Evidence.parse(tables)
             first = roster.round * quota
             evidence.check(stage=roster.stage_of(hotkey) or 0, samples=range(first, first + quota))
         except (TransportError, LedgerError) as error:
@@ -100,7 +101,7 @@ class EvidenceReader:
         self,
         hotkey: str,
         roster: Roster,
-        picks: Sequence[tuple[Window, Sequence[Leaf]]],
+        picks: Sequence[tuple[WindowHead, Sequence[Leaf]]],
         *,
         public: Mapping[int, tuple[torch.Tensor, ...]],
     ) -> list[Case]:
@@ -124,11 +125,11 @@ class EvidenceReader:
         return found
 
     async def _weights(
-        self, hotkey: str, roster: Roster, window: Window, public: tuple[torch.Tensor, ...]
+        self, hotkey: str, roster: Roster, window: WindowHead, public: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
         """The window's weights: one of `public` where they follow from public state, else as served."""
         for weights in public:
-            if window.weights == digest(tensor_bytes(weights)):
+            if window.weights == root_of(weights):
                 return weights
         if public:
             raise LedgerError(f"its first window of round {roster.round} does not start from the public weights")
@@ -141,7 +142,7 @@ class EvidenceReader:
             reply_specs={"weights": flat(node.parameters[roster.stage_of(hotkey) or 0])},
             deadline=FETCH_DEADLINE,
         )
-        if digest(tensor_bytes(tensors["weights"])) != window.weights:
+        if root_of(tensors["weights"]) != window.weights:
             raise LedgerError(f"the weights of window {window.version} do not hash to its head")
         return tensors["weights"]
 

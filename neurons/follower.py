@@ -50,7 +50,7 @@ class RoundStart:
     def weights(self, hotkey: str, evidence: Evidence) -> dict[int, tuple[torch.Tensor, ...]]:
         """What the replica's first window of the round may have, by version; empty if not known here."""
         stage = self.roster.stage_of(hotkey)
-        if stage is None or stage not in self.base or hotkey not in self.known or not evidence.windows:
+        if stage is None or stage not in self.base or hotkey not in self.known or not evidence.heads:
             return {}
         theta = self.base[stage]
         if hotkey in self.sent:
@@ -58,7 +58,7 @@ class RoundStart:
                 theta = theta - self.codec.decode(self.sent[hotkey], theta.numel())
             except PayloadError:
                 return {}
-        return {min(window.version for window in evidence.windows): (theta, self.after[stage])}
+        return {min(head.version for head in evidence.heads): (theta, self.after[stage])}
 
 
 class PublicStates:

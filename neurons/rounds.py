@@ -35,6 +35,7 @@ from neurons.states import after_merge, said_beyond
 from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from neurons.terms import Marks, Outcome, Terms
+from neurons.windows import root_of
 from neurons.wire import DendriteExchange
 from subnet.chain import ChainError
 from subnet.swarm.butterfly import ButterflyError
@@ -169,7 +170,7 @@ class RoundMachine:
     async def renumber(self, held: int) -> None:
         """Go on with the public state held as the one after `held` rounds: the merges in between were void."""
         if self.replica.pending is not None:
-            await self.worker.change_weights(self.replica.merged(self.replica.public, ()))
+            await self.worker.change_weights(self.replica.merged(self.replica.public, ()), held=held)
         self.replica.held = held
         await self.serve()
 
@@ -256,6 +257,11 @@ class RoundMachine:
             self.watch(roster)
             await self._node.publish(self.state_record)
             return
+        if feedback.residual.numel():
+            owed, still = await asyncio.to_thread(
+                lambda before: (root_of(before), root_of(feedback.residual)), self.replica.feedback.residual
+            )
+            evidence = replace(evidence, closing=replace(evidence.closing, owed=owed, still_owed=still))
         self.engine.replace_weights(self.replica.cut(roster.round, sent, feedback))
         held.evidence, held.desk = evidence, Desk(self._node.identity.hotkey, pieces, evidence=evidence.root)
         optimizer = {name: tensor for name, tensor in self.engine.state().items() if not name.startswith(WEIGHTS)}
@@ -347,7 +353,7 @@ class RoundMachine:
                 log.warning("round %d: nobody at stage %d has what was merged: it is owed", roster.round, self.stage)
             after, taken = (self.replica.public, ()) if found is None else (found, taken)
         change = await asyncio.to_thread(self.replica.merged, after, taken)
-        await self.worker.change_weights(change)
+        await self.worker.change_weights(change, held=self.replica.held)
         await self.serve()
         self._report(roster, outcome, loop.time() - start)
         await self._checkpoint()

@@ -175,18 +175,10 @@ class EvidenceTables(Synapse):
 
 
 class WindowRequest(RunSynapse):
-    """The weights at the start of one picked window, as what they differ by (`subnet.trust.delta`) from the public
-    state that `held` rounds are merged into."""
+    """The weights at the start of one window."""
 
     route: ClassVar[str] = "window"
     version: Annotated[int, Field(ge=0, lt=2**32)]
-    held: Round
-
-
-class WeightsDelta(Synapse):
-    """Tensor `delta`, uint8 (1, size)."""
-
-    size: Annotated[int, Field(gt=0, lt=2**40)]
 
 
 StatePart = Literal["weights", "optimizer", "next_weights", "next_optimizer", "closing", "owed", "still_owed"]

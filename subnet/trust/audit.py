@@ -1,45 +1,113 @@
-"""The window audit: a public seed picks windows, each validator picks units inside, and replays them.
+"""The window audit: a slot's public seed picks windows, each validator's secret picks units inside, and replays them.
 
-Everything here is a pure function. The seed is the hash of a block finalized after the evidence roots were fixed, so
-a miner knows neither window nor unit while it computes. The validator puts the window's weights into the stage,
-replays forward (x to y) and backward (x, g to dx), and compares *increments per token*: what the unit added to what
-was carried in. A flat cosine of 0.9 would admit noise of 48 % of the signal and, because a residual stream changes
-little per block, a skipped layer (facts: sota §5.1).
+Everything here is a pure function. A slot's seed is the hash of a block that nobody knew while the slot's heads were
+acknowledged; the secret is committed on chain before the round and revealed after it. So a miner knows neither window
+nor unit while it computes, and who reads a validator's report can tell that it did not choose either. The validator
+puts the window's weights into the stage, replays forward (x to y) and backward (x, g to dx), and compares *increments
+per token*: what the unit added to what was carried in. A flat cosine of 0.9 would admit noise of 48 % of the signal
+and, because a residual stream changes little per block, a skipped layer (facts: sota §5.1).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from model.engine import replay_backward, replay_forward, replay_tail
+from model.split import StagePlan
 from model.stage import Stage
-from subnet.trust.ledger import Direction, Evidence, Leaf, Window
+from subnet.trust.finding import Check, Finding, Grade
+from subnet.trust.heads import WindowHead
+from subnet.trust.ledger import Direction, Evidence, Leaf
+
+Tolerance = Callable[[Check], float]
+"""The largest accepted error of a check, for one pair of devices."""
 
 
 def _draw(seed: bytes, *parts: str) -> bytes:
     return hashlib.sha256(b"/".join((b"orion/audit/1", seed, *(part.encode() for part in parts)))).digest()
 
 
-def select_windows(evidence: Evidence, *, seed: bytes, hotkey: str, count: int) -> tuple[Window, ...]:
-    """`count` windows of `hotkey`'s round by H(seed, hotkey, version); the same for every validator."""
-    ranked = sorted(evidence.windows, key=lambda window: _draw(seed, hotkey, str(window.version)))
-    return tuple(ranked[:count])
+def _private(secret: bytes, seed: bytes) -> bytes:
+    """A seed that nobody knows before both the secret is revealed and the public seed is there."""
+    return hashlib.sha256(b"orion/private/1" + hashlib.sha256(secret).digest() + seed).digest()
+
+
+def _share(draw: bytes) -> float:
+    """In [0, 1)."""
+    return int.from_bytes(draw[:8], "little") / 2**64
+
+
+def select_windows(
+    heads: Iterable[WindowHead], *, seed: bytes, hotkey: str, slot: int, count: int
+) -> tuple[WindowHead, ...]:
+    """`count` windows of `hotkey` in a slot by H(seed, hotkey, version); the same for the miner and all validators."""
+    inside = [head for head in heads if head.slot == slot]
+    return tuple(sorted(inside, key=lambda head: _draw(seed, hotkey, str(head.version)))[:count])
+
+
+def comparable(plan: StagePlan, leaf: Leaf) -> bool:
+    """Whether a unit's replay compares anything: the backward at the head sends nothing on. What it adds to the
+    gradient is compared where a whole step is replayed."""
+    return plan.is_last or not (plan.is_first and leaf.direction is Direction.BACKWARD)
 
 
 def select_units(
-    evidence: Evidence, window: Window, *, seed: bytes, hotkey: str, validator: str, count: int
+    evidence: Evidence,
+    head: WindowHead,
+    *,
+    secret: bytes,
+    seed: bytes,
+    hotkey: str,
+    count: int,
+    fits: Callable[[Leaf], bool] = lambda _: True,
 ) -> tuple[Leaf, ...]:
-    """`count` units computed with the window's weights: another draw for each validator, but one that the miner can
-    repeat once the seed is out. What it computed is fixed by then; what it serves is not yet."""
-    inside = [leaf for leaf in evidence.leaves if leaf.version == window.version]
-    ranked = sorted(
-        inside, key=lambda leaf: _draw(seed, hotkey, validator, str(leaf.direction.value), str(leaf.sample))
-    )
-    return tuple(ranked[:count])
+    """`count` of a window's units that `fits`, by H(secret, seed, hotkey, version, direction, sample).
+
+    A larger count begins with the same units, so who goes on sampling replays none twice.
+    """
+    own = _private(secret, seed)
+
+    def rank(leaf: Leaf) -> bytes:
+        return _draw(own, hotkey, str(head.version), str(leaf.direction.value), str(leaf.sample))
+
+    return tuple(sorted((leaf for leaf in evidence.window(head.version) if fits(leaf)), key=rank)[:count])
+
+
+def replays_step(head: WindowHead, *, secret: bytes, seed: bytes, hotkey: str, share: float) -> bool:
+    """Whether a validator replays the whole step of a picked window: so it does with `share` of them."""
+    return _share(_draw(_private(secret, seed), "step", hotkey, str(head.version))) < share
+
+
+def select_pieces(total: int, *, secret: bytes, seed: bytes, hotkey: str, label: str, count: int) -> tuple[int, ...]:
+    """`count` different numbers below `total`, ascending: which pieces of a state to look at."""
+    own, found, turn = _private(secret, seed), set[int](), 0
+    while len(found) < min(count, total):
+        found.add(int.from_bytes(_draw(own, "piece", hotkey, label, str(turn))[:8], "little") % total)
+        turn += 1
+    return tuple(sorted(found))
+
+
+def budget(units: int, *, share: float, stake_share: float, risk: float = 1.0, least: int = 1) -> int:
+    """How many of a miner's `units` of a round one validator replays.
+
+    Its stake's part of the manifest's `share`, times the miner's risk factor, rounded up; at least `least` and at most
+    all there are.
+    """
+    return min(units, max(least, math.ceil(units * share * stake_share * risk - 1e-9)))
+
+
+def spread(count: int, windows: Sequence[int]) -> tuple[int, ...]:
+    """`count` units over windows with so many each: as evenly as their sizes allow, the first ones first."""
+    given = [0] * len(windows)
+    for _ in range(min(count, sum(windows))):
+        open_ = [place for place, size in enumerate(windows) if given[place] < size]
+        given[min(open_, key=lambda place: given[place])] += 1
+    return tuple(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,63 +119,78 @@ class UnitTensors:
     output: torch.Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The outcome of one replayed unit."""
-
-    leaf: Leaf
-    passed: bool
-    error: float
-    """99th percentile over tokens of the increment's relative error; 0 where there is nothing to compare."""
-    reason: str
-
-
 def increment_error(
     claimed: torch.Tensor, replayed: torch.Tensor, carried: torch.Tensor | None, *, quantile: float = 0.99
 ) -> float:
     """Relative error per token of the increment (output minus carried-in), at a quantile over tokens.
 
     Shapes (B, T, b), fp32. Without a carried tensor of that width (head, tail) the output itself is the increment.
+    Infinite where either is not finite.
     """
     increment = replayed - carried if carried is not None else replayed
     scale = increment.norm(dim=-1).clamp_min(1e-12)
-    errors = (claimed - replayed).norm(dim=-1) / scale
-    return float(torch.quantile(errors.flatten(), quantile))
+    errors = ((claimed - replayed).norm(dim=-1) / scale).flatten()
+    if not bool(torch.isfinite(errors).all()):
+        return math.inf
+    return float(torch.quantile(errors, quantile))
 
 
 def replay(
-    stage: Stage, leaf: Leaf, tensors: UnitTensors, *, targets: torch.Tensor | None, accumulation: int, tolerance: float
-) -> Verdict:
-    """Compute one unit again with the window's weights and compare.
+    stage: Stage,
+    leaf: Leaf,
+    tensors: UnitTensors,
+    *,
+    targets: torch.Tensor | None,
+    accumulation: int,
+    tolerance: Tolerance,
+    hotkey: str,
+    number: int,
+) -> tuple[Finding, ...]:
+    """Compute one unit of `hotkey`'s round `number` again with the window's weights, which are in the stage, and
+    compare: one finding for what it sent on, one for the loss it reported, none where there is nothing to compare.
 
-    `targets` are the sample's next tokens, for the tail. A claimed loss must agree within the same tolerance.
+    `targets` are the sample's next tokens, for the tail.
     """
+
+    def measured(check: Check, error: float, what: str) -> Finding:
+        bound = tolerance(check)
+        passed = error <= bound
+        return Finding(
+            hotkey=hotkey,
+            round=number,
+            stage=leaf.stage,
+            check=check,
+            grade=Grade.MEASUREMENT,
+            passed=passed,
+            error=error,
+            tolerance=bound,
+            version=leaf.version,
+            sample=leaf.sample,
+            reason="" if passed else f"{what}: {error:.3g} of {bound:g}",
+        )
+
+    found: list[Finding] = []
     x = tensors.input if stage.plan.is_first else tensors.input.to(torch.float32)
-    wire = torch.float32 if tensors.output is None else tensors.output.dtype
+    carried: torch.Tensor | None
     computed: torch.Tensor | None
     if leaf.direction is Direction.FORWARD:
-        computed = replay_forward(stage, x)
+        check, computed = Check.FORWARD, replay_forward(stage, x)
         carried = None if stage.plan.is_first else x
-    elif targets is not None:
+    elif stage.plan.is_last:
+        assert targets is not None  # noqa: S101 - whoever replays a tail has the corpus
+        check, carried = Check.BACKWARD, None
         loss, computed = replay_tail(stage, x, targets, accumulation=accumulation)
-        if not abs(loss - leaf.loss) <= tolerance * max(abs(loss), 1e-6):
-            return Verdict(leaf, False, abs(loss - leaf.loss), f"loss claimed {leaf.loss:.5f}, replayed {loss:.5f}")
-        carried = None
+        off = abs(loss - leaf.loss) / max(abs(loss), 1e-6)
+        found.append(
+            measured(Check.LOSS, off if math.isfinite(off) else math.inf, f"loss {leaf.loss:.5f}, replayed {loss:.5f}")
+        )
     else:
-        if tensors.gradient is None:
-            return Verdict(leaf, False, float("inf"), "no gradient served for a backward unit")
-        computed = replay_backward(stage, x, tensors.gradient.to(torch.float32))
-        carried = tensors.gradient
-    if computed is None or tensors.output is None:
-        return Verdict(leaf, True, 0.0, "no boundary output to compare")
-    rounded = computed.to(wire).to(torch.float32)
-    carry = carried.to(torch.float32) if carried is not None and carried.shape == rounded.shape else None
-    error = increment_error(tensors.output.to(torch.float32), rounded, carry)
-    passed = error <= tolerance
-    reason = "agrees" if passed else f"increment error {error:.3g} exceeds the tolerance {tolerance:g}"
-    return Verdict(leaf, passed, error, reason)
-
-
-def correctness(verdicts: Sequence[Verdict]) -> float:
-    """1 if every replayed unit agreed, else 0. Nothing replayed is 1: a validator that saw nothing accuses nobody."""
-    return 1.0 if all(verdict.passed for verdict in verdicts) else 0.0
+        assert tensors.gradient is not None  # noqa: S101 - the shapes of what is fetched say so
+        check, carried = Check.BACKWARD, tensors.gradient.to(torch.float32)
+        computed = replay_backward(stage, x, carried)
+    if computed is not None and tensors.output is not None:
+        rounded = computed.to(tensors.output.dtype).to(torch.float32)
+        carry = carried if carried is not None and carried.shape == rounded.shape else None
+        error = increment_error(tensors.output.to(torch.float32), rounded, carry)
+        found.append(measured(check, error, f"{check.value} increment is off"))
+    return tuple(found)

@@ -471,12 +471,14 @@ def _off_plan(book: _Book, tracks: Mapping[int, _Track | None], seed: bytes) -> 
     excess: set[tuple[str, int]] = set()
     for sender, own in sent.items():
         siblings = set(book.roster.stages[book.roster.stage_of(sender) or 0]) - {sender}
-        allowed = OFF_PLAN_SHARE * len(own)
+        unexcused: list[int] = []
         for planned, meant in _by_plan(own).items():
             shares = sorted(took[other][planned] for other in siblings if planned in took.get(other, ()))
-            allowed += EXCUSE * len(meant) * (shares[(len(shares) - 1) // 2] if shares else 1.0)
-        gone = [hop.sample for hop in own if not hop.kept]
-        excess.update((sender, sample) for sample in gone[math.ceil(allowed) :])
+            excuse = EXCUSE * len(meant) * shares[(len(shares) - 1) // 2] if shares else len(meant)
+            gone = [hop.sample for hop in meant if not hop.kept]
+            unexcused += gone[math.ceil(excuse) :]
+        free = math.ceil(OFF_PLAN_SHARE * len(own))
+        excess.update((sender, sample) for sample in sorted(unexcused)[free:])
     return excess
 
 

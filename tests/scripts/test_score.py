@@ -103,8 +103,8 @@ validator-0 5FLSigC9HGRKVhB9FiEo4Y3koPsNmBmLJbpXg2mp1hXcS59Y
                  tolerance 0.02 (forward, sample 901, window 6)
     finding      measurement: forward, sample 901, window 6: error 0.31, tolerance 0.02: y is
                  not what x and the window's weights give
-    finding      proof: step, window 6, piece 3: the piece does not hash to the root; adopted from
-                 5DAAnrj7VHTznn2AWBemMuyBwZWs6FNFjdyVXUeYum3PTXFy, reproduced
+    finding      proof: step, window 6, piece 3: the piece does not hash to the root; adopted
+                 from 5DAAnrj7VHTznn2AWBemMuyBwZWs6FNFjdyVXUeYum3PTXFy, reproduced
     convicted    in round 5, counts nothing before round 8: 1 proof
     timeliness   0; missed: root, evidence, bitmap
     scarcity     1

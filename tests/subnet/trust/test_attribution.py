@@ -124,6 +124,12 @@ def test_the_spread_of_estimates_is_the_error_they_state() -> None:
         assert 0.8 < off.std() < 1.2
 
 
+def test_errors_stay_true_when_rounds_are_forgotten() -> None:
+    found = [judged(seed, (3, 3, 3), 120, rounds=6, audited=1.0, forgetting=0.5) for seed in range(80)]
+    z = np.array([effect.z for swarm in found for effect in swarm.values()])
+    assert 0.93 < z.std() < 1.07
+
+
 def test_a_saboteur_is_flagged_with_the_power_expected_and_nobody_else() -> None:
     """One of three in the middle of three stages adds 0.12 nats; of three trusted tails any one may be left out."""
     stages, count, delta, swarms = (3, 3, 3), 900, 0.12, 60
@@ -209,6 +215,26 @@ def test_wild_losses_of_a_few_microbatches_decide_nothing() -> None:
     attribution = Attribution()
     attribution.add(0, wild, audited={path.sample: path.loss for path in wild}, trusted={})
     assert not any(effect.flagged for effect in attribution.estimate().values())
+
+
+def test_wild_losses_do_not_hide_a_saboteur_either() -> None:
+    rng = np.random.default_rng(6)
+    paths = pathways(rng, (3, 3, 3), 900, harm=through("m1-0", 0.3))
+    wild = [
+        Pathway(path.sample, path.hotkeys, 1e4 if path.sample % 50 == 0 and "m0-1" in path.hotkeys else path.loss)
+        for path in paths
+    ]
+    attribution = Attribution()
+    attribution.add(0, wild, audited={path.sample: path.loss for path in wild}, trusted={})
+    assert [hotkey for hotkey, effect in attribution.estimate().items() if effect.flagged] == ["m1-0"]
+
+
+def test_who_was_hardly_there_is_not_judged() -> None:
+    few = judged(0, (2, 2, 2), int(2 * LEAST_COUNT) - 2, harm=through("m1-0", 2.0), audited=1.0)["m1-0"]
+    enough = judged(0, (2, 2, 2), int(2 * LEAST_COUNT), harm=through("m1-0", 2.0), audited=1.0)["m1-0"]
+    assert few.z > 5
+    assert few.risk == 1.0
+    assert enough.flagged
 
 
 # -- liars ----------------------------------------------------------------------------------------------------------

@@ -1,15 +1,34 @@
 """Replay convicts what was not computed with the committed weights, and agrees with what was."""
 
+import math
+from collections import Counter
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.config import BoundaryConfig, BoundaryForm
 from model.engine import replay_backward, replay_forward, replay_tail
 from model.split import split
 from model.stage import Stage, build_stage
-from subnet.trust.audit import UnitTensors, increment_error, replay, select_units, select_windows
-from subnet.trust.ledger import Direction, Evidence, Leaf, Window
+from subnet.trust.audit import (
+    UnitTensors,
+    budget,
+    comparable,
+    increment_error,
+    replay,
+    replays_step,
+    select_pieces,
+    select_units,
+    select_windows,
+    spread,
+)
+from subnet.trust.finding import Check, Finding, Grade
+from subnet.trust.heads import WindowHead
+from subnet.trust.ledger import Direction, Leaf
 from tests.neurons.swarm import tiny
+from tests.subnet.trust.books import sound
 
 CONFIG = tiny(boundary=BoundaryConfig(form=BoundaryForm.A, width=8))
 TOLERANCE = 0.02
@@ -31,53 +50,76 @@ def body_unit() -> tuple[Stage, torch.Tensor, torch.Tensor]:
     return stages()[1], x, g
 
 
-def audit(stage: Stage, direction: Direction, x: torch.Tensor, g: torch.Tensor | None, output: torch.Tensor) -> bool:
-    return replay(
+def audit(stage: Stage, direction: Direction, x: torch.Tensor, g: torch.Tensor | None, output: torch.Tensor) -> Finding:
+    (found,) = replay(
         stage,
-        leaf(direction, stage=1),
+        leaf(direction, stage=1, sample=5, version=2),
         UnitTensors(x, g, output.to(torch.bfloat16)),
         targets=None,
         accumulation=1,
-        tolerance=TOLERANCE,
-    ).passed
+        tolerance=lambda _: TOLERANCE,
+        hotkey="miner",
+        number=4,
+    )
+    return found
 
 
 def test_honest_units_pass() -> None:
     stage, x, g = body_unit()
-    assert audit(stage, Direction.FORWARD, x, None, replay_forward(stage, x.float()))
+    forward = audit(stage, Direction.FORWARD, x, None, replay_forward(stage, x.float()))
     dx = replay_backward(stage, x.float(), g.float())
     assert dx is not None
-    assert audit(stage, Direction.BACKWARD, x, g, dx)
+    backward = audit(stage, Direction.BACKWARD, x, g, dx)
+    for found, check in ((forward, Check.FORWARD), (backward, Check.BACKWARD)):
+        assert found.passed
+        assert found.error <= TOLERANCE == found.tolerance
+        assert (found.check, found.grade, found.reason) == (check, Grade.MEASUREMENT, "")
+        assert (found.hotkey, found.round, found.stage, found.version, found.sample) == ("miner", 4, 1, 2, 5)
 
 
 @pytest.mark.parametrize("cheat", ["pass-through", "noise", "other weights", "stale input", "half layers"])
 def test_cheating_forwards_fail(cheat: str) -> None:
     stage, x, _ = body_unit()
     y = replay_forward(stage, x.float())
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(y.shape, generator=generator)
     wrong = {
         "pass-through": x.float(),
-        "noise": y + 0.05 * (y - x.float()).norm(dim=-1, keepdim=True) * torch.randn_like(y) / 8**0.5,
+        "noise": y + 0.05 * (y - x.float()).norm(dim=-1, keepdim=True) * noise / 8**0.5,
         "other weights": replay_forward(build_stage(CONFIG, stage.plan, 4), x.float()),
         "stale input": replay_forward(stage, x.float().flip(0)),
         "half layers": x.float() + 0.5 * (y - x.float()),
     }[cheat]
-    assert not audit(stage, Direction.FORWARD, x, None, wrong)
+    found = audit(stage, Direction.FORWARD, x, None, wrong)
+    assert not found.passed
+    assert found.error > TOLERANCE
+    assert "0.02" in found.reason
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_what_cannot_be_compared_fails_with_an_infinite_error(value: float) -> None:
+    stage, x, _ = body_unit()
+    y = replay_forward(stage, x.float()).to(torch.bfloat16)
+    y[0, 0, 0] = value
+    assert audit(stage, Direction.FORWARD, x, None, y).error > 1e6
+    assert not audit(stage, Direction.FORWARD, x, None, y).passed
+    assert audit(stage, Direction.FORWARD, x * math.nan, None, y).error == math.inf
 
 
 def test_a_cosine_of_ninety_percent_does_not_pass() -> None:
     stage, x, _ = body_unit()
     y = replay_forward(stage, x.float())
-    noise = torch.randn_like(y)
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
     noisy = y + 0.48 * noise * y.norm() / noise.norm()
     assert torch.cosine_similarity(noisy.flatten(), y.flatten(), dim=0) > 0.89
-    assert not audit(stage, Direction.FORWARD, x, None, noisy)
+    assert not audit(stage, Direction.FORWARD, x, None, noisy).passed
 
 
 def test_scaled_gradient_fails() -> None:
     stage, x, g = body_unit()
     dx = replay_backward(stage, x.float(), g.float())
     assert dx is not None
-    assert not audit(stage, Direction.BACKWARD, x, g, g.float() + 1.5 * (dx - g.float()))
+    assert not audit(stage, Direction.BACKWARD, x, g, g.float() + 1.5 * (dx - g.float())).passed
 
 
 def test_a_tail_that_lies_about_its_loss_fails() -> None:
@@ -86,34 +128,140 @@ def test_a_tail_that_lies_about_its_loss_fails() -> None:
     targets = torch.randint(0, CONFIG.vocab, (4, 32), generator=torch.Generator().manual_seed(2))
     loss, dx = replay_tail(tail, x.float(), targets, accumulation=2)
     assert dx is not None
-    for claimed, passes in ((loss, True), (loss * 0.9, False), (float("nan"), False)):
-        verdict = replay(
+    for claimed, passes in ((loss, True), (loss * 0.9, False), (loss * 1.05, False)):
+        said, sent = replay(
             tail,
             leaf(Direction.BACKWARD, stage=2, loss=claimed),
             UnitTensors(x, None, dx.to(torch.bfloat16)),
             targets=targets,
             accumulation=2,
-            tolerance=TOLERANCE,
+            tolerance=lambda _: TOLERANCE,
+            hotkey="miner",
+            number=0,
         )
-        assert verdict.passed is passes, verdict.reason
+        assert (said.check, sent.check) == (Check.LOSS, Check.BACKWARD)
+        assert said.passed is passes, said.reason
+        assert sent.passed
+
+
+def test_a_head_sends_no_gradient_so_its_backward_compares_nothing() -> None:
+    head = stages()[0]
+    tokens = torch.randint(0, CONFIG.vocab, (4, 32), generator=torch.Generator().manual_seed(2))
+    unit = leaf(Direction.BACKWARD, stage=0)
+    assert not comparable(head.plan, unit)
+    assert comparable(head.plan, leaf(Direction.FORWARD, stage=0))
+    assert all(comparable(stage.plan, leaf(way, stage=1)) for stage in stages()[1:] for way in Direction)
+    found = replay(
+        head,
+        unit,
+        UnitTensors(tokens, torch.zeros(4, 32, 8, dtype=torch.bfloat16), None),
+        targets=None,
+        accumulation=1,
+        tolerance=lambda _: TOLERANCE,
+        hotkey="miner",
+        number=0,
+    )
+    assert found == ()
 
 
 def test_increments_are_judged_not_outputs() -> None:
-    carried = torch.randn(1, 100, 8) * 100
-    replayed = carried + torch.randn(1, 100, 8)
+    generator = torch.Generator().manual_seed(3)
+    carried = torch.randn(1, 100, 8, generator=generator) * 100
+    replayed = carried + torch.randn(1, 100, 8, generator=generator)
     assert torch.cosine_similarity(carried.flatten(), replayed.flatten(), dim=0) > 0.999
     assert increment_error(carried, replayed, carried) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_selection_is_public_for_windows_and_private_for_units() -> None:
-    leaves = tuple(leaf(Direction.FORWARD, stage=1, sample=sample, version=sample // 8) for sample in range(64))
-    table = Evidence(leaves, tuple(Window(version, 8, b"w" * 32) for version in range(8)))
-    picks = {select_windows(table, seed=bytes([seed]), hotkey="m", count=1)[0].version for seed in range(60)}
-    assert picks == set(range(8))
-    window = table.windows[3]
-    one, two = (
-        select_units(table, window, seed=b"s", hotkey="m", validator=validator, count=3) for validator in ("v1", "v2")
+def head(version: int, slot: int) -> WindowHead:
+    return WindowHead(
+        version=version,
+        steps=version,
+        slot=slot,
+        forward=4,
+        backward=4,
+        merged=0,
+        weights=bytes(32),
+        optimizer=bytes(32),
+        units=bytes(32),
+        next_weights=bytes(32),
+        next_optimizer=bytes(32),
     )
+
+
+def test_the_public_seed_picks_windows_of_its_slot_alone() -> None:
+    heads = [head(version, version // 8) for version in range(16)]
+    picks = Counter(
+        select_windows(heads, seed=bytes([seed]), hotkey="m", slot=1, count=1)[0].version for seed in range(200)
+    )
+    assert set(picks) == set(range(8, 16))
+    assert max(picks.values()) < 60
+    whole = select_windows(heads, seed=b"s", hotkey="m", slot=0, count=99)
+    assert {one.version for one in whole} == set(range(8))
+    assert select_windows(heads, seed=b"s", hotkey="m", slot=0, count=3) == whole[:3]
+    assert select_windows(heads, seed=b"s", hotkey="m", slot=7, count=3) == ()
+    assert select_windows(heads, seed=b"s", hotkey="n", slot=0, count=8) != whole
+
+
+def test_the_secret_picks_units_of_the_window_and_nobody_without_it_can() -> None:
+    leaves = [leaf(Direction.FORWARD, stage=1, sample=sample, version=sample // 8) for sample in range(64)]
+    table = sound(leaves)
+    window = table.heads[3]
+
+    def pick(secret: bytes, count: int = 3) -> tuple[Leaf, ...]:
+        return select_units(table, window, secret=secret, seed=b"s", hotkey="m", count=count)
+
+    one, two = pick(b"1"), pick(b"2")
     assert {entry.version for entry in (*one, *two)} == {3}
     assert one != two
-    assert one == select_units(table, window, seed=b"s", hotkey="m", validator="v1", count=3)
+    assert one == pick(b"1")
+    assert pick(b"1", 5)[:3] == one
+    assert set(pick(b"1", 99)) == set(table.window(3))
+    even = select_units(
+        table, window, secret=b"1", seed=b"s", hotkey="m", count=9, fits=lambda unit: unit.sample % 2 == 0
+    )
+    assert {unit.sample for unit in even} == {24, 26, 28, 30}
+
+
+def test_a_share_of_windows_has_its_step_replayed() -> None:
+    taken = [replays_step(head(version, 0), secret=b"x", seed=b"s", hotkey="m", share=0.25) for version in range(2000)]
+    assert sum(taken) == pytest.approx(500, abs=80)
+    assert all(replays_step(head(version, 0), secret=b"x", seed=b"s", hotkey="m", share=1.0) for version in range(99))
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.binary(max_size=4))
+def test_pieces_are_different_and_there(total: int, count: int, secret: bytes) -> None:
+    pieces = select_pieces(total, secret=secret, seed=b"s", hotkey="m", label="w", count=count)
+    assert len(pieces) == len(set(pieces)) == min(total, count)
+    assert all(0 <= piece < total for piece in pieces)
+    assert list(pieces) == sorted(pieces)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.floats(1e-3, 1),
+    st.floats(0, 1),
+    st.floats(1, 6),
+    st.integers(0, 5),
+)
+def test_a_budget_is_the_stakes_part_and_never_nothing(
+    units: int, share: float, stake: float, risk: float, least: int
+) -> None:
+    count = budget(units, share=share, stake_share=stake, risk=risk, least=least)
+    assert min(units, least) <= count <= units
+    assert count >= min(units, units * share * stake * risk - 1e-6)
+    assert count <= max(least, units * share * stake * risk + 1)
+
+
+def test_budgets_of_all_validators_sum_to_the_share() -> None:
+    assert budget(1000, share=0.03, stake_share=0.5) * 2 == 30
+    assert budget(1000, share=0.03, stake_share=1.0, risk=2.0) == 60
+    assert budget(10, share=0.03, stake_share=0.1) == 1
+
+
+@given(st.integers(0, 40), st.lists(st.integers(0, 8), max_size=6))
+def test_units_are_spread_over_windows(count: int, windows: list[int]) -> None:
+    given_ = spread(count, windows)
+    assert sum(given_) == min(count, sum(windows))
+    assert all(got <= size for got, size in zip(given_, windows, strict=True))
+    full = [got for got, size in zip(given_, windows, strict=True) if got < size]
+    assert not full or max(given_, default=0) - min(full) <= 1

@@ -180,8 +180,9 @@ def test_a_lone_sender_that_changed_for_good_is_taken_in_the_end() -> None:
     assert refused > 50
 
 
-def test_who_comes_back_or_is_new_is_measured_by_the_others() -> None:
-    bounds, base = trained(), now()
+@pytest.mark.parametrize("senders", [1, 2, 3])
+def test_who_comes_back_or_is_new_is_measured_by_the_others(senders: int) -> None:
+    bounds, base = trained(senders=senders), now()
     assert bounds.judge("g", "new", base) is None
     assert bounds.judge("g", "newer", (base[0] + math.log(10), base[1], base[2])) is not None
 

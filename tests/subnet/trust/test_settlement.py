@@ -447,6 +447,21 @@ def test_nothing_is_held_against_who_is_alone_or_for_who_is_silent() -> None:
     assert strayed(one.settle(without=(heads[1],)), heads[0]) == 0
 
 
+def test_what_excuses_leaving_one_replica_does_not_excuse_leaving_another() -> None:
+    """All leave the frozen one; one head leaves a healthy one too."""
+    plan = Book(stages=2, replicas=4, samples=0)
+
+    def route(sample: int, stage: int) -> int:
+        planned = plan.planned(sample, stage)
+        left = stage == 1 and (planned == 0 or (planned == 1 and sample % 4 == 0))
+        return 2 + sample // 4 % 2 if left else planned
+
+    book = Book(stages=2, replicas=4, samples=160, route=route)
+    settlement = book.settle()
+    off = 10 - int(OFF_PLAN_SHARE * 40)
+    assert [strayed(settlement, head) for head in book.roster.stages[0]] == [off, 0, 0, 0]
+
+
 def test_receipts_are_of_the_sink_and_nobody_else() -> None:
     book = Book()
     cheat = book.roster.stages[1][0]

@@ -31,7 +31,8 @@ from subnet.swarm.record import Phase, Record, bind_roots
 from subnet.swarm.roster import Roster
 from subnet.transport.errors import TransportError
 from subnet.transport.synapse import HEADER_LIMIT, tensor_bytes
-from subnet.trust.audit import UnitTensors, Verdict, replay
+from subnet.trust.audit import Tolerance, UnitTensors, replay
+from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, WindowHead
 from subnet.trust.ledger import (
     LEAF_BYTES,
@@ -167,20 +168,50 @@ class EvidenceReader:
 
 
 def replay_cases(
-    stage: Stage, cases: Sequence[Case], corpus: Corpus, *, accumulation: int, tolerance: float
-) -> list[Verdict]:
-    """Verdicts on one miner's units. What was not served counts as failed, in this reader's own judgement."""
-    verdicts: list[Verdict] = []
+    stage: Stage,
+    cases: Sequence[Case],
+    corpus: Corpus,
+    *,
+    accumulation: int,
+    tolerance: Tolerance,
+    hotkey: str,
+    number: int,
+) -> list[Finding]:
+    """What comes of units of `hotkey`'s round `number`. What was not served counts as failed, in this reader's own
+    judgement."""
+    findings: list[Finding] = []
     loaded: torch.Tensor | None = None
     for case in cases:
         if case.theta is None or case.tensors is None:
-            verdicts.append(Verdict(case.leaf, False, math.inf, case.problem))
+            findings.append(
+                Finding(
+                    hotkey=hotkey,
+                    round=number,
+                    stage=stage.plan.index,
+                    check=Check.WITHHELD,
+                    grade=Grade.WITHHELD,
+                    passed=False,
+                    error=math.inf,
+                    version=case.leaf.version,
+                    sample=case.leaf.sample,
+                    reason=case.problem,
+                )
+            )
             continue
         if case.theta is not loaded:  # units of one window share its weights
             assign_flat(stage, case.theta)
             loaded = case.theta
         targets = corpus.sample(case.leaf.sample)[:, 1:] if stage.plan.is_last else None
-        verdicts.append(
-            replay(stage, case.leaf, case.tensors, targets=targets, accumulation=accumulation, tolerance=tolerance)
+        findings.extend(
+            replay(
+                stage,
+                case.leaf,
+                case.tensors,
+                targets=targets,
+                accumulation=accumulation,
+                tolerance=tolerance,
+                hotkey=hotkey,
+                number=number,
+            )
         )
-    return verdicts
+    return findings

@@ -25,7 +25,8 @@ from neurons.telemetry import Downloaded, ShadowChecked
 from subnet.swarm.merge import Merged
 from subnet.swarm.record import Record
 from subnet.swarm.roster import NO_WEIGHTS, Anchor, Roster, records_of
-from subnet.trust.audit import Verdict, select_units, select_windows
+from subnet.trust.audit import select_units
+from subnet.trust.finding import Finding
 
 log = logging.getLogger("orion.neurons.joining")
 
@@ -170,17 +171,17 @@ class Joiner:
         seed = hashlib.sha256(b"orion/shadow/1" + closed.digest).digest()
         compared = False
         for sibling in closed.stages[machine.stage]:
-            verdicts = await self._compare(sibling, closed, records.get(sibling), seed)
-            if not verdicts:
+            findings = await self._compare(sibling, closed, records.get(sibling), seed)
+            if not findings:
                 continue
-            compared, passed = True, all(verdict.passed for verdict in verdicts)
+            compared, passed = True, all(finding.passed for finding in findings)
             node.telemetry.emit(
                 ShadowChecked(
                     stage=machine.stage,
                     sibling=sibling,
-                    units=len(verdicts),
+                    units=len({(finding.sample, finding.check) for finding in findings}),
                     passed=passed,
-                    error=round(max(verdict.error for verdict in verdicts), 6),
+                    error=round(max(finding.error for finding in findings), 6),
                 )
             )
             if passed:
@@ -188,25 +189,26 @@ class Joiner:
                 return True
         return not compared
 
-    async def _compare(self, sibling: str, closed: Roster, record: Record | None, seed: bytes) -> list[Verdict]:
-        """Verdicts on units of one sibling's closed round; none if it serves none."""
+    async def _compare(self, sibling: str, closed: Roster, record: Record | None, seed: bytes) -> list[Finding]:
+        """What comes of units of one sibling's closed round; nothing if it serves none."""
         node, machine = self._node, self._machine
         evidence = await self._reader.tables(sibling, closed, record)
-        if evidence is None:
+        if evidence is None or not evidence.heads:
             return []
         me, manifest = node.identity.hotkey, node.loaded.manifest
-        picks = [
-            (window, select_units(evidence, window, seed=seed, hotkey=sibling, validator=me, count=SHADOW_UNITS))
-            for window in select_windows(evidence, seed=seed, hotkey=sibling, count=1)
-        ]
-        served = await self._reader.cases(sibling, closed, picks, public={})
-        verdicts = await asyncio.to_thread(
-            replay_cases,
-            machine.engine.stage,
-            [case for case in served if case.theta is not None],
-            node.corpus,
-            accumulation=manifest.optimizer.accumulation,
-            tolerance=manifest.audit.tolerance,
+        window = min(evidence.heads, key=lambda head: hashlib.sha256(seed + head.encode()).digest())
+        units = select_units(evidence, window, secret=me.encode(), seed=seed, hotkey=sibling, count=SHADOW_UNITS)
+        served = await self._reader.cases(sibling, closed, [(window, units)], public={})
+        findings = await asyncio.to_thread(
+            lambda: replay_cases(
+                machine.engine.stage,
+                [case for case in served if case.theta is not None],
+                node.corpus,
+                accumulation=manifest.optimizer.accumulation,
+                tolerance=lambda _: manifest.audit.tolerance,
+                hotkey=sibling,
+                number=closed.round,
+            )
         )
         machine.engine.replace_weights(machine.replica.base)
-        return verdicts
+        return findings

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TypeVar
 
@@ -22,7 +21,6 @@ import torch
 
 from model.data import Corpus
 from model.engine import StageEngine
-from model.stage import flatten
 from neurons.archive import RoundArchive
 from neurons.compute import ComputeThread, Lane
 from neurons.delivery import RETRY_PAUSE, Delivery
@@ -32,7 +30,7 @@ from neurons.filter import Filter
 from neurons.heads import Heads
 from neurons.telemetry import LocalStep, Telemetry, TrainingClosed
 from neurons.training import OpenInput, TrainingRound
-from neurons.windows import Opened, State, Stepped, Windows
+from neurons.windows import Change, Changes, Opened, State, Stepped, Windows
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
 from subnet.messages import (
@@ -67,8 +65,6 @@ from subnet.trust.ledger import (
 log = logging.getLogger("orion.neurons.pipeline")
 
 R = TypeVar("R")
-Change = Callable[[torch.Tensor], torch.Tensor]
-"""From a replica's weights to others (flat fp32), as a merge wants them."""
 
 
 class StageWorker:
@@ -127,7 +123,7 @@ class StageWorker:
         self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous)
         self._round: TrainingRound | None = None
         self._windows: Windows | None = None
-        self._changes: deque[tuple[Change, int, asyncio.Future[None]]] = deque()
+        self._changes = Changes()
 
     # -- the frame of a round -------------------------------------------------------------------------------------
 
@@ -200,8 +196,7 @@ class StageWorker:
 
         `held` rounds are merged into the public state that is taken over so.
         """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._changes.append((change, held, done))
+        done = self._changes.add(change, held)
         self._change_when_idle()
         await done
 
@@ -483,7 +478,7 @@ class StageWorker:
         units = self.engine.units_accumulated
         report = self.engine.step()
         after = State.of(self.engine)
-        return Stepped(report, units, after, self._change(after))
+        return Stepped(report, units, after, self._changes.take_over(self.engine, after))
 
     def _finish(self) -> tuple[Stepped | None, Opened | None]:
         """On the compute thread, at the end of a round: forget what is open and take the last step, if there is one."""
@@ -491,26 +486,14 @@ class StageWorker:
             self.engine.drop(key)
         if self.engine.units_accumulated:
             return self._step(), None
-        return None, self._change(None) if self._changes else None
-
-    def _change(self, state: State | None) -> Opened:
-        """On the compute thread, between two steps: take over what merges have left; the window that begins then.
-
-        `state` is what the engine has now, if that has been copied.
-        """
-        merged = 0
-        for change, held, done in tuple(self._changes):
-            self.engine.replace_weights(change(flatten(self.engine.stage)))
-            self._changes.popleft()
-            merged, state = held, None
-            done.get_loop().call_soon_threadsafe(_answer, done)
-        return Opened.of(self.engine, state or State.of(self.engine), merged=merged)
+        return None, self._changes.take_over(self.engine, None) if self._changes else None
 
     def _change_when_idle(self) -> None:
         """Without gradients in the making the weights may change now; else the next step will do it."""
 
         def job() -> Opened | None:
-            return self._change(None) if self._changes and not self.engine.units_accumulated else None
+            idle = self._changes and not self.engine.units_accumulated
+            return self._changes.take_over(self.engine, None) if idle else None
 
         answer = self._compute.submit(Lane.BACKWARD, 0, job)
         answer.add_done_callback(lambda job: None if job.cancelled() else self._enter_change(job.result()))
@@ -598,8 +581,3 @@ class StageWorker:
         tasks.discard(done)
         if not done.cancelled() and done.exception() is not None:
             log.error("a unit at stage %d was lost: %s", self.plan.index, done.exception(), exc_info=done.exception())
-
-
-def _answer(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)

@@ -8,6 +8,8 @@ come back from the compute thread in the order in which they were computed.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,9 @@ from subnet.transport.synapse import tensor_bytes
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Direction, Leaf, Ledger, units_hash
 from subnet.trust.tree import Tree
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""From a replica's weights to others (flat fp32), as a merge wants them."""
 
 
 def root_of(flat: torch.Tensor) -> bytes:
@@ -70,6 +75,40 @@ class Stepped:
     units: int
     after: State
     opened: Opened
+
+
+class Changes:
+    """What merges have left to be taken over at the next step boundary, oldest first."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Change, int, asyncio.Future[None]]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, change: Change, held: int) -> asyncio.Future[None]:
+        """`held` rounds are merged into the state that `change` leads to. Done once it has been taken over."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((change, held, done))
+        return done
+
+    def take_over(self, engine: StageEngine, state: State | None) -> Opened:
+        """On the compute thread, between two steps: change the weights; the window that begins then.
+
+        `state` is what the engine has now, if that has been copied.
+        """
+        merged = 0
+        for change, held, done in tuple(self._waiting):
+            engine.replace_weights(change(flatten(engine.stage)))
+            self._waiting.popleft()
+            merged, state = held, None
+            done.get_loop().call_soon_threadsafe(_answer, done)
+        return Opened.of(engine, state or State.of(engine), merged=merged)
+
+
+def _answer(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
 
 
 class Windows:

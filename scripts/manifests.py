@@ -85,8 +85,8 @@ def local_manifest(
         ),
         merge=MergeSection(codec=codec, decay=DECAY),
         round=_round(rounds, round_blocks, phase_blocks, overlap=overlap),
-        audit=AuditSection(seed_delay=2, windows=1, units=4, tolerance=0.02),
-        score=ScoreSection(rounds=3),
+        audit=AuditSection(seed_delay=4, windows=2, share=0.03, tolerance=0.02),
+        score=ScoreSection(rounds=3, burn=0.0, scarcity=1.1),
     )
 
 

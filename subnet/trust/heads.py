@@ -70,10 +70,7 @@ def parse_heads(table: bytes | memoryview) -> tuple[WindowHead, ...]:
         raise ValueError(f"a table of {len(table)} bytes is not whole heads of {HEAD_BYTES}")
     names = ("version", "steps", "slot", "forward", "backward", "merged")
     roots = ("weights", "optimizer", "units", "next_weights", "next_optimizer")
-    return tuple(
-        WindowHead(**dict(zip(names + roots, row, strict=True)))  # type: ignore[arg-type]
-        for row in _HEAD.iter_unpack(table)
-    )
+    return tuple(WindowHead(**dict(zip(names + roots, row, strict=True))) for row in _HEAD.iter_unpack(table))
 
 
 def extend(digest: bytes, head: WindowHead) -> bytes:

@@ -1,9 +1,10 @@
 """One validator's judgement of a run: what it audits of each closed round, and what that makes of the miners' weights.
 
-Once a round's roots are on chain and the seed is known, every miner's closed ledger is fetched and checked against its
-root. The seed picks windows, a secret committed before the round picks units inside; these are replayed. That every
-head trained on the samples it was assigned is checked for all of them: it costs a hash. Everything is fetched from all
-miners at once, so nobody's slowness makes another one late; stages are replayed one after another.
+Once a round's roots are on chain and its slots' seeds are known, every miner's closed ledger is fetched and checked
+against its root and against what the miner signed while the round went on. Seeds pick windows, a secret committed
+before the round picks units inside; these are replayed. That every head trained on the samples it was assigned is
+checked for all of them: it costs a hash. Everything is fetched from all miners at once, so nobody's slowness makes
+another one late; stages are replayed one after another.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from model.data import Corpus
 from neurons.evidence import Case, EvidenceReader, replay_cases
 from neurons.follower import PublicStates, RoundStart
 from neurons.node import Node
+from neurons.notary import Notary
 from neurons.telemetry import Checked, Convicted, MinerScored, Settled, WeightsSet
 from subnet.chain import ChainError
 from subnet.identity import verify
 from subnet.metagraph import ChainState
-from subnet.swarm.record import Flags, Record
+from subnet.swarm.observers import observers, stakes
+from subnet.swarm.record import Record
 from subnet.swarm.roster import Roster, records_of
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import budget, comparable, select_units, select_windows, spread
 from subnet.trust.finding import Check, Finding, Grade
+from subnet.trust.heads import ack_message, acknowledged, chain, conflicting, slot_end, slot_of
 from subnet.trust.ledger import Direction, Evidence, digest
 from subnet.trust.scoring import History, Kept, Score, marks_kept, scarcity, score, weights
 from subnet.trust.settlement import NOTHING, Settlement, settle
@@ -41,8 +45,9 @@ MARKS = ("root", "evidence", "bitmap")
 class Auditor:
     """Audits, scores and weights, round after round."""
 
-    def __init__(self, node: Node, states: PublicStates) -> None:
+    def __init__(self, node: Node, states: PublicStates, notary: Notary) -> None:
         self._node = node
+        self._notary = notary
         self._states = states
         self._reader = EvidenceReader(node)
         self._history = History(node.loaded.manifest.score.rounds)
@@ -58,16 +63,18 @@ class Auditor:
         node, manifest = self._node, self._node.loaded.manifest
         marks = manifest.round
         state = await node.state(roster.block + marks.cut)
-        seed = await node.seed(roster.block + marks.cut + manifest.audit.seed_delay, "orion/slot/1")
+        seeds = await self._seeds(roster)
         records = records_of(state)
         members = [hotkey for stage in roster.stages for hotkey in stage]
         tables = await asyncio.gather(*(self._reader.tables(hotkey, roster, records.get(hotkey)) for hotkey in members))
         evidence = {hotkey: table for hotkey, table in zip(members, tables, strict=True) if table is not None}
-        part = stake_share(state, node.identity.hotkey, node.loaded.run_id)
+        weighing = stakes(observers(state, node.loaded.run_id))
+        part = weighing.get(node.identity.hotkey, 0.0) / (sum(weighing.values()) or 1.0)
         fetched = await asyncio.gather(
-            *(self._fetch(hotkey, roster, table, seed, start, part) for hotkey, table in evidence.items())
+            *(self._fetch(hotkey, roster, table, seeds, start, part) for hotkey, table in evidence.items())
         )
         findings = await asyncio.to_thread(self._data_audit, roster, evidence)
+        findings += self._heads_audit(roster, evidence)
         for hotkey, cases in zip(evidence, fetched, strict=True):
             findings += await asyncio.to_thread(self._replay, roster, hotkey, cases)
         settlement = settle(
@@ -77,28 +84,40 @@ class Auditor:
             verify,
             first_sample=roster.round * manifest.data.samples_per_round,
             seed=await node.seed(roster.block, "orion/route/1"),
-            windows={hotkey: {head.version for head in table.heads} for hotkey, table in evidence.items()},
+            windows={
+                hotkey: payable(table, node.loaded.run_id, roster.round, hotkey, weighing, node.identity.hotkey)
+                for hotkey, table in evidence.items()
+            },
         )
         findings += settlement.findings
         self._report(findings)
         at_have = records_of(await node.state(roster.block + marks.have))
         kept = marks_kept(roster, records, at_have, served=set(evidence))
         await self._score(roster, state, settlement, findings, kept, records)
+        self._notary.forget(roster.round)
+
+    async def _seeds(self, roster: Roster) -> list[bytes]:
+        """The seeds of the round's slots."""
+        marks, rules = self._node.loaded.manifest.round, self._node.loaded.manifest.audit
+        return [
+            await self._node.seed(roster.block + slot_end(slot, rules.slot) + rules.seed_delay, "orion/slot/1")
+            for slot in range(slot_of(marks.close, rules.slot) + 1)
+        ]
 
     # -- audits -------------------------------------------------------------------------------------------------------
 
     async def _fetch(
-        self, hotkey: str, roster: Roster, evidence: Evidence, seed: bytes, start: RoundStart, part: float
+        self, hotkey: str, roster: Roster, evidence: Evidence, seeds: Sequence[bytes], start: RoundStart, part: float
     ) -> list[Case]:
         """Weights and tensors of the units picked in one miner's ledger."""
         rules, plan = self._node.loaded.manifest.audit, self._node.plans[roster.stage_of(hotkey) or 0]
-        picked = select_windows(evidence.heads, seed=seed, hotkey=hotkey, slot=0, count=rules.windows)
-
-        def candidates(count: int, version: int) -> int:
-            return min(count, sum(comparable(plan, leaf) for leaf in evidence.window(version)))
-
+        picked = [
+            (head, seed)
+            for slot, seed in enumerate(seeds)
+            for head in select_windows(evidence.heads, seed=seed, hotkey=hotkey, slot=slot, count=rules.windows)
+        ]
         units = budget(len(evidence.leaves), share=rules.share, stake_share=part)
-        sizes = [candidates(len(evidence.leaves), head.version) for head in picked]
+        sizes = [sum(comparable(plan, leaf) for leaf in evidence.window(head.version)) for head, _ in picked]
         picks = [
             (
                 head,
@@ -112,7 +131,8 @@ class Auditor:
                     fits=lambda leaf: comparable(plan, leaf),
                 ),
             )
-            for head, count in zip(picked, spread(units, sizes), strict=True)
+            for (head, seed), count in zip(picked, spread(units, sizes), strict=True)
+            if count
         ]
         return await self._reader.cases(hotkey, roster, picks, public=start.weights(hotkey, evidence))
 
@@ -135,6 +155,27 @@ class Auditor:
             if hotkey in evidence
             for finding in wrong_data(hotkey, roster.round, evidence[hotkey], self._node.corpus)
         ]
+
+    def _heads_audit(self, roster: Roster, evidence: Mapping[str, Evidence]) -> list[Finding]:
+        """Proofs that a closed ledger is not the one whose heads the miner signed."""
+        found = []
+        for hotkey, table in evidence.items():
+            broken = conflicting(table.heads, self._notary.statements(roster.round, hotkey))
+            if broken is not None:
+                reason = f"the closed ledger contradicts what was signed over its first {broken.count} windows"
+                found.append(
+                    Finding(
+                        hotkey=hotkey,
+                        round=roster.round,
+                        stage=roster.stage_of(hotkey) or 0,
+                        check=Check.HEADS,
+                        grade=Grade.PROOF,
+                        passed=False,
+                        error=math.inf,
+                        reason=reason,
+                    )
+                )
+        return found
 
     def _report(self, findings: Iterable[Finding]) -> None:
         for finding in findings:
@@ -251,19 +292,27 @@ class Auditor:
         )
 
 
-def stake_share(state: ChainState, hotkey: str, run: bytes) -> float:
-    """A validator's part of the stake of those at work in this run: with a permit, and a record that says so."""
-    records = records_of(state)
-    stakes = {
-        neuron.hotkey: neuron.stake
-        for neuron in state.neurons
-        if neuron.validator_permit
-        and (record := records.get(neuron.hotkey)) is not None
-        and record.run == run
-        and record.flags & Flags.OBSERVER
-    }
-    whole = sum(stakes.values())
-    return stakes.get(hotkey, 0.0) / whole if whole > 0 else 1.0
+def payable(
+    evidence: Evidence, run: bytes, number: int, hotkey: str, stakes: Mapping[str, float], own: str
+) -> frozenset[int]:
+    """Versions of the windows that most of the stake at work, or the validator `own`, acknowledged in time."""
+    digests = chain(evidence.heads)
+    sound = [
+        ack
+        for ack in evidence.acks
+        if ack.validator in stakes
+        and ack.count < len(digests)
+        and verify(
+            ack.validator,
+            ack_message(run, number, hotkey=hotkey, count=ack.count, digest=digests[ack.count], slot=ack.slot),
+            ack.signature,
+        )
+    ]
+    by_most = acknowledged(evidence.heads, sound, stakes)
+    by_own = acknowledged(evidence.heads, [ack for ack in sound if ack.validator == own], {own: 1.0})
+    return frozenset(
+        head.version for head, most, mine in zip(evidence.heads, by_most, by_own, strict=True) if most or mine
+    )
 
 
 def wrong_data(hotkey: str, number: int, evidence: Evidence, corpus: Corpus) -> list[Finding]:

@@ -30,7 +30,7 @@ from neurons.filter import Filter
 from neurons.heads import Heads
 from neurons.telemetry import LocalStep, Telemetry, TrainingClosed
 from neurons.training import OpenInput, TrainingRound
-from neurons.windows import Change, Changes, Opened, State, Stepped, Windows
+from neurons.windows import UNWITNESSED, Change, Changes, Opened, State, Stepped, Windows, Witness
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
 from subnet.messages import (
@@ -127,12 +127,14 @@ class StageWorker:
 
     # -- the frame of a round -------------------------------------------------------------------------------------
 
-    def begin(self, number: int, roster: Roster, seed: bytes, archive: RoundArchive) -> TrainingRound:
+    def begin(
+        self, number: int, roster: Roster, seed: bytes, archive: RoundArchive, witness: Witness = UNWITNESSED
+    ) -> TrainingRound:
         """Open round `number` for pushes. The engine's weights are what the round starts from."""
         self._compute.clear()
         self._round = TrainingRound(number, roster, seed, archive)
         first = Opened.of(self.engine, State.of(self.engine))
-        self._windows = Windows(self._round.ledger, archive, first)
+        self._windows = Windows(self._round.ledger, archive, first, witness)
         if self._changes:
             self._change_when_idle()
         if not self.plan.is_last and not self._synchronous:

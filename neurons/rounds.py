@@ -25,6 +25,7 @@ from neurons.archive import Archive
 from neurons.download import forget
 from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.exchange import Desk
+from neurons.journal import Journal
 from neurons.keeper import Keeper, KeptCut
 from neurons.library import Library
 from neurons.merging import merge
@@ -222,7 +223,9 @@ class RoundMachine:
     async def _train(self, roster: Roster) -> Evidence:
         node, close = self._node, roster.block + self._manifest.round.close
         seed = await node.seed(roster.block, "orion/route/1")
-        self.worker.begin(roster.round, roster, seed, self._archive.open(roster.round))
+        journal = Journal(node, roster, self.stage)
+        self.worker.begin(roster.round, roster, seed, self._archive.open(roster.round), journal)
+        following = asyncio.create_task(journal.run())
         drive = None
         if self.worker.plan.is_first:
             closing_at = await self._time_of(close)
@@ -231,10 +234,12 @@ class RoundMachine:
             await node.wait(close)
         finally:
             self.worker.stop()
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
             if drive is not None:
                 await drive
         _, evidence = await self.worker.close()
-        return evidence
+        return replace(evidence, acks=await journal.settle())
 
     async def _time_of(self, block: int) -> float:
         """When `block` will be finalized, by the loop's clock, at the pace of the last blocks."""

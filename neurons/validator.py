@@ -16,6 +16,7 @@ import sys
 from neurons.auditing import Auditor
 from neurons.follower import PublicStates
 from neurons.node import Node, main
+from neurons.notary import Notary
 from neurons.telemetry import NodeFinished, RoundStarted
 from subnet.swarm.record import Flags, Phase, Record
 
@@ -24,9 +25,11 @@ async def validate(node: Node) -> None:
     """A validator's whole life in one run."""
     manifest = node.loaded.manifest
     node.flags |= Flags.OBSERVER
+    notary = Notary(node)
+    notary.open()
     await node.listen()
     states = PublicStates(node)
-    auditor = Auditor(node, states)
+    auditor = Auditor(node, states, notary)
     roster = await node.enter()
     if roster.round == 0:
         await states.validate(0)

@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -77,6 +78,58 @@ class Stepped:
     opened: Opened
 
 
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A window with all its units."""
+
+    opened: Opened
+    after: State
+    leaves: tuple[Leaf, ...]
+    slot: int
+
+    def head(self) -> WindowHead:
+        """Hashes its states."""
+        weights, optimizer = self.opened.state.roots()
+        next_weights, next_optimizer = self.after.roots()
+        forward = sum(leaf.direction is Direction.FORWARD for leaf in self.leaves)
+        return WindowHead(
+            version=self.opened.version,
+            steps=self.opened.steps,
+            slot=self.slot,
+            forward=forward,
+            backward=len(self.leaves) - forward,
+            merged=self.opened.merged,
+            weights=weights,
+            optimizer=optimizer,
+            units=units_hash(self.leaves),
+            next_weights=next_weights,
+            next_optimizer=next_optimizer,
+        )
+
+
+class Witness(Protocol):
+    """Who is told of windows as they close."""
+
+    def slot(self) -> int:
+        """The slot that a window which closes now belongs to."""
+
+    def entered(self, head: WindowHead) -> None:
+        """A head is in the ledger."""
+
+
+class Unwitnessed:
+    """Nobody is told: everything lies in the first slot."""
+
+    def slot(self) -> int:
+        return 0
+
+    def entered(self, head: WindowHead) -> None:
+        pass
+
+
+UNWITNESSED = Unwitnessed()
+
+
 class Changes:
     """What merges have left to be taken over at the next step boundary, oldest first."""
 
@@ -114,8 +167,9 @@ def _answer(done: asyncio.Future[None]) -> None:
 class Windows:
     """The windows of one round. Heads go into the ledger as they are hashed."""
 
-    def __init__(self, ledger: Ledger, archive: RoundArchive, first: Opened) -> None:
+    def __init__(self, ledger: Ledger, archive: RoundArchive, first: Opened, witness: Witness) -> None:
         self._ledger = ledger
+        self._witness = witness
         self._archive = archive
         self._current = first
         self._hashing: asyncio.Task[None] | None = None
@@ -150,31 +204,12 @@ class Windows:
     def _close(self, after: State) -> None:
         leaves = self._ledger.window(self._current.version)
         if leaves:
-            self._hashing = asyncio.create_task(self._enter(self._hashing, self._current, after, leaves))
+            closed = Closed(self._current, after, leaves, self._witness.slot())
+            self._hashing = asyncio.create_task(self._enter(self._hashing, closed))
 
-    async def _enter(
-        self, before: asyncio.Task[None] | None, opened: Opened, after: State, leaves: tuple[Leaf, ...]
-    ) -> None:
+    async def _enter(self, before: asyncio.Task[None] | None, closed: Closed) -> None:
         if before is not None:
             await before
-        head = await asyncio.to_thread(_head, opened, after, leaves)
+        head = await asyncio.to_thread(closed.head)
         self._ledger.close_window(head)
-
-
-def _head(opened: Opened, after: State, leaves: tuple[Leaf, ...]) -> WindowHead:
-    weights, optimizer = opened.state.roots()
-    next_weights, next_optimizer = after.roots()
-    forward = sum(leaf.direction is Direction.FORWARD for leaf in leaves)
-    return WindowHead(
-        version=opened.version,
-        steps=opened.steps,
-        slot=0,
-        forward=forward,
-        backward=len(leaves) - forward,
-        merged=opened.merged,
-        weights=weights,
-        optimizer=optimizer,
-        units=units_hash(leaves),
-        next_weights=next_weights,
-        next_optimizer=next_optimizer,
-    )
+        self._witness.entered(head)

@@ -27,6 +27,9 @@ LAST_STEP_BLOCKS = 2
 RECORD_BLOCKS = 4
 """Without overlap the record of the new state still has to be final before the next round."""
 
+ACKNOWLEDGED_BLOCKS = 4
+"""By so much a slot is longer than half of the training: a window may lie in it until three blocks before its end."""
+
 INNER = {"nano": NANO_OPTIMIZER}
 DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
 
@@ -55,6 +58,7 @@ def local_manifest(
     """
     config = preset(model)
     inner = INNER.get(model, DEFAULT_INNER)
+    marks = _round(rounds, round_blocks, phase_blocks, overlap=overlap)
     return Manifest(
         version=1,
         run=RunSection(
@@ -84,10 +88,15 @@ def local_manifest(
             outer_momentum=0.0,
         ),
         merge=MergeSection(codec=codec, decay=DECAY),
-        round=_round(rounds, round_blocks, phase_blocks, overlap=overlap),
-        audit=AuditSection(seed_delay=4, windows=2, share=0.03, tolerance=0.02),
+        round=marks,
+        audit=AuditSection(slot=_slot(marks.close), seed_delay=4, windows=1, share=0.03, tolerance=0.02),
         score=ScoreSection(rounds=3, burn=0.0, scarcity=1.1),
     )
+
+
+def _slot(close: int) -> int:
+    """Two slots in a round. The second ends after training, so that its last windows can be acknowledged."""
+    return close // 2 + ACKNOWLEDGED_BLOCKS
 
 
 def _round(count: int, length: int, phase: int, *, overlap: bool) -> RoundSection:

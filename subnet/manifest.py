@@ -210,10 +210,12 @@ class RoundSection(_Section):
 class AuditSection(_Section):
     """What is audited and how hard (design: §9)."""
 
+    slot: Positive
+    """Blocks in a slot: windows whose heads were acknowledged in one are picked by one seed."""
     seed_delay: Positive
-    """Blocks after CUT whose hash is the audit seed: nobody knows it when the roots are fixed."""
+    """Blocks after a slot's end whose hash is its seed: nobody knows it when the heads are acknowledged."""
     windows: Positive
-    """Windows picked per miner and round."""
+    """Windows picked per miner and slot."""
     share: Fraction
     """Units replayed, in sum over validators, as a share of a miner's units of the round; each validator replays its
     stake's part of that, and at least one per miner and round."""

@@ -240,7 +240,6 @@ class Ledger:
 
     _leaves: dict[UnitKey, Leaf] = field(default_factory=dict)
     _heads: list[WindowHead] = field(default_factory=list)
-    _acks: dict[tuple[str, int], Ack] = field(default_factory=dict)
 
     def add(self, leaf: Leaf) -> None:
         """Enter a computed unit once; its receipt follows when the consumer has accepted the output."""
@@ -264,12 +263,6 @@ class Ledger:
         """Enter a window's head, once all of its units are in."""
         self._heads.append(head)
 
-    def acknowledge(self, ack: Ack) -> None:
-        """Enter a validator's acknowledgement; of one slot the one that counts most windows stays."""
-        held = self._acks.get((ack.validator, ack.slot))
-        if held is None or held.count < ack.count:
-            self._acks[ack.validator, ack.slot] = ack
-
     def close(self, closing: Closing) -> Evidence:
-        """Everything entered so far, in the order it was computed."""
-        return Evidence(tuple(self._leaves.values()), tuple(self._heads), tuple(self._acks.values()), closing)
+        """Everything entered so far, in the order it was computed; acknowledgements are still to come."""
+        return Evidence(tuple(self._leaves.values()), tuple(self._heads), (), closing)

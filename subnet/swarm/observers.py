@@ -1,0 +1,41 @@
+"""Validators at work: who has a permit, and a record on chain that says it watches this run.
+
+Miners push their window heads to them, their stakes weigh acknowledgements, and each replays its stake's part of the
+audit budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subnet.metagraph import ChainState
+from subnet.swarm.record import Flags, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """One validator at work."""
+
+    hotkey: str
+    stake: float
+    record: Record
+
+    def committed(self, number: int) -> bytes | None:
+        """What it committed to for round `number`; None if its record is of another."""
+        return self.record.root if self.record.round == number else None
+
+
+def observers(state: ChainState, run: bytes) -> dict[str, Observer]:
+    """By hotkey, in the order of uids."""
+    found = {}
+    for neuron in state.neurons:
+        record = Record.decode(neuron.record, neuron.shards)
+        if neuron.validator_permit and record is not None and record.run == run and record.flags & Flags.OBSERVER:
+            found[neuron.hotkey] = Observer(neuron.hotkey, neuron.stake, record)
+    return found
+
+
+def stakes(found: dict[str, Observer]) -> dict[str, float]:
+    """What each one's word weighs. With no stake among them each weighs the same."""
+    whole = sum(observer.stake for observer in found.values())
+    return {hotkey: observer.stake if whole > 0 else 1.0 for hotkey, observer in found.items()}

@@ -16,8 +16,8 @@ import torch
 from neurons.node import Node
 from neurons.wire import byte_tensor
 from subnet.chain import ChainError
-from subnet.messages import HEADS_LIMIT, Acknowledged, Heads
 from subnet.identity import verify
+from subnet.messages import HEADS_LIMIT, Acknowledged, Heads
 from subnet.swarm.observers import observers
 from subnet.swarm.roster import Roster
 from subnet.transport.errors import BadReply, TransportError, Unreachable

@@ -109,9 +109,7 @@ class Notary:
         return Acknowledged(count=held, slot=slot, signature=node.identity.sign(said).hex()), {}
 
     @staticmethod
-    def _enter(
-        book: _Book, first: int, heads: tuple[WindowHead, ...], statement: Statement, slot: int
-    ) -> None:
+    def _enter(book: _Book, first: int, heads: tuple[WindowHead, ...], statement: Statement, slot: int) -> None:
         """Lengthen the chain by what is new. A gap changes nothing: the answer says how far the chain is here."""
         if first > len(book.heads):
             return

@@ -32,7 +32,7 @@ from subnet.swarm.roster import Roster, records_of
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import budget, comparable, select_units, select_windows, spread
 from subnet.trust.finding import Check, Finding, Grade
-from subnet.trust.heads import ack_message, acknowledged, chain, conflicting, slot_end, slot_of
+from subnet.trust.heads import ack_message, acknowledged, chain, conflicting, slot_end, slots_in
 from subnet.trust.ledger import Direction, Evidence, digest
 from subnet.trust.scoring import History, Kept, Score, marks_kept, scarcity, score, weights
 from subnet.trust.settlement import NOTHING, Settlement, settle
@@ -101,7 +101,7 @@ class Auditor:
         marks, rules = self._node.loaded.manifest.round, self._node.loaded.manifest.audit
         return [
             await self._node.seed(roster.block + slot_end(slot, rules.slot) + rules.seed_delay, "orion/slot/1")
-            for slot in range(slot_of(marks.close, rules.slot) + 1)
+            for slot in range(slots_in(marks.close, rules.slot, rules.grace))
         ]
 
     # -- audits -------------------------------------------------------------------------------------------------------

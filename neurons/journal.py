@@ -21,17 +21,25 @@ from subnet.messages import HEADS_LIMIT, Acknowledged, Heads
 from subnet.swarm.observers import observers
 from subnet.swarm.roster import Roster
 from subnet.transport.errors import BadReply, TransportError, Unreachable
-from subnet.trust.heads import HEAD_BYTES, START, Ack, WindowHead, ack_message, extend, slot_end, statement_message
+from subnet.trust.heads import (
+    HEAD_BYTES,
+    START,
+    Ack,
+    WindowHead,
+    ack_message,
+    extend,
+    slot_end,
+    slots_in,
+    statement_message,
+)
 
 log = logging.getLogger("orion.neurons.journal")
 
 PUSH_DEADLINE = 10.0
 PAUSE = 0.5
 """Seconds until a validator that could not be reached is tried again."""
-MARGIN = 3
-"""Blocks before a slot's end from which a window is given to the next one: a push and finality take as long."""
-SETTLED = 2
-"""Blocks after the end of training within which the last acknowledgements should be here."""
+PATIENCE = 3
+"""One part in so many of the time between the end of training and CUT is given to the last acknowledgements."""
 LATECOMERS = 5
 """Blocks after a round's start at which validators are looked for again: by then they have said that they are there."""
 
@@ -71,15 +79,17 @@ class Journal:
         await self._look()
         await node.wait(self._roster.block + LATECOMERS)
         await self._look()
-        while slot_end(self._slot, rules.audit.slot) - MARGIN < rules.round.close:
-            await node.wait(self._roster.block + slot_end(self._slot, rules.audit.slot) - MARGIN)
-            self._slot += 1
+        slots = slots_in(rules.round.close, rules.audit.slot, rules.audit.grace)
+        for slot in range(1, slots):
+            await node.wait(self._roster.block + slot_end(slot - 1, rules.audit.slot) - rules.audit.grace)
+            self._slot = slot
             await self._look()
 
     async def settle(self) -> tuple[Ack, ...]:
         """Wait until every validator has acknowledged everything, a few blocks at most; what they have said."""
-        close = self._roster.block + self._node.loaded.manifest.round.close
-        ended = asyncio.create_task(self._node.wait(close + SETTLED))
+        marks = self._node.loaded.manifest.round
+        last = self._roster.block + marks.close + (marks.cut - marks.close) // PATIENCE
+        ended = asyncio.create_task(self._node.wait(last))
         complete = asyncio.create_task(self._complete.wait())
         try:
             if self._news and self._heads:

@@ -27,8 +27,8 @@ LAST_STEP_BLOCKS = 2
 RECORD_BLOCKS = 4
 """Without overlap the record of the new state still has to be final before the next round."""
 
-ACKNOWLEDGED_BLOCKS = 4
-"""By so much a slot is longer than half of the training: a window may lie in it until three blocks before its end."""
+SLOTS = 2
+"""In a round."""
 
 INNER = {"nano": NANO_OPTIMIZER}
 DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
@@ -89,14 +89,16 @@ def local_manifest(
         ),
         merge=MergeSection(codec=codec, decay=DECAY),
         round=marks,
-        audit=AuditSection(slot=_slot(marks.close), seed_delay=4, windows=1, share=0.03, tolerance=0.02),
+        audit=AuditSection(
+            slot=(marks.close + phase_blocks) // SLOTS + 1,
+            grace=phase_blocks,
+            seed_delay=4,
+            windows=1,
+            share=0.03,
+            tolerance=0.02,
+        ),
         score=ScoreSection(rounds=3, burn=0.0, scarcity=1.1),
     )
-
-
-def _slot(close: int) -> int:
-    """Two slots in a round. The second ends after training, so that its last windows can be acknowledged."""
-    return close // 2 + ACKNOWLEDGED_BLOCKS
 
 
 def _round(count: int, length: int, phase: int, *, overlap: bool) -> RoundSection:

@@ -212,6 +212,8 @@ class AuditSection(_Section):
 
     slot: Positive
     """Blocks in a slot: windows whose heads were acknowledged in one are picked by one seed."""
+    grace: Positive
+    """Blocks before a slot's end from which windows are given to the next one: what a push and finality take."""
     seed_delay: Positive
     """Blocks after a slot's end whose hash is its seed: nobody knows it when the heads are acknowledged."""
     windows: Positive

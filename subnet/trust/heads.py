@@ -159,6 +159,11 @@ def slot_of(offset: int, slot_blocks: int) -> int:
     return offset // slot_blocks
 
 
+def slots_in(close: int, slot_blocks: int, grace: int) -> int:
+    """Slots of a round whose training ends at block `close`: a window of the last block still has one to lie in."""
+    return slot_of(close + grace, slot_blocks) + 1
+
+
 def slot_end(slot: int, slot_blocks: int) -> int:
     """The last block of a slot, in blocks after the round's first. The slot's seed is of a later one."""
     return (slot + 1) * slot_blocks - 1

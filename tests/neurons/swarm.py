@@ -110,7 +110,7 @@ def manifest(
         ),
         merge=MergeSection(codec="bf16", decay=0.95),
         round=RoundSection(count=1, close=11, cut=12, have=13, merge=14, length=14, linger=1),
-        audit=AuditSection(slot=8, seed_delay=1, windows=1, share=0.1, tolerance=1e-4),
+        audit=AuditSection(slot=8, grace=1, seed_delay=1, windows=1, share=0.1, tolerance=1e-4),
         score=ScoreSection(rounds=3, burn=0.0, scarcity=1.1),
     )
 

@@ -201,7 +201,8 @@ class StageEngine:
     def step(self) -> StepReport:
         """Clips, applies the accumulated gradients and drops them, along with all kept graphs.
 
-        Gradients that are not finite are dropped, the weights and the version stay, and the report says so.
+        Gradients that are not finite are dropped, the weights stay and get another version, so that no later step is
+        taken for theirs, and the report says so.
         Raises `EngineError` when nothing is accumulated.
         """
         if self._accumulated == 0:
@@ -211,6 +212,8 @@ class StageEngine:
         lr = learning_rate(self._config, self._steps)
         if not math.isfinite(norm):
             self.discard_gradients()
+            self._version += 1
+            self._used = False
             return StepReport(version=self._version, lr=lr, grad_norm=norm, clipped=False, finite=False)
         clipped = 0 < self._clip < norm
         if clipped:
@@ -255,6 +258,19 @@ class StageEngine:
             for field, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{field}"] = value
         return tensors
+
+    def moments(self) -> Tensor:
+        """The optimizer's moments as one fp32 vector (2n,): the first of all weights in order of name, then the
+        second; a copy, zeros before the first step."""
+        named = sorted(self.stage.named_parameters())
+        parts = [
+            self._optimizer.state[p][moment].detach().float().reshape(-1)
+            if p in self._optimizer.state
+            else torch.zeros(p.numel(), device=p.device)
+            for moment in _MOMENTS
+            for _, p in named
+        ]
+        return torch.cat(parts)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over a state made by `state` on the same stage and optimizer; open units and gradients are

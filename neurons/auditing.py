@@ -23,8 +23,9 @@ import torch
 from model.data import Corpus
 from model.split import StagePlan
 from neurons.bench import Bench, forward_flops, other_data, replay_flops
-from neurons.fetching import PATIENCE, Source, Unsound, Withheld, open_delta, root_of
+from neurons.fetching import PATIENCE, Source, Unsound, Withheld, open_delta
 from neurons.follower import Fault, RoundStart
+from neurons.windows import root_of
 from subnet.manifest import LoadedManifest
 from subnet.messages import Shapes
 from subnet.swarm.record import Phase, Record

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 import torch
 
 from neurons.archive import Archive, RoundArchive
 from neurons.exchange import Desk
+from neurons.library import Library
 from neurons.node import Node
 from neurons.pipeline import StageWorker
 from neurons.wire import MergeRoutes, byte_tensor
@@ -21,20 +23,24 @@ from subnet.messages import (
     RunSynapse,
     Tensors,
     UnitRequest,
+    WeightsDelta,
     WindowRequest,
 )
 from subnet.transport.axon import Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Dropped, Unavailable, UnknownRun
-from subnet.trust.ledger import LEAF_BYTES, WINDOW_BYTES, Direction, UnitKey
+from subnet.trust import delta
+from subnet.trust.heads import ACK_BYTES, HEAD_BYTES
+from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, Direction, UnitKey
 
 
 class EvidenceDesk:
     """Serves what the archive holds: a merge's pieces to siblings, evidence to validators and joiners."""
 
-    def __init__(self, node: Node, archive: Archive) -> None:
+    def __init__(self, node: Node, archive: Archive, library: Library) -> None:
         self._node = node
         self._archive = archive
+        self._library = library
 
     def open(self) -> None:
         """Put its routes on the axon."""
@@ -66,17 +72,24 @@ class EvidenceDesk:
         held = self._held(request)
         if held.evidence is None or held.desk is None:
             raise Unavailable(f"the ledger of round {request.round} is still open", "ask after CUT", retry_after=0.5)
-        leaves, windows = held.evidence.tables()
-        return EvidenceTables(payload=held.desk.payload_root.hex(), windows=len(held.evidence.windows)), {
-            "leaves": byte_tensor(leaves).view(-1, LEAF_BYTES),
-            "windows": byte_tensor(windows).view(-1, WINDOW_BYTES),
+        evidence, tables = held.evidence, held.evidence.tables()
+        payload = held.desk.payload_root.hex()
+        return EvidenceTables(payload=payload, heads=len(evidence.heads), acks=len(evidence.acks)), {
+            "leaves": byte_tensor(tables.leaves).view(-1, LEAF_BYTES),
+            "heads": byte_tensor(tables.heads).view(-1, HEAD_BYTES),
+            "acks": byte_tensor(tables.acks).view(-1, ACK_BYTES),
+            "closing": byte_tensor(tables.closing).view(-1, CLOSING_BYTES),
         }
 
     async def window(self, _caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         held = self._held(request)
         if held.evidence is None or request.version not in held.windows:
             raise Dropped(f"window {request.version} of round {request.round} is not kept here", "ask after CUT")
-        return Tensors(), {"weights": held.windows[request.version]}
+        base = self._library.theta(request.held)
+        if base is None:
+            raise Dropped(f"the state with {request.held} rounds merged is not kept here", "name the round's own state")
+        data = await asyncio.to_thread(delta.encode, held.windows[request.version], base)
+        return WeightsDelta(size=len(data)), {"delta": byte_tensor(data).view(1, -1)}
 
     async def unit(self, _caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         held = self._held(request)

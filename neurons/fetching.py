@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from model.split import StagePlan
+from neurons.windows import root_of
 from subnet.messages import (
     ACKS_LIMIT,
     EvidenceRequest,
@@ -28,7 +29,6 @@ from subnet.messages import (
     WeightsDelta,
     WindowRequest,
     evidence_specs,
-    table,
 )
 from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
 from subnet.swarm.record import Record, bind_roots
@@ -48,7 +48,7 @@ from subnet.trust.ledger import (
     Tables,
     digest,
 )
-from subnet.trust.tree import PIECE_BYTES, PROOF_LIMIT, Tree, pieces_of, proven
+from subnet.trust.tree import PIECE_BYTES, PROOF_LIMIT, pieces_of, proven
 
 log = logging.getLogger("orion.neurons.fetching")
 
@@ -69,11 +69,6 @@ class Withheld(Exception):  # noqa: N818 - what happened, as the transport's err
 
 class Unsound(Exception):  # noqa: N818
     """What a miner showed is what its root on chain fixes, and no honest one can have written it: one line."""
-
-
-def delta_limit(parameters: int) -> int:
-    """Bytes of the largest delta of so many weights: incompressible ones, with framing."""
-    return 4 * parameters + parameters // 16 + 4096
 
 
 class Source:
@@ -134,8 +129,8 @@ class Source:
         _, tensors = await self._call(
             WindowRequest(run=self._run, round=self._number, version=head.version, held=held),
             WeightsDelta,
-            lambda fields: {"delta": table(1, fields.size)},
-            delta_limit(self._parameters),
+            lambda fields: fields.specs(),
+            delta.limit_of(self._parameters),
         )
         data = bytes(tensor_bytes(tensors["delta"]))
         theta = await asyncio.to_thread(open_delta, data, base, head.weights)
@@ -221,13 +216,8 @@ _TABLES = ("leaves", "heads", "acks", "closing")
 def open_delta(data: bytes, base: torch.Tensor, root: bytes) -> torch.Tensor | None:
     """The weights (fp32 (n,)) that a delta leads to, None if they are not those under `root`."""
     try:
-        theta = delta.decode(data, base, delta_limit(base.numel()))
+        theta = delta.decode(data, base, delta.limit_of(base.numel()))
     except delta.DeltaFormatError as error:
         log.info("a delta that does not open: %s", error)
         return None
     return theta if root_of(theta) == root else None
-
-
-def root_of(theta: torch.Tensor) -> bytes:
-    """The root of a flat state, fp32 (n,)."""
-    return Tree.of(tensor_bytes(theta)).root

@@ -9,23 +9,25 @@ that computes something else must not reach the live path. Nobody waits for any 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from neurons.evidence import EvidenceReader, replay_cases
+from neurons.bench import replay_units
+from neurons.fetching import Source, Unsound, Withheld
 from neurons.keeper import Keeper
 from neurons.node import Node
 from neurons.rounds import MARGIN, RoundMachine
+from neurons.slots import slot_seeds
 from neurons.states import newest_claims, take
 from neurons.telemetry import Downloaded, ShadowChecked
 from subnet.swarm.merge import Merged
-from subnet.swarm.record import Record
+from subnet.swarm.record import Phase, Record
 from subnet.swarm.roster import NO_WEIGHTS, Anchor, Roster, records_of
-from subnet.trust.audit import Verdict, select_units, select_windows
+from subnet.trust.audit import select_units, select_windows
+from subnet.trust.finding import Finding
 
 log = logging.getLogger("orion.neurons.joining")
 
@@ -40,7 +42,6 @@ class Joiner:
         self._node = node
         self._machine = machine
         self._keeper = keeper
-        self._reader = EvidenceReader(node)
         self._checked = False
         """Whether this machine has computed a sibling's units like the sibling."""
 
@@ -167,20 +168,20 @@ class Joiner:
         if closed is None:
             return True
         records = records_of(await node.state(closed.block + node.loaded.manifest.round.cut))
-        seed = hashlib.sha256(b"orion/shadow/1" + closed.digest).digest()
+        seeds = await slot_seeds(node, closed)
         compared = False
         for sibling in closed.stages[machine.stage]:
-            verdicts = await self._compare(sibling, closed, records.get(sibling), seed)
-            if not verdicts:
+            findings = await self._compare(sibling, closed, records.get(sibling), seeds)
+            if not findings:
                 continue
-            compared, passed = True, all(verdict.passed for verdict in verdicts)
+            compared, passed = True, all(finding.passed for finding in findings)
             node.telemetry.emit(
                 ShadowChecked(
                     stage=machine.stage,
                     sibling=sibling,
-                    units=len(verdicts),
+                    units=len({(finding.sample, finding.check) for finding in findings}),
                     passed=passed,
-                    error=round(max(verdict.error for verdict in verdicts), 6),
+                    error=round(max(finding.error for finding in findings), 6),
                 )
             )
             if passed:
@@ -188,25 +189,51 @@ class Joiner:
                 return True
         return not compared
 
-    async def _compare(self, sibling: str, closed: Roster, record: Record | None, seed: bytes) -> list[Verdict]:
-        """Verdicts on units of one sibling's closed round; none if it serves none."""
-        node, machine = self._node, self._machine
-        evidence = await self._reader.tables(sibling, closed, record)
-        if evidence is None:
+    async def _compare(self, sibling: str, closed: Roster, record: Record | None, seeds: list[bytes]) -> list[Finding]:
+        """What comes of units of one sibling's closed round; nothing if it serves none."""
+        node, machine, stage = self._node, self._machine, self._machine.stage
+        if record is None or record.round != closed.round or record.phase < Phase.CUT:
             return []
-        me, manifest = node.identity.hotkey, node.loaded.manifest
-        picks = [
-            (window, select_units(evidence, window, seed=seed, hotkey=sibling, validator=me, count=SHADOW_UNITS))
-            for window in select_windows(evidence, seed=seed, hotkey=sibling, count=1)
-        ]
-        served = await self._reader.cases(sibling, closed, picks, public={})
-        verdicts = await asyncio.to_thread(
-            replay_cases,
-            machine.engine.stage,
-            [case for case in served if case.theta is not None],
-            node.corpus,
-            accumulation=manifest.optimizer.accumulation,
-            tolerance=manifest.audit.tolerance,
+        manifest, me = node.loaded.manifest, node.identity.hotkey
+        quota = manifest.data.samples_per_round
+        source = Source(
+            dendrite=node.dendrite,
+            endpoint=node.neighbours.endpoint,
+            run=node.loaded.run_id,
+            number=closed.round,
+            hotkey=sibling,
+            plan=node.plans[stage],
+            parameters=node.parameters[stage],
+            shapes=node.shapes,
+        )
+        try:
+            evidence = await source.tables(record, samples=range(closed.round * quota, (closed.round + 1) * quota))
+            picked = [
+                (head, seed)
+                for slot, seed in enumerate(seeds)
+                for head in select_windows(evidence.heads, seed=seed, hotkey=sibling, slot=slot, count=1)
+            ]
+            if not picked:
+                return []
+            head, seed = picked[-1]
+            leaves = select_units(evidence, head, secret=me.encode(), seed=seed, hotkey=sibling, count=SHADOW_UNITS)
+            public = machine.replica.public.theta
+            _, theta = await source.weights(head, public, held=machine.replica.held)
+            units = [(leaf, await source.unit(leaf)) for leaf in leaves]
+        except (Withheld, Unsound) as error:
+            log.info("nothing of %s is compared: %s", sibling, error)
+            return []
+        findings = await asyncio.to_thread(
+            lambda: replay_units(
+                machine.engine.stage,
+                theta,
+                units,
+                node.corpus,
+                accumulation=manifest.optimizer.accumulation,
+                tolerance=lambda _: manifest.audit.tolerance,
+                hotkey=sibling,
+                number=closed.round,
+            )
         )
         machine.engine.replace_weights(machine.replica.base)
-        return verdicts
+        return findings

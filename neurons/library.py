@@ -53,6 +53,11 @@ class Library:
             del self._states[old]
         return tree.digest
 
+    def theta(self, held: int) -> torch.Tensor | None:
+        """The weights with so many rounds merged, fp32 (n,), if they are kept."""
+        entry = self._states.get(held)
+        return None if entry is None else entry.state.theta
+
     async def tree(self, _caller: str, request: StateTreeRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         tree = self._held(request).tree
         return Tensors(), {"theta": _rows(tree.theta), "momentum": _rows(tree.momentum)}

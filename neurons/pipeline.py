@@ -14,15 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TypeVar
 
 import torch
 
 from model.data import Corpus
-from model.engine import StageEngine, StepReport
-from model.stage import flatten
+from model.engine import StageEngine
 from neurons.archive import RoundArchive
 from neurons.compute import ComputeThread, Lane
 from neurons.delivery import RETRY_PAUSE, Delivery
@@ -32,6 +30,7 @@ from neurons.filter import Filter
 from neurons.heads import Heads
 from neurons.telemetry import LocalStep, Telemetry, TrainingClosed
 from neurons.training import OpenInput, TrainingRound
+from neurons.windows import UNWITNESSED, Change, Changes, Opened, State, Stepped, Windows, Witness
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
 from subnet.messages import (
@@ -54,6 +53,8 @@ from subnet.transport.synapse import require_finite, tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import (
     NO_DIGEST,
+    NO_ROOT,
+    Closing,
     Direction,
     Evidence,
     Leaf,
@@ -64,10 +65,6 @@ from subnet.trust.ledger import (
 log = logging.getLogger("orion.neurons.pipeline")
 
 R = TypeVar("R")
-StepResult = tuple[StepReport, int, int, torch.Tensor]
-"""What a step leaves: its report, how many units it took, version and weights after it (flat fp32)."""
-Change = Callable[[torch.Tensor], torch.Tensor]
-"""From a replica's weights to others (flat fp32), as a merge wants them."""
 
 
 class StageWorker:
@@ -125,15 +122,19 @@ class StageWorker:
         )
         self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous)
         self._round: TrainingRound | None = None
-        self._changes: deque[tuple[Change, asyncio.Future[None]]] = deque()
+        self._windows: Windows | None = None
+        self._changes = Changes()
 
     # -- the frame of a round -------------------------------------------------------------------------------------
 
-    def begin(self, number: int, roster: Roster, seed: bytes, archive: RoundArchive) -> TrainingRound:
+    def begin(
+        self, number: int, roster: Roster, seed: bytes, archive: RoundArchive, witness: Witness = UNWITNESSED
+    ) -> TrainingRound:
         """Open round `number` for pushes. The engine's weights are what the round starts from."""
         self._compute.clear()
         self._round = TrainingRound(number, roster, seed, archive)
-        self._open_window(self._round, self.engine.version, flatten(self.engine.stage))
+        first = Opened.of(self.engine, State.of(self.engine))
+        self._windows = Windows(self._round.ledger, archive, first, witness)
         if self._changes:
             self._change_when_idle()
         if not self.plan.is_last and not self._synchronous:
@@ -170,9 +171,9 @@ class StageWorker:
         await asyncio.gather(*current.sends, return_exceptions=True)
         stepped, changed = await self._compute.submit(Lane.BACKWARD, 0, self._finish)
         if stepped is not None:
-            self._enter_step(current, *stepped)
+            self._enter_step(current, stepped)
         elif changed is not None:
-            self._enter_change(changed)
+            self._opened().changed(changed)
         self._compute.clear()
         if self._changes:  # one that came meanwhile
             self._change_when_idle()
@@ -190,12 +191,14 @@ class StageWorker:
                 busy_seconds=round(self._compute.busy_seconds, 3),
             )
         )
-        return current, current.ledger.close()
+        return current, current.ledger.close(Closing(await self._opened().finish(), NO_ROOT, NO_ROOT))
 
-    async def change_weights(self, change: Change) -> None:
-        """Replace the weights by `change(weights)` at the next step boundary, at once if nothing is accumulated."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._changes.append((change, done))
+    async def change_weights(self, change: Change, *, held: int) -> None:
+        """Replace the weights by `change(weights)` at the next step boundary, at once if nothing is accumulated.
+
+        `held` rounds are merged into the public state that is taken over so.
+        """
+        done = self._changes.add(change, held)
         self._change_when_idle()
         await done
 
@@ -393,7 +396,7 @@ class StageWorker:
         inputs = tokens[:, :-1] if self.plan.is_first else held.tensor.to(torch.float32)
         targets = tokens[:, 1:]
 
-        def job() -> tuple[int, float, torch.Tensor | None, StepResult | None]:
+        def job() -> tuple[int, float, torch.Tensor | None, Stepped | None]:
             version = self.engine.version
             loss, dx = self.engine.tail(push.sample, inputs, targets)
             return version, loss, None if dx is None else self._sendable(dx), self._maybe_step()
@@ -401,7 +404,7 @@ class StageWorker:
         version, loss, dx, stepped = await self._timed(Lane.FORWARD, push.index, job)
         self._finish_backward(current, push, held, version, loss=loss, gradient=None, source=held.source_index, dx=dx)
         if stepped is not None:
-            self._enter_step(current, *stepped)
+            self._enter_step(current, stepped)
 
     async def _backward_unit(
         self, current: TrainingRound, push: Backward, g: torch.Tensor, g_digest: bytes, source: int
@@ -410,7 +413,7 @@ class StageWorker:
         held = current.open[push.sample]
         x = held.tensor if self.plan.is_first else held.tensor.to(torch.float32)
 
-        def job() -> tuple[bool, int, torch.Tensor | None, StepResult | None]:
+        def job() -> tuple[bool, int, torch.Tensor | None, Stepped | None]:
             version = self.engine.version
             adopted = push.sample not in self.engine.pending()
             if adopted:
@@ -424,7 +427,7 @@ class StageWorker:
             current, push, held, version, loss=push.loss, gradient=(g, g_digest), source=source, dx=dx
         )
         if stepped is not None:
-            self._enter_step(current, *stepped)
+            self._enter_step(current, stepped)
 
     def _finish_backward(
         self,
@@ -470,63 +473,56 @@ class StageWorker:
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def _maybe_step(self) -> StepResult | None:
+    def _maybe_step(self) -> Stepped | None:
         return self._step() if self.engine.units_accumulated >= self._manifest.optimizer.accumulation else None
 
-    def _step(self) -> StepResult:
+    def _step(self) -> Stepped:
         units = self.engine.units_accumulated
         report = self.engine.step()
-        version, weights = self._change()
-        return report, units, version, weights
+        after = State.of(self.engine)
+        return Stepped(report, units, after, self._changes.take_over(self.engine, after))
 
-    def _finish(self) -> tuple[StepResult | None, tuple[int, torch.Tensor] | None]:
+    def _finish(self) -> tuple[Stepped | None, Opened | None]:
         """On the compute thread, at the end of a round: forget what is open and take the last step, if there is one."""
         for key in self.engine.pending():
             self.engine.drop(key)
         if self.engine.units_accumulated:
             return self._step(), None
-        return None, self._change() if self._changes else None
-
-    def _change(self) -> tuple[int, torch.Tensor]:
-        """On the compute thread, between two steps: take over what merges have left; version and weights after it."""
-        for change, done in tuple(self._changes):
-            self.engine.replace_weights(change(flatten(self.engine.stage)))
-            self._changes.popleft()
-            done.get_loop().call_soon_threadsafe(_answer, done)
-        return self.engine.version, flatten(self.engine.stage)
+        return None, self._changes.take_over(self.engine, None) if self._changes else None
 
     def _change_when_idle(self) -> None:
         """Without gradients in the making the weights may change now; else the next step will do it."""
 
-        def job() -> tuple[int, torch.Tensor] | None:
-            return self._change() if self._changes and not self.engine.units_accumulated else None
+        def job() -> Opened | None:
+            idle = self._changes and not self.engine.units_accumulated
+            return self._changes.take_over(self.engine, None) if idle else None
 
         answer = self._compute.submit(Lane.BACKWARD, 0, job)
         answer.add_done_callback(lambda job: None if job.cancelled() else self._enter_change(job.result()))
 
-    def _enter_change(self, changed: tuple[int, torch.Tensor] | None) -> None:
+    def _enter_change(self, changed: Opened | None) -> None:
         if changed is not None and self._round is not None and self._round.accepting:
-            self._open_window(self._round, *changed)
+            self._opened().changed(changed)
 
-    def _enter_step(
-        self, current: TrainingRound, report: StepReport, units: int, version: int, weights: torch.Tensor
-    ) -> None:
-        self._open_window(current, version, weights)
+    def _enter_step(self, current: TrainingRound, stepped: Stepped) -> None:
+        self._opened().stepped(stepped)
+        report = stepped.report
         self._telemetry.emit(
             LocalStep(
                 round=current.number,
                 stage=self.plan.index,
-                version=version,
-                units=units,
+                version=stepped.opened.version,
+                units=stepped.units,
                 grad_norm=round(report.grad_norm, 6),
                 lr=report.lr,
                 finite=report.finite,
             )
         )
 
-    def _open_window(self, current: TrainingRound, version: int, weights: torch.Tensor) -> None:
-        current.archive.windows[version] = weights
-        current.ledger.open_window(version, digest(tensor_bytes(weights)))
+    def _opened(self) -> Windows:
+        if self._windows is None:
+            raise RuntimeError("no round has begun: call begin first")
+        return self._windows
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
@@ -587,8 +583,3 @@ class StageWorker:
         tasks.discard(done)
         if not done.cancelled() and done.exception() is not None:
             log.error("a unit at stage %d was lost: %s", self.plan.index, done.exception(), exc_info=done.exception())
-
-
-def _answer(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)

@@ -25,6 +25,7 @@ from neurons.archive import Archive
 from neurons.download import forget
 from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.exchange import Desk
+from neurons.journal import Journal
 from neurons.keeper import Keeper, KeptCut
 from neurons.library import Library
 from neurons.merging import merge
@@ -35,6 +36,7 @@ from neurons.states import after_merge, said_beyond
 from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from neurons.terms import Marks, Outcome, Terms
+from neurons.windows import root_of
 from neurons.wire import DendriteExchange
 from subnet.chain import ChainError
 from subnet.swarm.butterfly import ButterflyError
@@ -169,7 +171,7 @@ class RoundMachine:
     async def renumber(self, held: int) -> None:
         """Go on with the public state held as the one after `held` rounds: the merges in between were void."""
         if self.replica.pending is not None:
-            await self.worker.change_weights(self.replica.merged(self.replica.public, ()))
+            await self.worker.change_weights(self.replica.merged(self.replica.public, ()), held=held)
         self.replica.held = held
         await self.serve()
 
@@ -221,7 +223,9 @@ class RoundMachine:
     async def _train(self, roster: Roster) -> Evidence:
         node, close = self._node, roster.block + self._manifest.round.close
         seed = await node.seed(roster.block, "orion/route/1")
-        self.worker.begin(roster.round, roster, seed, self._archive.open(roster.round))
+        journal = Journal(node, roster, self.stage)
+        self.worker.begin(roster.round, roster, seed, self._archive.open(roster.round), journal)
+        following = asyncio.create_task(journal.run())
         drive = None
         if self.worker.plan.is_first:
             closing_at = await self._time_of(close)
@@ -230,10 +234,12 @@ class RoundMachine:
             await node.wait(close)
         finally:
             self.worker.stop()
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
             if drive is not None:
                 await drive
         _, evidence = await self.worker.close()
-        return evidence
+        return replace(evidence, acks=await journal.settle())
 
     async def _time_of(self, block: int) -> float:
         """When `block` will be finalized, by the loop's clock, at the pace of the last blocks."""
@@ -256,6 +262,11 @@ class RoundMachine:
             self.watch(roster)
             await self._node.publish(self.state_record)
             return
+        if feedback.residual.numel():
+            owed, still = await asyncio.to_thread(
+                lambda before: (root_of(before), root_of(feedback.residual)), self.replica.feedback.residual
+            )
+            evidence = replace(evidence, closing=replace(evidence.closing, owed=owed, still_owed=still))
         self.engine.replace_weights(self.replica.cut(roster.round, sent, feedback))
         held.evidence, held.desk = evidence, Desk(self._node.identity.hotkey, pieces, evidence=evidence.root)
         optimizer = {name: tensor for name, tensor in self.engine.state().items() if not name.startswith(WEIGHTS)}
@@ -347,7 +358,7 @@ class RoundMachine:
                 log.warning("round %d: nobody at stage %d has what was merged: it is owed", roster.round, self.stage)
             after, taken = (self.replica.public, ()) if found is None else (found, taken)
         change = await asyncio.to_thread(self.replica.merged, after, taken)
-        await self.worker.change_weights(change)
+        await self.worker.change_weights(change, held=self.replica.held)
         await self.serve()
         self._report(roster, outcome, loop.time() - start)
         await self._checkpoint()

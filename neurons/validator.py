@@ -24,14 +24,15 @@ from neurons.bench import Bench, forward_flops
 from neurons.follower import Fault, PublicStates, RoundStart
 from neurons.judgement import Closed, Judge, Suspicions
 from neurons.node import Node, main
+from neurons.notary import Notary
 from neurons.reports import ReportDesk, ReportReader, write_report
+from neurons.slots import slot_seeds, slots_of
 from neurons.telemetry import AuditCost, NodeFinished, RoundStarted
 from subnet.swarm.observers import observers, stakes
 from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import Roster, records_of
 from subnet.trust.decision import Rule, tests_per_year
 from subnet.trust.finding import Grade
-from subnet.trust.heads import slot_end, slot_of
 from subnet.trust.ledger import Direction
 from subnet.trust.report import SECRET_BYTES, FindingModel, commit
 
@@ -76,6 +77,7 @@ class Validator:
             risk=self._suspicions.risk,
             rule=lambda: self._suspicions.rule,
         )
+        self._notary = Notary(node)
         self._desk = ReportDesk(node)
         adopter = Adopter(self._auditor, run=node.loaded.run_id, recheck=self._recheck)
         self._reader = ReportReader(node, adopter)
@@ -86,6 +88,7 @@ class Validator:
         node, count = self._node, self._node.loaded.manifest.round.count
         node.flags |= Flags.OBSERVER
         self._desk.open()
+        self._notary.open()
         await node.listen()
         roster = await node.enter()
         if roster.round == 0:
@@ -173,17 +176,15 @@ class Validator:
         watched = await node.state(roster.block + min(marks.cut, marks.length - 1))
         at_work = observers(watched, node.loaded.run_id)
         cut = await node.state(roster.block + marks.cut)
-        slots = slot_of(marks.cut, rules.slot) + 1
-        ends = (roster.block + slot_end(slot, rules.slot) + rules.seed_delay for slot in range(slots))
         weights = stakes(at_work)
         facts = RoundFacts(
             roster=roster,
             records=records_of(cut),
             start=begun,
-            seeds=[await node.seed(block, "orion/slot/1") for block in ends],
+            seeds=await slot_seeds(node, roster),
             secret=secret,
             stake_share=weights.get(node.identity.hotkey, 0.0) / (sum(weights.values()) or 1.0),
-            statements={},
+            statements={hotkey: self._notary.statements(roster.round, hotkey) for hotkey in roster.members},
         )
         self._suspicions.rule = rule_of(node, validators=len(at_work))
         self._suspicions.begin(roster.round, roster.members, anomaly=self._judge.anomalies())
@@ -205,9 +206,10 @@ class Validator:
             have=await node.state(roster.block + marks.have),
             route_seed=await node.seed(roster.block, "orion/route/1"),
             stakes=weights,
-            slots=slots,
+            slots=len(facts.seeds),
         )
         await self._judge.close(closed, dossiers)
+        self._notary.forget(roster.round)
 
     async def _until(self, block: int, work: Coroutine[None, None, None]) -> None:
         """Run it, but not beyond `block`: then the next round's turn has come, and what is found so far counts."""
@@ -259,10 +261,9 @@ class _Rounds:
 def rule_of(node: Node, *, validators: int) -> Rule:
     """The sequential test of this run, for so many validators at work."""
     manifest = node.loaded.manifest
-    slots = slot_of(manifest.round.cut, manifest.audit.slot) + 1
     return Rule.of(
         tests_per_year=tests_per_year(
-            windows=slots * manifest.audit.windows,
+            windows=slots_of(manifest) * manifest.audit.windows,
             round_seconds=manifest.round.length * BLOCK_SECONDS,
             validators=max(1, validators),
         ),

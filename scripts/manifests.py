@@ -27,6 +27,9 @@ LAST_STEP_BLOCKS = 2
 RECORD_BLOCKS = 4
 """Without overlap the record of the new state still has to be final before the next round."""
 
+SLOTS = 2
+"""In a round."""
+
 INNER = {"nano": NANO_OPTIMIZER}
 DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
 
@@ -55,6 +58,7 @@ def local_manifest(
     """
     config = preset(model)
     inner = INNER.get(model, DEFAULT_INNER)
+    marks = _round(rounds, round_blocks, phase_blocks, overlap=overlap)
     return Manifest(
         version=1,
         run=RunSection(
@@ -84,9 +88,18 @@ def local_manifest(
             outer_momentum=0.0,
         ),
         merge=MergeSection(codec=codec, decay=DECAY),
-        round=_round(rounds, round_blocks, phase_blocks, overlap=overlap),
-        audit=AuditSection(seed_delay=2, windows=1, units=4, tolerance=0.02),
-        score=ScoreSection(rounds=3),
+        round=marks,
+        audit=AuditSection(
+            slot=(marks.close + phase_blocks) // SLOTS + 1,
+            grace=phase_blocks,
+            seed_delay=4,
+            windows=1,
+            share=0.03,
+            tolerance=0.02,
+            report=2 * phase_blocks,
+            false_convictions=1e-3,
+        ),
+        score=ScoreSection(rounds=3, burn=0.0, scarcity=1.1),
     )
 
 

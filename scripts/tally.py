@@ -239,7 +239,7 @@ class Tally:
     def miner(self, name: str) -> MinerTally:
         return self.miners.setdefault(name, MinerTally(name))
 
-    def add(self, name: str, stamped: Stamped) -> None:  # noqa: C901, PLR0912 - one case per kind of event
+    def add(self, name: str, stamped: Stamped) -> None:  # noqa: C901, PLR0912, PLR0915 - one case per kind of event
         """Fold in one event of the node `name`."""
         match stamped.event:
             case NodeStarted() as event:

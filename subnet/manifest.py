@@ -163,9 +163,6 @@ class MergeSection(_Section):
     """`topk2bit` goes to everybody (all-gather) with error feedback; the others through the pair-shard butterfly."""
     decay: Annotated[float, Field(gt=0, le=1)]
     """What is left per round of a contribution that error feedback holds back."""
-    clip: Annotated[float, Field(ge=1)]
-    """A contribution's norm is cut to this many times the lower median of all sources', and its work counted up to as
-    many times theirs: what one replica can do to a merge is bounded."""
 
 
 class RoundSection(_Section):
@@ -211,22 +208,21 @@ class RoundSection(_Section):
 
 
 class AuditSection(_Section):
-    """What is audited and how hard (design: §9; docs/trust.md)."""
+    """What is audited and how hard (design: §9)."""
 
     slot: Positive
     """Blocks in a slot: windows whose heads were acknowledged in one are picked by one seed."""
+    grace: Positive
+    """Blocks before a slot's end from which windows are given to the next one: what a push and finality take."""
     seed_delay: Positive
     """Blocks after a slot's end whose hash is its seed: nobody knows it when the heads are acknowledged."""
     windows: Positive
-    """Windows picked per miner and slot; a miner keeps these until the round after next begins."""
+    """Windows picked per miner and slot."""
     share: Fraction
     """Units replayed, in sum over validators, as a share of a miner's units of the round; each validator replays its
     stake's part of that, and at least one per miner and round."""
-    steps: Fraction
-    """Share of the picked windows whose whole step is replayed: every backward unit and the optimizer."""
     tolerance: Fraction
-    """Largest accepted error of a token's increment, relative to the increment (99th percentile over tokens), where
-    `orion calibrate` has measured none for the pair of devices."""
+    """Largest accepted error of a token's increment, relative to the increment (99th percentile over tokens)."""
     report: Positive
     """Blocks after CUT by which validators serve their reports of the round."""
     false_convictions: Fraction

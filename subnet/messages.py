@@ -175,8 +175,8 @@ class EvidenceTables(Synapse):
 
 
 class WindowRequest(RunSynapse):
-    """The weights at the start of one picked window, as what they differ by (`subnet.trust.delta`) from the public
-    state that `held` rounds are merged into."""
+    """The weights at the start of one window, as what they differ by (`subnet.trust.delta`) from the public state that
+    `held` rounds are merged into."""
 
     route: ClassVar[str] = "window"
     version: Annotated[int, Field(ge=0, lt=2**32)]
@@ -187,6 +187,9 @@ class WeightsDelta(Synapse):
     """Tensor `delta`, uint8 (1, size)."""
 
     size: Annotated[int, Field(gt=0, lt=2**40)]
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {"delta": table(1, self.size)}
 
 
 StatePart = Literal["weights", "optimizer", "next_weights", "next_optimizer", "closing", "owed", "still_owed"]

@@ -245,6 +245,8 @@ class Axon:
             _log.warning("%s took too long to read a reply of %d bytes; cut off", request.remote, size)
             if request.transport is not None:
                 request.transport.abort()
+        except ConnectionError:  # also a caller that gave up while this process was stopped
+            _log.info("%s was gone before its reply of %d bytes", request.remote, size)
         return response
 
     async def _refuse(self, request: web.BaseRequest, refusal: Refused) -> web.StreamResponse:
@@ -256,8 +258,12 @@ class Axon:
         response = web.Response(status=refusal.status, body=refusal.to_wire(), content_type="application/json")
         if not request.content.is_eof():
             response.force_close()
-            await response.prepare(request)
-            await response.write_eof()
+            try:
+                await response.prepare(request)
+                await response.write_eof()
+            except ConnectionError:
+                _log.info("%s was gone before it could be refused (%s)", request.remote, refusal.code)
+                return response
             # Closing on unread bytes resets the connection, which can overtake the answer: leave it a moment.
             await self._discard(request, limit=_DISCARD_BYTES, seconds=_DISCARD_SECONDS)
         return response

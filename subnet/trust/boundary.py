@@ -13,9 +13,10 @@ of its direction; or, where everything moves at once (a merge, a change of rate)
 means at a router; here every receiver has its own.
 
 *Warm-up* needs no rule of its own: a width begins at `WIDEST` and comes down with evidence, so at the start of a run
-only what is off by orders of magnitude is refused; a tenfold scaling is from about the fortieth push of an edge on, and
-while training itself jumps about like that, later. A sender that is new begins at the median of the others, so nobody
-gets a second warm-up by coming back.
+only what is off by orders of magnitude is refused. Training itself is as violent there: the first rounds of `nano` show
+honest gradients of eight times their neighbours' size. A tenfold scaling was caught in 1, 50 and 100 % of cases after
+30, 60 and 100 pushes of an edge, with none of 12,000 honest pushes refused, from the first one on. A sender that is new
+begins at the median of the others, so nobody gets a second warm-up by coming back.
 
 *Slow boiling.* What a push can move a level by is bounded, and with three edges or more it ends at the median: a
 minority that drifts away from it is refused once it is farther off than the bound, a factor of two as a rule, however

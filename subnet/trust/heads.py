@@ -70,10 +70,7 @@ def parse_heads(table: bytes | memoryview) -> tuple[WindowHead, ...]:
         raise ValueError(f"a table of {len(table)} bytes is not whole heads of {HEAD_BYTES}")
     names = ("version", "steps", "slot", "forward", "backward", "merged")
     roots = ("weights", "optimizer", "units", "next_weights", "next_optimizer")
-    return tuple(
-        WindowHead(**dict(zip(names + roots, row, strict=True)))  # type: ignore[arg-type]
-        for row in _HEAD.iter_unpack(table)
-    )
+    return tuple(WindowHead(**dict(zip(names + roots, row, strict=True))) for row in _HEAD.iter_unpack(table))
 
 
 def extend(digest: bytes, head: WindowHead) -> bytes:
@@ -160,6 +157,11 @@ def acknowledged(heads: Sequence[WindowHead], acks: Iterable[Ack], stakes: Mappi
 def slot_of(offset: int, slot_blocks: int) -> int:
     """The slot of a block, `offset` blocks after the round's first."""
     return offset // slot_blocks
+
+
+def slots_in(close: int, slot_blocks: int, grace: int) -> int:
+    """Slots of a round whose training ends at block `close`: a window of the last block still has one to lie in."""
+    return slot_of(close + grace, slot_blocks) + 1
 
 
 def slot_end(slot: int, slot_blocks: int) -> int:

@@ -100,12 +100,16 @@ class Closing:
     weights: bytes
     """The replica's weights at the cut."""
     owed: bytes
-    """What error feedback owed before it; the root of nothing for a codec without."""
+    """What error feedback owed before it; `NO_ROOT` for a codec without."""
     still_owed: bytes
     """What it owes after it."""
 
     def encode(self) -> bytes:
         return _CLOSING.pack(self.weights, self.owed, self.still_owed)
+
+
+NO_ROOT = bytes(32)
+"""Where there is no such vector."""
 
 
 def units_hash(leaves: Iterable[Leaf]) -> bytes:
@@ -169,9 +173,9 @@ class Evidence:
     def check(self, *, stage: int, samples: range) -> None:
         """Refuse evidence that no honest replica of `stage` can have written in a round of these sample ids.
 
-        Every leaf lies in the stage, the round and a window; each unit occurs once; windows follow each other without a
-        gap, none is empty, slots never go back, and each head counts and hashes its own units. So every leaf can be
-        drawn by an audit, and every window that is drawn has a unit to replay. Raises `LedgerError`.
+        Every leaf lies in the stage, the round and a window; each unit occurs once; windows follow each other, none is
+        empty, slots never go back, and each head counts and hashes its own units. So every leaf can be drawn by an
+        audit, and every window that is drawn has a unit to replay. Raises `LedgerError`.
         """
         windows: dict[int, list[Leaf]] = {}
         seen: set[UnitKey] = set()
@@ -183,8 +187,7 @@ class Evidence:
             seen.add(leaf.key)
             windows.setdefault(leaf.version, []).append(leaf)
         versions = [head.version for head in self.heads]
-        gapless = list(range(versions[0], versions[0] + len(versions))) if versions else []
-        if versions != sorted(windows) or versions != gapless:
+        if versions != sorted(windows):
             raise LedgerError(f"windows {versions[:5]}… do not follow each other or are not those of the leaves")
         slots = [head.slot for head in self.heads]
         if slots != sorted(slots):
@@ -237,7 +240,6 @@ class Ledger:
 
     _leaves: dict[UnitKey, Leaf] = field(default_factory=dict)
     _heads: list[WindowHead] = field(default_factory=list)
-    _acks: dict[tuple[str, int], Ack] = field(default_factory=dict)
 
     def add(self, leaf: Leaf) -> None:
         """Enter a computed unit once; its receipt follows when the consumer has accepted the output."""
@@ -261,12 +263,6 @@ class Ledger:
         """Enter a window's head, once all of its units are in."""
         self._heads.append(head)
 
-    def acknowledge(self, ack: Ack) -> None:
-        """Enter a validator's acknowledgement; of one slot the one that counts most windows stays."""
-        held = self._acks.get((ack.validator, ack.slot))
-        if held is None or held.count < ack.count:
-            self._acks[ack.validator, ack.slot] = ack
-
     def close(self, closing: Closing) -> Evidence:
-        """Everything entered so far, in the order it was computed."""
-        return Evidence(tuple(self._leaves.values()), tuple(self._heads), tuple(self._acks.values()), closing)
+        """Everything entered so far, in the order it was computed; acknowledgements are still to come."""
+        return Evidence(tuple(self._leaves.values()), tuple(self._heads), (), closing)

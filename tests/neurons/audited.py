@@ -136,7 +136,7 @@ class ClosedRound:
         entry = tokens_file(folder)
         config = tiny(boundary=BoundaryConfig(form=BoundaryForm.A, width=16))
         described = manifest(config, entry, stages=stages, replicas=replicas, wire="bfloat16", accumulation=2)
-        rules = described.audit.model_copy(update={"windows": 2, "share": 0.2, "tolerance": 0.02, "steps": 1.0})
+        rules = described.audit.model_copy(update={"windows": 2, "share": 0.2, "tolerance": 0.02})
         described = described.model_copy(
             update={"audit": rules, "merge": described.merge.model_copy(update={"codec": "topk2bit"})}
         )

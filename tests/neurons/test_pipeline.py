@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from model.config import BoundaryConfig, BoundaryForm
 from model.split import split
 from model.stage import assign_flat, build_stage, flatten
 from neurons.training import OpenInput
+from neurons.windows import root_of
 from subnet.identity import verify
 from subnet.messages import Accepted, Backward, Forward
 from subnet.swarm.routing import sample_id
@@ -26,10 +28,10 @@ from subnet.transport.errors import (
     WrongTensor,
 )
 from subnet.transport.synapse import tensor_bytes
-from subnet.trust.audit import replay, select_units, select_windows
+from subnet.trust.audit import comparable, replay
 from subnet.trust.ledger import Direction, Evidence, UnitKey, digest, receipt_message
-from subnet.trust.scoring import settle
-from tests.neurons.swarm import Swarm, manifest, open_corpus, tiny, tokens_file
+from subnet.trust.settlement import Settlement, settle
+from tests.neurons.swarm import SEED, Swarm, manifest, open_corpus, tiny, tokens_file
 
 BOUNDARY = BoundaryConfig(form=BoundaryForm.A, width=8)
 
@@ -51,23 +53,51 @@ def assert_every_unit_replays(swarm: Swarm, evidence: dict[str, Evidence]) -> No
     config = swarm.loaded.manifest.model.config()
     plans = split(config, swarm.loaded.manifest.swarm.stages)
     for hotkey, table in evidence.items():
-        parsed = Evidence.parse(*table.tables())
+        parsed = Evidence.parse(table.tables())
         assert parsed.root == table.root
+        parsed.check(stage=swarm.roster.stage_of(hotkey) or 0, samples=range(4096))
+        assert_windows_follow(parsed)
         plan, held = plans[swarm.roster.stage_of(hotkey)], swarm.rounds[hotkey]
         stage = build_stage(config, plan, 0)
-        for window in select_windows(parsed, seed=b"s", hotkey=hotkey, count=99):
-            assert digest(tensor_bytes(held.windows[window.version])) == window.weights
+        for window in parsed.heads:
+            assert root_of(held.windows[window.version]) == window.weights
             assign_flat(stage, held.windows[window.version])
-            for leaf in select_units(parsed, window, seed=b"s", hotkey=hotkey, validator="v", count=99):
-                verdict = replay(
+            for leaf in parsed.window(window.version):
+                findings = replay(
                     stage,
                     leaf,
                     held.units[leaf.key],
                     targets=swarm.corpus.sample(leaf.sample)[:, 1:] if plan.is_last else None,
                     accumulation=swarm.loaded.manifest.optimizer.accumulation,
-                    tolerance=1e-4,
+                    tolerance=lambda _: 1e-4,
+                    hotkey=hotkey,
+                    number=0,
                 )
-                assert verdict.passed, verdict
+                assert all(finding.passed for finding in findings), findings
+                assert bool(findings) == comparable(plan, leaf)
+
+
+def assert_windows_follow(evidence: Evidence) -> None:
+    """Each window begins with what the one before left, but for weights that a merge changed in between."""
+    for before, after in pairwise(evidence.heads):
+        assert after.optimizer == before.next_optimizer
+        assert (after.weights == before.next_weights) == (not after.merged)
+        assert after.steps == before.steps + bool(before.backward)
+        assert (before.next_weights != before.weights) == bool(before.backward)
+    assert evidence.closing.weights == evidence.heads[-1].next_weights or evidence.heads[-1].backward
+
+
+def paid_for(swarm: Swarm, evidence: dict[str, Evidence]) -> Settlement:
+    """The settlement of round 0, every window acknowledged."""
+    return settle(
+        swarm.loaded.run_id,
+        swarm.roster,
+        evidence,
+        verify,
+        first_sample=0,
+        seed=SEED,
+        windows={hotkey: {head.version for head in table.heads} for hotkey, table in evidence.items()},
+    )
 
 
 async def test_everything_done_is_paid_and_replays(tmp_path: Path) -> None:
@@ -75,7 +105,7 @@ async def test_everything_done_is_paid_and_replays(tmp_path: Path) -> None:
         heads = swarm.stage(0)
         await asyncio.gather(*(head.worker.drive(limit=12) for head in heads))
         evidence = await close_all(swarm)
-        settlement = settle(swarm.loaded.run_id, swarm.roster, evidence, verify, first_sample=0)
+        settlement = paid_for(swarm, evidence)
         assert len(settlement.pathways) == 24
         for hotkey, paid in settlement.paid.items():
             assert paid.forward + paid.backward == paid.claimed, hotkey
@@ -91,12 +121,12 @@ async def test_weights_that_change_in_mid_round_change_between_steps(tmp_path: P
         before = {hotkey: flatten(member.worker.engine.stage) for hotkey, member in swarm.members.items()}
         for factor in (0.99, 1.01):
             await asyncio.gather(
-                *(member.worker.change_weights(lambda w, f=factor: w * f) for member in swarm.members.values())
+                *(member.worker.change_weights(lambda w, f=factor: w * f, held=1) for member in swarm.members.values())
             )
         await asyncio.wait_for(drive, 40)
         evidence = await close_all(swarm)
         for hotkey, member in swarm.members.items():
-            waiting = asyncio.create_task(member.worker.change_weights(lambda _, w=before[hotkey]: w))
+            waiting = asyncio.create_task(member.worker.change_weights(lambda _, w=before[hotkey]: w, held=2))
             await asyncio.wait_for(waiting, 10)
             assert torch.equal(flatten(member.worker.engine.stage), before[hotkey])
         assert_every_unit_replays(swarm, evidence)
@@ -160,7 +190,7 @@ async def test_a_replica_that_dies_in_mid_round_loses_no_microbatch(tmp_path: Pa
         rounds = [current for current, _ in closed.values()]
         assert sum(current.adopted + current.chased for current in rounds) > 0
         evidence = {hotkey: table for hotkey, (_, table) in closed.items()}
-        settlement = settle(swarm.loaded.run_id, swarm.roster, evidence, verify, first_sample=0)
+        settlement = paid_for(swarm, evidence)
         assert settlement.paid[survivor.identity.hotkey].backward > 16 // 2
         samples = [path.sample for path in settlement.pathways]
         assert len(samples) == len(set(samples))
@@ -178,12 +208,8 @@ async def test_what_is_in_flight_at_close_is_lost_and_counted(tmp_path: Path) ->
         assert current.started > 0
         assert current.completed == 0
         assert head.events[-1].event.lost == current.started
-        assert (
-            settle(swarm.loaded.run_id, swarm.roster, {head.identity.hotkey: evidence}, verify, first_sample=0)
-            .paid[head.identity.hotkey]
-            .forward
-            == 0
-        )
+        settlement = paid_for(swarm, {head.identity.hotkey: evidence})
+        assert settlement.paid[head.identity.hotkey].forward == 0
 
 
 def push(swarm: Swarm, kind: type[Forward] | type[Backward], **changes: object) -> Forward | Backward:

@@ -92,10 +92,11 @@ class Node:
         await self.gate.wait()
         return Done(sample=message.sample), {"x": tensors["x"] * 2}
 
-    @staticmethod
     async def bulk(
-        _caller: str, _message: Bulk, tensors: dict[str, torch.Tensor]
+        self, _caller: str, _message: Bulk, tensors: dict[str, torch.Tensor]
     ) -> tuple[Done, dict[str, torch.Tensor]]:
+        self.entered.release()
+        await self.gate.wait()
         return Done(), {"x": tensors["x"] + 1}
 
 
@@ -453,6 +454,24 @@ async def test_a_handlers_bug_is_logged_once_and_hurts_nobody(
     assert "incident" in errors[0].getMessage()
     assert errors[0].exc_info is not None
     await push(alice, node)
+
+
+async def test_a_caller_that_is_gone_before_its_reply_costs_one_line(
+    node: Node, alice: Dendrite, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.gate.clear()
+    body = b"".join(synapse.encode(Bulk(), {"x": torch.zeros(1024, 2048).bfloat16()}))
+    with caplog.at_level(logging.INFO):
+        _, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
+        writer.write(head(body, path="/bulk") + body)
+        await node.entered.acquire()
+        writer.transport.abort()
+        asked = asyncio.create_task(push(alice, node))
+        await node.entered.acquire()  # the loop has seen the end of the other connection by now
+        node.gate.set()
+        await asked
+    assert [record.getMessage() for record in caplog.records if "was gone before its reply" in record.getMessage()]
+    assert not [record for record in caplog.records if record.exc_info is not None]
 
 
 async def test_a_taken_port_says_so(node: Node) -> None:

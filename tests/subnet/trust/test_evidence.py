@@ -29,7 +29,6 @@ def test_honest_evidence_is_sound() -> None:
         lambda leaves: [*leaves, leaves[0]],
         lambda leaves: [replace(leaves[0], loss=float("nan")), *leaves[1:]],
         lambda leaves: [replace(leaves[0], loss=1e38), *leaves[1:]],
-        lambda leaves: [replace(leaves[0], version=10**6), *leaves[1:]],
     ],
 )
 def test_evidence_that_cannot_be_is_refused(spoil: Callable[[list[Leaf]], list[Leaf]]) -> None:

@@ -25,7 +25,7 @@ from neurons.rounds import BehindError, RoundMachine, traffic
 from neurons.telemetry import NodeFinished, StateChanged
 from neurons.vault import Vault
 from subnet.swarm.record import Flags, Phase, Record
-from subnet.swarm.roster import Roster, Standing
+from subnet.swarm.roster import NO_WEIGHTS, Roster, Standing
 
 log = logging.getLogger("orion.neurons.miner")
 
@@ -152,6 +152,8 @@ class Miner:
             )
             self._joiner = Joiner(self._node, self._machine, self._keeper)
             await self._joiner.restore()
+            if self._machine.digest == NO_WEIGHTS:  # built from the seed: nobody needs it, but deltas are taken from it
+                await self._library.put(self._machine.replica.held, self._machine.replica.public)
             self._pushes.worker = self._machine.worker
         return self._machine, self._joiner
 

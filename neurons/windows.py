@@ -176,8 +176,9 @@ class Windows:
         self._keep(first)
 
     def stepped(self, step: Stepped) -> None:
-        """A step closes the window and opens the next."""
-        self._close(step.after)
+        """A step closes the window and opens the next; one without a finite gradient leaves the window open."""
+        if step.report.finite:
+            self._close(step.after)
         self._begin(step.opened)
 
     def changed(self, opened: Opened) -> None:

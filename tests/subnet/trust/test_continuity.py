@@ -45,6 +45,14 @@ def test_an_honest_chain_has_no_break() -> None:
     assert not list(breaks(honest()[:1]))
 
 
+def test_a_step_whose_gradient_was_not_finite_changes_nothing_and_does_not_count() -> None:
+    heads = honest()
+    first = replace(heads[0], next_weights=heads[0].weights, next_optimizer=heads[0].optimizer)
+    after = replace(heads[1], steps=5, weights=first.weights, optimizer=first.optimizer)
+    assert not list(breaks([first, after]))
+    assert list(breaks([first, replace(after, steps=7)]))
+
+
 @pytest.mark.parametrize(
     ("index", "change", "version"),
     [

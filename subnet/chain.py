@@ -277,7 +277,8 @@ class BittensorChain:
             entry = (number, future)
             self._waiting.append(entry)
             try:
-                await asyncio.wait_for(future, timeout)
+                async with asyncio.timeout(timeout):  # not `wait_for`, see `_watch`
+                    await future
             except TimeoutError as error:
                 raise ChainUnreachable(
                     f"block {number} was not finalized within {timeout:g} s, the last is {self._finalized}; "

@@ -135,6 +135,16 @@ async def test_blocks_that_are_not_final_are_not_read(validator: BittensorChain)
 # writing --------------------------------------------------------------------------------------------
 
 
+async def test_a_wait_that_is_cancelled_as_its_block_comes_is_cancelled() -> None:
+    chain = BittensorChain(None, None, NETUID, None, TIMEOUT)  # type: ignore[arg-type]
+    waiting = asyncio.create_task(chain._reach(7, TIMEOUT))
+    await asyncio.sleep(0)
+    chain._advance(7)  # the block has come, and whoever waits for it has not gone on yet
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
 async def test_an_endpoint_is_published(miner: BittensorChain) -> None:
     await miner.serve_axon(Endpoint("127.0.0.1", 8_091))
     state = await miner.state_at((await miner.finalized()).number)

@@ -442,7 +442,7 @@ class StageWorker:
         dx: torch.Tensor | None,
     ) -> None:
         """Enter the backward leaf, then pass the input's gradient on or, at the head, count the microbatch."""
-        del current.open[push.sample]
+        current.open.pop(push.sample, None)  # given up meanwhile or not: its gradient is in the step
         leaf = Leaf(
             direction=Direction.BACKWARD,
             stage=self.plan.index,

@@ -176,9 +176,8 @@ class Windows:
         self._keep(first)
 
     def stepped(self, step: Stepped) -> None:
-        """A step closes the window and opens the next; one without a finite gradient leaves the window open."""
-        if step.report.finite:
-            self._close(step.after)
+        """A step closes the window and opens the next; after one without a finite gradient it ends as it began."""
+        self._close(step.after if step.report.finite else self._current.state)
         self._begin(step.opened)
 
     def changed(self, opened: Opened) -> None:

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from model.config import BoundaryConfig, BoundaryForm
+from model.engine import StepReport
 from model.split import split
 from model.stage import assign_flat, build_stage, flatten
 from neurons.training import OpenInput
@@ -29,6 +30,7 @@ from subnet.transport.errors import (
 )
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import comparable, replay
+from subnet.trust.continuity import breaks
 from subnet.trust.ledger import Direction, Evidence, UnitKey, digest, receipt_message
 from subnet.trust.settlement import Settlement, settle
 from tests.neurons.swarm import SEED, Swarm, manifest, open_corpus, tiny, tokens_file
@@ -133,6 +135,49 @@ async def test_weights_that_change_in_mid_round_change_between_steps(tmp_path: P
         quota = swarm.loaded.manifest.data.samples_per_round
         for hotkey, table in evidence.items():
             table.check(stage=swarm.roster.stage_of(hotkey), samples=range(quota))
+
+
+async def test_a_step_without_a_finite_gradient_still_ends_a_window(tmp_path: Path) -> None:
+    """Its units are in the ledger, so a head has to bind them: else no reader would take the round's evidence."""
+    async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
+        head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
+        engine, steps = tail.worker.engine, 0
+        step = engine.step
+
+        def spoiled() -> StepReport:
+            nonlocal steps
+            steps += 1
+            if steps == 2:
+                next(p.grad for p in engine.stage.parameters() if p.grad is not None).fill_(float("nan"))
+            return step()
+
+        engine.step = spoiled  # type: ignore[method-assign]
+        await head.worker.drive(limit=16)
+        evidence = (await close_all(swarm))[tail.identity.hotkey]
+        evidence.check(stage=1, samples=range(4096))
+        assert list(breaks(evidence.heads)) == []
+        lost = evidence.heads[1]
+        assert (lost.weights, lost.optimizer) == (lost.next_weights, lost.next_optimizer)
+        assert [entry.steps for entry in evidence.heads] == [0, 1, 1, 2]
+        assert [entry.backward for entry in evidence.heads] == [4] * 4
+
+
+async def test_a_unit_given_up_while_it_is_computed_stays_in_the_ledger(tmp_path: Path) -> None:
+    """Its gradient is in the step, which an audit computes again from the leaves."""
+    async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
+        head = swarm.stage(0)[0]
+        engine, backward = head.worker.engine, head.worker.engine.backward
+        current = head.worker._current()
+
+        def given_up(key: int, g: torch.Tensor) -> torch.Tensor | None:
+            current.open.pop(key, None)
+            return backward(key, g)
+
+        engine.backward = given_up  # type: ignore[method-assign]
+        await asyncio.wait_for(head.worker.drive(limit=4), 20)
+        evidence = (await close_all(swarm))[head.identity.hotkey]
+        assert sum(leaf.direction is Direction.BACKWARD for leaf in evidence.leaves) == 4
+        assert_windows_follow(evidence)
 
 
 async def test_wire_carries_the_boundary_and_a_bounded_header(tmp_path: Path) -> None:

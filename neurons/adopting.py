@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import replace
 
-from neurons.auditing import UNIT_CHECKS, Auditor, Dossier, Entry, RoundFacts
+from neurons.auditing import Auditor, Dossier, Entry, RoundFacts
 from subnet.identity import verify
-from subnet.trust.finding import Check, Grade
+from subnet.trust.finding import UNIT_CHECKS, Check, Grade
 from subnet.trust.heads import Statement, conflicting, statement_message
 from subnet.trust.ledger import Direction, Leaf
 from subnet.trust.report import FindingModel

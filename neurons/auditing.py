@@ -1,7 +1,7 @@
 """One validator's audit of one round: from tables to findings, all miners at once, each within its own patience.
 
     plan      slots' seeds pick windows; the secret, committed on chain before the round, picks units inside
-    fetch     tables, weights of picked windows as deltas, tensors of picked units, pieces of states
+    fetch     tables, weights of picked windows as deltas, tensors of picked units
     replay    on the bench, one window's units at a time
     go on     while a failed unit leaves it open whether its miner cheats, in the windows already picked
 
@@ -22,7 +22,7 @@ import torch
 
 from model.data import Corpus
 from model.split import StagePlan
-from neurons.bench import Bench, forward_flops, other_data, replay_flops
+from neurons.bench import Bench, forward_flops, other_data, replay_flops, replay_units
 from neurons.fetching import PATIENCE, Source, Unsound, Withheld, open_delta
 from neurons.follower import Fault, RoundStart
 from neurons.windows import root_of
@@ -35,8 +35,8 @@ from subnet.trust.audit import (
     Tolerance,
     budget,
     comparable,
+    pick_windows,
     select_units,
-    select_windows,
     spread,
 )
 from subnet.trust.continuity import breaks
@@ -53,7 +53,6 @@ MEMORY = 8 << 30
 """Bytes for the weights of windows that are in memory or on their way, and as many for deltas that are kept."""
 WINDOWS_AT_ONCE = 8
 """So many windows in any case, over all miners: else one that is slow would hold up the others."""
-UNIT_CHECKS = (Check.FORWARD, Check.BACKWARD, Check.LOSS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +202,9 @@ class Auditor:
             log.warning("round %d: %s fixed no evidence on chain in time", facts.roster.round, dossier.hotkey)
             return
         try:
-            dossier.evidence = await dossier.source.tables(record, samples=self._samples(facts.roster))
+            dossier.evidence = await dossier.source.tables(
+                record, samples=self._loaded.manifest.samples(facts.roster.round)
+            )
         except Withheld as error:
             self._withhold(facts, dossier, str(error))
             return
@@ -213,10 +214,6 @@ class Auditor:
         await self._examine(facts, dossier, dossier.evidence)
         await self._first_pass(facts, dossier, dossier.evidence)
         await self.go_on(facts, dossier)
-
-    def _samples(self, roster: Roster) -> range:
-        quota = self._loaded.manifest.data.samples_per_round
-        return range(roster.round * quota, (roster.round + 1) * quota)
 
     # -- what the tables say --------------------------------------------------------------------------------------
 
@@ -235,10 +232,8 @@ class Auditor:
         if statement is not None:
             self.contradicted(facts, dossier, statement)
         rules = self._loaded.manifest.audit
-        for slot, seed in enumerate(facts.seeds):
-            chosen = select_windows(evidence.heads, seed=seed, hotkey=dossier.hotkey, slot=slot, count=rules.windows)
-            dossier.picked.update((head.version, seed) for head in chosen)
-        dossier.picked = dict(sorted(dossier.picked.items()))
+        chosen = pick_windows(evidence.heads, seeds=facts.seeds, hotkey=dossier.hotkey, count=rules.windows)
+        dossier.picked = {head.version: seed for head, seed in sorted(chosen, key=lambda pick: pick[0].version)}
         await self._begin(facts, dossier, evidence)
 
     def contradicted(self, facts: RoundFacts, dossier: Dossier, statement: Statement, *, accuser: str = "") -> None:
@@ -266,7 +261,7 @@ class Auditor:
     # -- replays --------------------------------------------------------------------------------------------------
 
     async def _first_pass(self, facts: RoundFacts, dossier: Dossier, evidence: Evidence) -> None:
-        """This validator's part of the audit budget, spread over the picked windows, and whole steps of some."""
+        """This validator's part of the audit budget, spread over the picked windows."""
         rules = self._loaded.manifest.audit
         units = budget(
             len(evidence.leaves),
@@ -318,15 +313,17 @@ class Auditor:
                 dossier.shut.add(head.version)
                 self._withhold(facts, dossier, str(error), version=head.version)
                 return
-            found = await self._bench.replay(
-                dossier.stage,
-                theta,
-                units,
-                self._corpus,
-                accumulation=self._loaded.manifest.optimizer.accumulation,
-                tolerance=self._tolerance(dossier.hotkey),
-                hotkey=dossier.hotkey,
-                number=facts.roster.round,
+            found = await self._bench.compute(
+                lambda: replay_units(
+                    self._bench.stages[dossier.stage],
+                    theta,
+                    units,
+                    self._corpus,
+                    accumulation=self._loaded.manifest.optimizer.accumulation,
+                    tolerance=self._tolerance(dossier.hotkey),
+                    hotkey=dossier.hotkey,
+                    number=facts.roster.round,
+                )
             )
         dossier.replayed.update(leaf.key for leaf in leaves)
         forward = forward_flops(self._loaded.manifest, self._plans[dossier.stage])

@@ -38,32 +38,6 @@ class Bench:
         async with self._free:
             return await asyncio.to_thread(work)
 
-    async def replay(
-        self,
-        index: int,
-        theta: torch.Tensor,
-        units: Sequence[Unit],
-        corpus: Corpus,
-        *,
-        accumulation: int,
-        tolerance: Tolerance,
-        hotkey: str,
-        number: int,
-    ) -> list[Finding]:
-        """Findings on units of one window, computed again with its weights, fp32 (n,)."""
-        return await self.compute(
-            lambda: replay_units(
-                self.stages[index],
-                theta,
-                units,
-                corpus,
-                accumulation=accumulation,
-                tolerance=tolerance,
-                hotkey=hotkey,
-                number=number,
-            )
-        )
-
 
 def replay_units(
     stage: Stage,

@@ -41,6 +41,7 @@ from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, WindowHead
 from subnet.trust.ledger import (
     CLOSING_BYTES,
     LEAF_BYTES,
+    TABLES,
     Direction,
     Evidence,
     Leaf,
@@ -112,8 +113,7 @@ class Source:
             lambda fields: evidence_specs(record.work, min(fields.heads, record.work), fields.acks),
             limit,
         )
-        leaves, heads, acks, closing = (bytes(tensor_bytes(tensors[name])) for name in _TABLES)
-        tables = Tables(leaves, heads, acks, closing)
+        tables = Tables(*(bytes(tensor_bytes(tensors[name])) for name in TABLES))
         if bind_roots(bytes.fromhex(reply.payload), tables.root) != record.root:
             raise Withheld("its evidence does not hash to its root on chain")
         try:
@@ -208,9 +208,6 @@ class Source:
                 self._left -= max(loop.time() - start, limit / LEAST_RATE)
                 self.received += sum(tensor.nbytes for tensor in tensors.values())
                 return fields, tensors
-
-
-_TABLES = ("leaves", "heads", "acks", "closing")
 
 
 def open_delta(data: bytes, base: torch.Tensor, root: bytes) -> torch.Tensor | None:

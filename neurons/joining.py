@@ -26,7 +26,7 @@ from neurons.telemetry import Downloaded, ShadowChecked
 from subnet.swarm.merge import Merged
 from subnet.swarm.record import Phase, Record
 from subnet.swarm.roster import NO_WEIGHTS, Anchor, Roster, records_of
-from subnet.trust.audit import select_units, select_windows
+from subnet.trust.audit import pick_windows, select_units
 from subnet.trust.finding import Finding
 
 log = logging.getLogger("orion.neurons.joining")
@@ -195,7 +195,6 @@ class Joiner:
         if record is None or record.round != closed.round or record.phase < Phase.CUT:
             return []
         manifest, me = node.loaded.manifest, node.identity.hotkey
-        quota = manifest.data.samples_per_round
         source = Source(
             dendrite=node.dendrite,
             endpoint=node.neighbours.endpoint,
@@ -207,12 +206,8 @@ class Joiner:
             shapes=node.shapes,
         )
         try:
-            evidence = await source.tables(record, samples=range(closed.round * quota, (closed.round + 1) * quota))
-            picked = [
-                (head, seed)
-                for slot, seed in enumerate(seeds)
-                for head in select_windows(evidence.heads, seed=seed, hotkey=sibling, slot=slot, count=1)
-            ]
+            evidence = await source.tables(record, samples=manifest.samples(closed.round))
+            picked = pick_windows(evidence.heads, seeds=seeds, hotkey=sibling, count=1)
             if not picked:
                 return []
             head, seed = picked[-1]

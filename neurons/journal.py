@@ -107,11 +107,10 @@ class Journal:
 
     async def _look(self) -> None:
         try:
-            state = await self._node.chain.state_at((await self._node.chain.finalized()).number)
+            state = await self._node.state((await self._node.chain.finalized()).number)
         except ChainError as error:
             log.warning("round %d: validators at work are not known: %s", self._roster.round, error)
             return
-        self._node.neighbours.relocate(state)
         self._tell(hotkey for hotkey in observers(state, self._node.loaded.run_id) if hotkey not in self._news)
 
     def _tell(self, validators: Iterable[str]) -> None:

@@ -137,7 +137,7 @@ class Judge:
             roster,
             evidence,
             verify,
-            first_sample=roster.round * manifest.data.samples_per_round,
+            first_sample=manifest.samples(roster.round).start,
             seed=closed.route_seed,
             windows=payable,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -20,7 +20,7 @@ from neurons.replica import Replica
 from neurons.stores import StoreError
 from neurons.vault import Vault, stage_file
 from neurons.wire import byte_tensor
-from subnet.trust.ledger import Evidence, Tables
+from subnet.trust.ledger import TABLES, Evidence, Tables
 
 log = logging.getLogger("orion.neurons.keeper")
 
@@ -65,18 +65,15 @@ class Keeper:
     ) -> None:
         """Write what this replica alone has at its cut."""
         assert replica.pending is not None  # noqa: S101 - it has just cut
-        tables = evidence.tables()
         tensors = {
             "stage": torch.tensor(stage),
             "sent": replica.pending.sent,
             "residual": replica.feedback.residual,
             "pieces": byte_tensor(b"".join(pieces)),
             "sizes": torch.tensor([len(piece) for piece in pieces], dtype=torch.int64),
-            "leaves": byte_tensor(tables.leaves),
-            "heads": byte_tensor(tables.heads),
-            "acks": byte_tensor(tables.acks),
-            "closing": byte_tensor(tables.closing),
-        } | {f"engine.{name}": tensor for name, tensor in optimizer.items()}
+        }
+        tensors |= {name: byte_tensor(data) for name, data in asdict(evidence.tables()).items()}
+        tensors |= {f"engine.{name}": tensor for name, tensor in optimizer.items()}
         try:
             await self._vault.put_replica(self._hotkey, number, tensors)
         except (StoreError, CheckpointError) as error:
@@ -116,8 +113,6 @@ def _parse(number: int, tensors: Mapping[str, torch.Tensor]) -> KeptCut:
         sent=tensors["sent"],
         residual=tensors["residual"],
         pieces=tuple(raw[start : start + size] for start, size in zip(starts, sizes, strict=True)),
-        evidence=Evidence.parse(
-            Tables(*(tensors[name].numpy().tobytes() for name in ("leaves", "heads", "acks", "closing")))
-        ),
+        evidence=Evidence.parse(Tables(*(tensors[name].numpy().tobytes() for name in TABLES))),
         optimizer={name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
     )

@@ -287,14 +287,13 @@ class _Butterfly(_Merge):
 
     async def _merge(self, sources: Sequence[Source]) -> Outcome:
         terms, marks = self._terms, self._marks
-        # The CUT block's own hash is no seed: whoever made that block knew the roots in it.
-        self._plan = plan = Butterfly.draw(terms.replicas, terms.count, await self._board.seed(marks.cut + 1))
+        plan = await self._draw()
         mine = plan.shards_of(self._desk.hotkey)
         _, listed, records = await self._agree(sources, mine)
         if not listed:
             return self._outcome(listed, self._public)
         shards = range(len(plan.pairs))
-        self._sources = tuple(shard_sources(plan, shard, listed, records, terms.number) for shard in shards)
+        self._fix_sources(listed, records)
         merging = [self._start(self._hold(shard)) for shard in mine]
         taking = {shard: self._start(self._take(shard, plan.holders(shard))) for shard in shards if shard not in mine}
         await self._until(marks.merge - marks.margin, merging)
@@ -314,16 +313,23 @@ class _Butterfly(_Merge):
         """Recompute one shard of a merge that is over; who published another digest, in hotkey order."""
         terms, marks, board = self._terms, self._marks, self._board
         sources = cut_sources(terms.replicas, await board.records_at(marks.cut), terms.number)
-        self._plan = Butterfly.draw(terms.replicas, terms.count, await board.seed(marks.cut + 1))
-        if not 0 <= shard < len(self._plan.pairs):
+        if not 0 <= shard < len((await self._draw()).pairs):
             return ()
         records = await board.records_at(marks.have)
-        listed = accepted(sources, records, terms.number)
-        everyone = range(len(self._plan.pairs))
-        self._sources = tuple(shard_sources(self._plan, one, listed, records, terms.number) for one in everyone)
+        self._fix_sources(accepted(sources, records, terms.number), records)
         self._judged = verdicts(self._plan, await board.records_at(marks.merge), terms.number)
         await self._judge(shard)
         return tuple(sorted(self._liars))
+
+    async def _draw(self) -> Butterfly:
+        """Who holds which shard. The CUT block's own hash is no seed: whoever made that block knew the roots in it."""
+        seed = await self._board.seed(self._marks.cut + 1)
+        self._plan = Butterfly.draw(self._terms.replicas, self._terms.count, seed)
+        return self._plan
+
+    def _fix_sources(self, listed: Sequence[Source], records: Mapping[str, Record | None]) -> None:
+        shards, number = range(len(self._plan.pairs)), self._terms.number
+        self._sources = tuple(shard_sources(self._plan, shard, listed, records, number) for shard in shards)
 
     def _before(self, shard: int) -> Merged:
         return part_of(self._public, self._parts[shard])

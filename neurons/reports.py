@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from neurons.adopting import Adopter
-from neurons.auditing import UNIT_CHECKS, Dossier, RoundFacts
+from neurons.auditing import Dossier, RoundFacts
 from neurons.node import Node
 from neurons.telemetry import ReportPublished, ReportRead
 from neurons.wire import byte_tensor
@@ -26,7 +26,7 @@ from subnet.transport.axon import Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Busy, Dropped, Refused, TransportError, Unavailable, UnknownRun, Unreachable
 from subnet.transport.synapse import HEADER_LIMIT, tensor_bytes
-from subnet.trust.finding import Check, Grade
+from subnet.trust.finding import UNIT_CHECKS, Check, Grade
 from subnet.trust.ledger import Direction
 from subnet.trust.report import (
     FINDINGS_LIMIT,

@@ -37,7 +37,7 @@ from neurons.telemetry import (
     read_event,
 )
 from scripts.recovery import Recovery
-from subnet.trust.finding import Check
+from subnet.trust.finding import UNIT_CHECKS
 
 RECENT = 20
 NO_TRAFFIC = Traffic(0, 0, 0, 0)
@@ -45,8 +45,6 @@ NO_RECORD = RecordPublished(phase="", round=0, block=0, bytes=0, epoch_used=0, e
 GONE = frozenset({"dead", "left"})
 """States of a miner that does nothing any more."""
 AT_WORK = frozenset({"training", "merging", "merged"})
-REPLAYED = frozenset({Check.FORWARD, Check.BACKWARD, Check.LOSS})
-"""Checks of one unit each."""
 Sample = tuple[int, int]
 """Round and sample id: one microbatch."""
 
@@ -270,7 +268,7 @@ class Tally:
                 self._record(event)
             case Traffic() as event:
                 self.miner(name).traffic_now = event
-            case Checked(check=check, passed=passed, accuser="") if check in REPLAYED:
+            case Checked(check=check, passed=passed, accuser="") if check in UNIT_CHECKS:
                 self.audits_passed += passed
                 self.audits_failed += not passed
             case AuditCost(round=number) as event:

@@ -284,6 +284,11 @@ class Manifest(_Section):
     def tokens_per_microbatch(self) -> int:
         return self.data.batch * self.data.sequence
 
+    def samples(self, number: int) -> range:
+        """The sample ids that round `number`'s heads share."""
+        quota = self.data.samples_per_round
+        return range(number * quota, (number + 1) * quota)
+
     def round_start(self, first_block: int, number: int) -> int:
         """First block of round `number`, given the first block of round 0."""
         return first_block + number * self.round.length

@@ -50,6 +50,17 @@ def select_windows(
     return tuple(sorted(inside, key=lambda head: _draw(seed, hotkey, str(head.version)))[:count])
 
 
+def pick_windows(
+    heads: Sequence[WindowHead], *, seeds: Iterable[bytes], hotkey: str, count: int
+) -> list[tuple[WindowHead, bytes]]:
+    """`count` windows of each slot with that slot's seed; `seeds` are by slot."""
+    return [
+        (head, seed)
+        for slot, seed in enumerate(seeds)
+        for head in select_windows(heads, seed=seed, hotkey=hotkey, slot=slot, count=count)
+    ]
+
+
 def comparable(plan: StagePlan, leaf: Leaf) -> bool:
     """Whether a unit's replay compares anything: the backward at the head sends nothing on. What it adds to the
     gradient is compared where a whole step is replayed."""

@@ -36,6 +36,10 @@ class Check(StrEnum):
     WITHHELD = "withheld"
 
 
+UNIT_CHECKS = frozenset({Check.FORWARD, Check.BACKWARD, Check.LOSS})
+"""Checks of one replayed unit each."""
+
+
 class Grade(StrEnum):
     PROOF = "proof"
     MEASUREMENT = "measurement"

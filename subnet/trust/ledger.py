@@ -16,7 +16,7 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 
 from subnet.trust.heads import Ack, WindowHead, parse_acks, parse_heads
@@ -143,6 +143,10 @@ class Tables:
         """The hash a record's root binds (32 bytes)."""
         tables = (self.leaves, self.heads, self.acks, self.closing)
         return hashlib.sha256(b"orion/evidence/2" + b"".join(hashlib.sha256(t).digest() for t in tables)).digest()
+
+
+TABLES = tuple(table.name for table in fields(Tables))
+"""Their names, as they travel and are kept."""
 
 
 @dataclass(frozen=True, slots=True)

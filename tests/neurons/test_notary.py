@@ -100,7 +100,8 @@ class World:
             loaded=SimpleNamespace(run_id=RUN, manifest=manifest),
             history=SimpleNamespace(roster=lambda number: self.roster if number == 0 else None),
             chain=self,
-            neighbours=SimpleNamespace(relocate=lambda _: None, endpoint=lambda hotkey: hotkey),
+            neighbours=SimpleNamespace(endpoint=lambda hotkey: hotkey),
+            state=self.state_at,
             dendrite=SimpleNamespace(call=lambda *a, **k: self.call(identity.hotkey, *a, **k)),
             wait=self.wait,
         )

@@ -216,8 +216,7 @@ class Node:
 
     async def wait(self, block: int) -> None:
         """Until `block` is finalized, however long that takes while others are."""
-        while (head := (await self.chain.finalized()).number) < block:
-            await self.chain.wait_for_block(head + 1, timeout=CHAIN_STALL)
+        await self.chain.passed(block, stall=CHAIN_STALL)
 
     async def state(self, block: int) -> ChainState:
         """The state at `block`, once it is finalized."""

@@ -82,6 +82,10 @@ class Chain(Protocol):
     async def wait_for_block(self, number: int, *, timeout: float) -> Head:  # noqa: ASYNC109
         """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""
 
+    async def passed(self, number: int, *, stall: float) -> None:
+        """Until block `number` is finalized, however long that takes; reads nothing. ChainUnreachable after `stall`
+        seconds without any new one."""
+
     async def block_hash(self, number: int) -> str:
         """The hash of a finalized block; ChainRefused for one that is not finalized yet."""
 
@@ -267,6 +271,14 @@ class BittensorChain:
         """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""
         await self._reach(number, timeout)
         return await self._head(number)
+
+    async def passed(self, number: int, *, stall: float) -> None:
+        """Until block `number` is finalized, however long that takes; reads nothing. ChainUnreachable after `stall`
+        seconds without any new one."""
+        if self._lost is not None:
+            raise self._lost
+        while self._finalized < number:
+            await self._reach(self._finalized + 1, stall)
 
     async def _reach(self, number: int, timeout: float) -> None:  # noqa: ASYNC109
         """Return once block `number` is finalized."""

@@ -132,6 +132,21 @@ async def test_blocks_that_are_not_final_are_not_read(validator: BittensorChain)
         await validator.wait_for_block(far, timeout=0.1)
 
 
+async def test_waiting_for_a_block_reads_nothing(validator: BittensorChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many wait for one block in a node; each reading every block on the way would keep a core busy."""
+    head = await validator.finalized()
+
+    async def read(what: str, *_: object, **__: object) -> object:
+        raise AssertionError(f"{what}, though nobody asked")
+
+    monkeypatch.setattr(validator, "_read", read)
+    await asyncio.gather(*(validator.passed(head.number + 3, stall=TIMEOUT) for _ in range(3)))
+    monkeypatch.undo()
+    assert (await validator.finalized()).number >= head.number + 3
+    with pytest.raises(ChainUnreachable, match="not finalized within"):
+        await validator.passed(10**6, stall=0.0)
+
+
 # writing --------------------------------------------------------------------------------------------
 
 

@@ -216,8 +216,11 @@ class AuditSection(_Section):
     """Blocks before a slot's end from which windows are given to the next one: what a push and finality take."""
     seed_delay: Positive
     """Blocks after a slot's end whose hash is its seed: nobody knows it when the heads are acknowledged."""
-    windows: Positive
-    """Windows picked per miner and slot."""
+    windows: Annotated[float, Field(gt=0)]
+    """Windows picked per miner and slot, on average: 0.1 is one window in one slot of ten."""
+    readers: Annotated[float, Field(gt=0)]
+    """Validators that look into a picked window, on average: each into its stake's part of this, by its secret. Of a
+    round's first window all do, because nobody has to fetch its weights."""
     share: Fraction
     """Units replayed, in sum over validators, as a share of a miner's units of the round; each validator replays its
     stake's part of that, and at least one per miner and round."""

@@ -163,6 +163,8 @@ class MergeSection(_Section):
     """`topk2bit` goes to everybody (all-gather) with error feedback; the others through the pair-shard butterfly."""
     decay: Annotated[float, Field(gt=0, le=1)]
     """What is left per round of a contribution that error feedback holds back."""
+    clip: Annotated[float, Field(ge=1)]
+    """Times the lower median of a stage's norms that a contribution may have; what is larger is scaled down to it."""
 
 
 class RoundSection(_Section):

@@ -108,7 +108,7 @@ def manifest(
             outer_lr=1.0,
             outer_momentum=0.0,
         ),
-        merge=MergeSection(codec="bf16", decay=0.95),
+        merge=MergeSection(codec="bf16", decay=0.95, clip=2.0),
         round=RoundSection(count=1, close=11, cut=12, have=13, merge=14, length=14, linger=1),
         audit=AuditSection(
             slot=8,

@@ -111,6 +111,7 @@ def merge_terms(node: Node, roster: Roster, stage: int, *, secret: bytes, end: i
         codec=codec,
         outer=optimizer.outer(),
         limit=limit,
+        clip=manifest.merge.clip,
         secret=secret,
     )
 

@@ -19,6 +19,7 @@ import torch
 from model.engine import StageEngine
 from model.stage import flatten
 from neurons.exchange import Desk
+from neurons.quota import Audience
 from subnet.messages import StatePart
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import UnitTensors
@@ -142,12 +143,14 @@ class RoundArchive:
         """By version, oldest first."""
         self.picked: set[int] = set()
         """Versions that their slots' seeds picked, whether or not the windows are still here."""
-        self.settled = False
-        """Whether the seeds of all slots are known."""
+        self.audience: Audience | None = None
+        """Who may ask for how much, once that and all seeds are known."""
         self.cut = Cut()
         self.evidence: Evidence | None = None
         self.desk: Desk | None = None
         """What it has of the round's merge, once it takes part in that."""
+        self.packed: dict[tuple[int, int], int] = {}
+        """Bytes of deltas that were packed before, by version and rounds merged into what they are taken from."""
         self._tally = tally or Tally()
         self._grown = grown
         self._versions: dict[UnitKey, int] = {}

@@ -20,11 +20,14 @@ from neurons.desks import EvidenceDesk
 from neurons.exchange import Desk
 from neurons.fetching import Source, Withheld
 from neurons.library import Library
+from neurons.quota import Audience, Uplink
 from subnet.messages import Shapes, StatePart, StatePiece, StateRequest, UnitRequest
+from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Refused, Unavailable, UnknownRun
 from subnet.transport.synapse import HEADER_LIMIT
 from subnet.trust.audit import pick_windows, select_windows
 from subnet.trust.ledger import Evidence
+from subnet.trust.quota import Sizes
 from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
 from tests.neurons.swarm import SEED, Member, Swarm, manifest, open_corpus, tiny, tokens_file
 
@@ -36,6 +39,8 @@ class Shown:
     swarm: Swarm
     miner: Member
     asker: Member
+    shares: dict[str, float]
+    """Of the stake at work: the asker has all of it."""
 
     @property
     def held(self) -> RoundArchive:
@@ -45,6 +50,11 @@ class Shown:
     def values(self) -> int:
         return sum(parameter.numel() for parameter in self.miner.worker.engine.stage.parameters())
 
+    @property
+    def sizes(self) -> Sizes:
+        manifest = self.swarm.loaded.manifest
+        return Sizes.of(self.miner.worker.plan, self.values, Shapes.of(manifest))
+
     async def close(self, *, count: int = 8, settled: bool = True) -> Evidence:
         """As a cut does, with error feedback. The slot's seed picks `count` windows."""
         _, evidence = await self.miner.worker.close()
@@ -53,17 +63,18 @@ class Shown:
         closing = replace(evidence.closing, owed=owed.tree().root, still_owed=still.tree().root)
         evidence = replace(evidence, closing=closing)
         self.held.seeded(0, partial(select_windows, seed=SEED, hotkey=self.miner.identity.hotkey, slot=0, count=count))
-        self.held.settled = settled
+        if settled:
+            self.held.audience = Audience(self.shares, self.sizes)
         self.held.evidence = evidence
         self.held.desk = Desk(self.miner.identity.hotkey, [b"payload"], evidence=evidence.root)
         return evidence
 
-    def source(self, *, patience: float = 5.0) -> Source:
+    def source(self, *, patience: float = 5.0, share: float = 1.0, dendrite: Dendrite | None = None) -> Source:
         loaded, hotkey = self.swarm.loaded, self.miner.identity.hotkey
         stage = self.swarm.roster.stage_of(hotkey)
         assert stage is not None
         return Source(
-            dendrite=self.asker.dendrite,
+            dendrite=dendrite or self.asker.dendrite,
             endpoint=self.swarm.endpoints.get,
             run=loaded.run_id,
             number=0,
@@ -72,6 +83,7 @@ class Shown:
             parameters=self.values,
             shapes=Shapes.of(loaded.manifest),
             patience=patience,
+            share=share,
         )
 
     async def refused(self, *, unit: int | None = None, **fields: object) -> Refused:
@@ -93,16 +105,16 @@ class Shown:
 
 
 @asynccontextmanager
-async def shown(folder: Path) -> AsyncIterator[Shown]:
+async def shown(folder: Path, *, uplink: float = 1e9) -> AsyncIterator[Shown]:
     entry = tokens_file(folder)
     boundary = BoundaryConfig(form=BoundaryForm.A, width=8)
     described = manifest(tiny(boundary=boundary), entry, stages=2, wire="bfloat16")
     loaded = described.write(folder / "manifest.toml")
     async with Swarm(loaded, open_corpus(folder, described, entry)) as swarm:
         miner, asker = swarm.stage(1)[0], swarm.stage(0)[0]
-        EvidenceDesk(loaded.run_id, miner.archive, Library(loaded.run_id)).open(miner.axon)
+        EvidenceDesk(loaded.run_id, miner.archive, Library(loaded.run_id), Uplink(uplink)).open(miner.axon)
         await asker.worker.drive(limit=10)
-        yield Shown(swarm, miner, asker)
+        yield Shown(swarm, miner, asker, {asker.identity.hotkey: 1.0})
 
 
 async def test_every_part_of_every_window_and_of_the_cut_is_shown_in_proven_pieces(tmp_path: Path) -> None:

@@ -56,11 +56,19 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     explain = actions.add_parser(
         "explain",
         help="print every term of a miner's score and the evidence behind it",
-        description="Print, per validator and round, every term of a miner's score and the evidence behind it.",
+        description="Print every term of a miner's score and the evidence behind it: per validator and round from the "
+        "logs of a run, or of the newest closed round recomputed from the chain and what miners and validators serve.",
     )
     explain.add_argument("--uid", type=int, required=True, help="the miner's uid")
-    explain.add_argument("--run", type=Path, required=True, help="folder of a run: events/ of its validators")
-    explain.add_argument("--round", type=int, default=None, help="only this round (default: all)")
+    logs = explain.add_argument_group("from logs")
+    logs.add_argument("--run", type=Path, default=None, help="folder of a run: events/ of its validators")
+    logs.add_argument("--round", type=int, default=None, help="only this round (default: all)")
+    live = explain.add_argument_group("from the network")
+    live.add_argument("--network", default=None, help="network name or ws:// URL")
+    live.add_argument("--manifest", type=Path, default=None, help="manifest.toml of the run")
+    live.add_argument("--wallet", default=None, help="wallet whose hotkey asks: a member of the run, or a validator")
+    live.add_argument("--hotkey", default=None, help="hotkey name within the wallet")
+    live.add_argument("--wallet-path", type=Path, default=Path("~/.bittensor/wallets"), help="folder of wallets")
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -201,15 +209,31 @@ def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per comma
             archive=flags.archive,
         )
     if flags.command == "score":
-        from scripts.score import explain_score  # noqa: PLC0415 - reads only, but pulls in the event types
-
-        return explain_score(uid=flags.uid, run=flags.run, number=flags.round)
+        return _explain(flags)
     if flags.command == "plan":
         from scripts.plan import PlanOptions, show_plan  # noqa: PLC0415 - only for this command
 
         given = {name: value for name, value in vars(flags).items() if name not in ("command", "json")}
         return show_plan(PlanOptions(**given), as_json=flags.json)
     return _localnet(flags)
+
+
+def _explain(flags: argparse.Namespace) -> int:
+    live = (flags.network, flags.manifest, flags.wallet, flags.hotkey)
+    if flags.run is not None and not any(live):
+        from scripts.score import explain_score  # noqa: PLC0415 - reads only, but pulls in the event types
+
+        return explain_score(uid=flags.uid, run=flags.run, number=flags.round)
+    if flags.run is None and all(live) and flags.round is None:
+        from scripts.recompute import Doubter, recompute_score  # noqa: PLC0415 - heavy, and only for this command
+
+        return recompute_score(Doubter(*live, flags.wallet_path), uid=flags.uid)
+    print(
+        "orion score explain: give either --run, or --network with --manifest, --wallet and --hotkey (which explains "
+        "the newest closed round: leave out --round)",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def _localnet(flags: argparse.Namespace) -> int:

@@ -262,10 +262,10 @@ class Plan:
             seed=seed,
         )
 
-    def cheats(self, *, round_: int, version: int, sample: int, direction: Direction) -> bool:
-        """Whether a unit is falsified. `version` names its window."""
+    def cheats(self, *, version: int, sample: int, direction: Direction) -> bool:
+        """Whether a unit is falsified. `version` names its window, as its leaf does."""
         if direction not in PROFILES[self.kind].falsifies:
             return False
         unit = "" if self.packed else f"/{sample}/{direction.value}"
-        drawn = hashlib.sha256(f"orion/adversary/{self.seed}/{round_}/{version}{unit}".encode()).digest()
+        drawn = hashlib.sha256(f"orion/adversary/{self.seed}/{version}{unit}".encode()).digest()
         return int.from_bytes(drawn[:8], "little") < self.share * 2**64

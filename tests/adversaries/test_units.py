@@ -265,7 +265,7 @@ def test_a_share_of_units_is_spread_or_packed_into_windows() -> None:
         return {
             (version, sample)
             for version, sample in units
-            if plan.cheats(round_=1, version=version, sample=10 * version + sample, direction=F)
+            if plan.cheats(version=version, sample=10 * version + sample, direction=F)
         }
 
     spread, packed = (cheated(Plan.of(Kind.NOISE, share=0.1, packed=packed, seed=5)) for packed in (False, True))

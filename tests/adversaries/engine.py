@@ -74,13 +74,12 @@ class CheatingEngine(StageEngine):
         *,
         cheat: Plan,
         memory: Memory,
-        active: Callable[[], bool] = lambda: True,
         n_total_params: int,
         accumulation: int,
         recompute: Recompute,
         capacity: int,
     ) -> None:
-        """`active` says whether this replica is one that cheats. Keys of units are sample ids."""
+        """Keys of units are sample ids."""
         super().__init__(
             stage,
             optimizer_config,
@@ -92,7 +91,6 @@ class CheatingEngine(StageEngine):
         )
         self._cheat = cheat
         self._memory = memory
-        self._active = active
         self._generator = torch.Generator().manual_seed(cheat.seed)
         memory.stepped(stage)
 
@@ -132,11 +130,9 @@ class CheatingEngine(StageEngine):
 
     def _cheats(self, key: Hashable, direction: Direction) -> bool:
         assert isinstance(key, int)
-        if not self._active():
-            return False
-        if not self._memory.ready(direction):
-            return False
-        return self._cheat.cheats(version=self.version, sample=key, direction=direction)
+        return self._memory.ready(direction) and self._cheat.cheats(
+            version=self.version, sample=key, direction=direction
+        )
 
     def _falsified(self, unit: Unit) -> Result:
         past = self._memory.of(unit.direction)
@@ -160,8 +156,6 @@ class SharedEngine(StageEngine):
 
     device: Path
     """A file that stands for it."""
-    active: Callable[[], bool]
-    """Whether this replica is one of those."""
 
     def forward(self, key: Hashable, x: Tensor) -> Tensor:
         with self._held():
@@ -177,9 +171,6 @@ class SharedEngine(StageEngine):
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        if not self.active():
-            yield
-            return
         with self.device.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

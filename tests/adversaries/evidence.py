@@ -22,27 +22,30 @@ log = logging.getLogger("orion.adversaries.evidence")
 
 
 class SilentDesk(EvidenceDesk):
-    """Serves everything but units."""
+    """Serves everything, but no units while it is silent."""
 
-    active: Callable[[], bool]
-    """Whether this replica is the one that cheats."""
+    silent: Callable[[], bool]
+    """Whether this replica shows none."""
 
     async def unit(self, caller: str, request: UnitRequest, tensors: Mapping[str, torch.Tensor]) -> Reply:
-        if not self.active():
+        if not self.silent():
             return await super().unit(caller, request, tensors)
         raise Dropped(f"sample {request.sample} of round {request.round} is not shown", "ask somebody else")
 
 
-async def copy_sibling(node: Node, memory: Memory) -> None:
-    """After each round's CUT take one unit of each direction of a sibling into `memory`. Until cancelled."""
+async def copy_sibling(node: Node, memory: Callable[[], Memory | None]) -> None:
+    """After each round's CUT take one unit of each direction of a sibling into the memory of who copies. Until
+    cancelled."""
     while True:
         roster = node.history.newest
         if roster is None:
             await node.wait((await node.chain.finalized()).number + 1)
             continue
         await node.wait(roster.block + node.loaded.manifest.round.cut + 1)
+        own = memory()
         try:
-            await _take(node, roster, memory)
+            if own is not None:
+                await _take(node, roster, own)
         except (Withheld, Unsound, ChainError) as error:
             log.warning("round %d: nothing to copy: %s", roster.round, error)
         await node.wait(roster.block + node.loaded.manifest.round.length)

@@ -53,12 +53,12 @@ class Kind(StrEnum):
 class Role(StrEnum):
     """Who can be an adversary of a kind."""
 
-    ANY = "any miner"
+    ANY = "miner"
     HEAD = "head"
     TAIL = "tail"
     NOT_HEAD = "body or tail"
-    NEIGHBOURS = "two miners of neighbouring stages"
-    SIBLINGS = "two miners of one stage"
+    NEIGHBOURS = "miner with a neighbour behind it"
+    SIBLINGS = "pair of siblings"
     VALIDATOR = "validator"
 
 

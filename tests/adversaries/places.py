@@ -1,8 +1,8 @@
-"""Who plays an adversary in a roster: a pure function, so that each process and whoever watches them choose alike."""
+"""Who plays an adversary in a roster: pure functions, so that each process and whoever started them choose alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tests.adversaries.kinds import PROFILES, AdversaryError, Kind, Role
 
@@ -18,24 +18,31 @@ def fits(role: Role, stage: int, stages: int) -> bool:
         return stage == stages - 1
     if role is Role.NOT_HEAD:
         return stage > 0
+    if role is Role.NEIGHBOURS:
+        return stage < stages - 1
     return role is not Role.VALIDATOR
 
 
-def choose(kind: Kind, stages: Stages) -> tuple[str, ...]:
-    """The hotkeys that play it where none is named: two siblings, or the first replica of one stage.
+def choose(kinds: Sequence[Kind], stages: Stages) -> dict[str, Kind]:
+    """Who plays what where nobody is named: by kind two siblings, or one replica, that play nothing else.
 
-    Of the stages that fit it is the last, because there all that a replica sends can be replayed; whoever forges
-    receipts needs a neighbour behind it. Raises `AdversaryError` where siblings are needed and there are none.
+    Of the stages that fit it is the last: there all that a replica sends can be replayed. Raises `AdversaryError` where
+    nobody is left.
     """
+    chosen: dict[str, Kind] = {}
+    for kind in kinds:
+        chosen |= dict.fromkeys(_free(kind, stages, chosen), kind)
+    return chosen
+
+
+def _free(kind: Kind, stages: Stages, taken: Collection[str]) -> list[str]:
     role = PROFILES[kind].role
-    fitting = [stage for stage in range(len(stages)) if fits(role, stage, len(stages))]
-    if role is Role.NEIGHBOURS:
-        fitting = fitting[:-1]
     needed = 2 if role is Role.SIBLINGS else 1
-    for stage in reversed(fitting):
-        if len(stages[stage]) >= needed:
-            return tuple(stages[stage][:needed])
-    raise AdversaryError(f"'{kind}' needs {role.value}, and {len(stages)} stages have none: add stages or replicas")
+    for stage in reversed(range(len(stages))):
+        free = [hotkey for hotkey in stages[stage] if hotkey not in taken]
+        if fits(role, stage, len(stages)) and len(free) >= needed:
+            return free[:needed]
+    raise AdversaryError(f"'{kind}' needs a {role.value}, and none is left in {len(stages)} stages: add replicas")
 
 
 def accomplice(hotkey: str, stages: Stages) -> str | None:

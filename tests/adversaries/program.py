@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor
-
 from model.engine import StageEngine
-from neurons.desks import EvidenceDesk
 from neurons.miner import mine
 from neurons.node import Node, main
 from neurons.pipeline import StageWorker
 from neurons.rounds import RoundMachine, build_worker
+from neurons.telemetry import Intervention
 from neurons.terms import Terms
 from subnet.identity import Identity
 from subnet.swarm.roster import Roster
@@ -43,36 +41,44 @@ OTHER_TOKENS = 0
 class Part:
     """What one process plays, once it knows its place in a roster."""
 
-    def __init__(self, node: Node, plan: Plan, *, first: bool) -> None:
+    def __init__(self, node: Node, plans: Sequence[Plan], *, first: bool) -> None:
         self.node = node
-        self.plan = plan
+        self.memory: Memory | None = None
+        """Of the engine that cheats now."""
+        self._plans = {plan.kind: plan for plan in plans}
         self._first = first
-        self._playing: bool | None = None
-        self.memory = Memory(plan, lambda: _tokens(node))
+        self._decided = False
+        self._plan: Plan | None = None
 
-    def playing(self) -> bool:
-        """Whether this node cheats: fixed by the first roster that gives it a stage."""
-        roster = self.node.history.newest
-        if self._playing is None and roster is not None and self.node.identity.hotkey in roster.members:
-            self._playing = self._cast(roster)
-            log.warning("%s: this node %s", self.plan.kind, "cheats" if self._playing else "is honest")
-        return bool(self._playing)
+    def plan(self) -> Plan | None:
+        """How this node cheats, None if it is honest: fixed by the first roster that gives it a stage."""
+        roster, telemetry = self.node.history.newest, self.node.telemetry
+        if not self._decided and roster is not None and self.node.identity.hotkey in roster.members:
+            self._decided, kind = True, self._cast(roster)
+            if kind is not None:
+                self._plan = self._plans[kind]
+                telemetry.emit(Intervention("cheat", self.node.config.name, roster.round, f"--adversary {kind}"))
+        return self._plan
 
-    def _cast(self, roster: Roster) -> bool:
+    def plays(self, *kinds: Kind) -> bool:
+        plan = self.plan()
+        return plan is not None and plan.kind in kinds
+
+    def _cast(self, roster: Roster) -> Kind | None:
         me = self.node.identity.hotkey
         if self._first:
-            return me in choose(self.plan.kind, roster.stages)
+            return choose(list(self._plans), roster.stages).get(me)
         stage = roster.stage_of(me)
-        return stage is not None and fits(PROFILES[self.plan.kind].role, stage, len(roster.stages))
+        for kind in self._plans:
+            if stage is not None and fits(PROFILES[kind].role, stage, len(roster.stages)):
+                return kind
+            log.error("stage %s is no place for '%s': this node is honest", stage, kind)
+        return None
 
     def colluder(self, roster: Roster) -> Identity | None:
         """Who signs for what this node forges: its keys lie beside this node's."""
-        name = accomplice(self.node.identity.hotkey, roster.stages) if self.playing() else None
+        name = accomplice(self.node.identity.hotkey, roster.stages)
         return None if name is None else _identity(self.node, name)
-
-
-def _tokens(node: Node) -> Tensor:
-    return node.corpus.sample(OTHER_TOKENS)[:, :-1]
 
 
 def _identity(node: Node, hotkey: str) -> Identity | None:
@@ -88,11 +94,10 @@ def _identity(node: Node, hotkey: str) -> Identity | None:
 
 def machine(part: Part) -> type[RoundMachine]:
     """A round machine with the parts that the kind replaces."""
-    node, kind = part.node, part.plan.kind
+    node = part.node
 
     class OneDevice(SharedEngine):
         device = node.config.out / "adversaries.device"
-        active = staticmethod(part.playing)
 
     class Forger(ForgingWorker):
         colluder = staticmethod(part.colluder)
@@ -100,51 +105,50 @@ def machine(part: Part) -> type[RoundMachine]:
     class Machine(RoundMachine):
         def _build(self) -> StageWorker:
             engine: Callable[..., StageEngine] = StageEngine
-            if PROFILES[kind].falsifies:
-                engine = partial(CheatingEngine, cheat=part.plan, memory=part.memory, active=part.playing)
-            elif kind is Kind.SYBIL:
+            plan = part.plan()
+            if plan is not None and PROFILES[plan.kind].falsifies:
+                part.memory = Memory(plan, lambda: node.corpus.sample(OTHER_TOKENS)[:, :-1])
+                engine = partial(CheatingEngine, cheat=plan, memory=part.memory)
+            elif part.plays(Kind.SYBIL):
                 engine = OneDevice
-            forges = kind is Kind.FORGED_RECEIPTS
-            return build_worker(node, self.stage, engine=engine, worker=Forger if forges else StageWorker)
+            worker = Forger if part.plays(Kind.FORGED_RECEIPTS) else StageWorker
+            return build_worker(node, self.stage, engine=engine, worker=worker)
 
         def _terms(self, roster: Roster, *, end: int | None = None) -> Terms:
             terms = super()._terms(roster, end=end)
-            lies = kind in {Kind.LYING_HOLDER, Kind.COLLUDING_HOLDERS} and part.playing()
-            return lying(terms) if lies else terms
+            return lying(terms) if part.plays(Kind.LYING_HOLDER, Kind.COLLUDING_HOLDERS) else terms
 
     return Machine
 
 
-def desk(part: Part) -> type[EvidenceDesk]:
-    """The desk that answers for this node's work."""
-
-    class Desk(SilentDesk):
-        active = staticmethod(part.playing)
-
-    return Desk if part.plan.kind is Kind.WITHHELD_EVIDENCE else EvidenceDesk
-
-
-async def play(node: Node, plan: Plan, *, first: bool) -> None:
+async def play(node: Node, plans: Sequence[Plan], *, first: bool) -> None:
     """An adversary's whole life in one run."""
-    if PROFILES[plan.kind].role is Role.VALIDATOR:
+    if any(PROFILES[plan.kind].role is Role.VALIDATOR for plan in plans):
+        node.telemetry.emit(Intervention("cheat", node.config.name, 0, f"--adversary {Kind.WEIGHT_COPIER}"))
         await copy_weights(node)
         return
-    part = Part(node, plan, first=first)
-    copying = None
-    if plan.kind is Kind.COPYCAT:
-        copying = asyncio.create_task(copy_sibling(node, part.memory))
+    part = Part(node, plans, first=first)
+
+    class Desk(SilentDesk):
+        silent = staticmethod(lambda: part.plays(Kind.WITHHELD_EVIDENCE))
+
+    copying = asyncio.create_task(copy_sibling(node, lambda: part.memory if part.plays(Kind.COPYCAT) else None))
     try:
-        await mine(node, desk=desk(part), machine=machine(part))
+        await mine(node, desk=Desk, machine=machine(part))
     finally:
-        if copying is not None:
-            copying.cancel()
-            await asyncio.gather(copying, return_exceptions=True)
+        copying.cancel()
+        await asyncio.gather(copying, return_exceptions=True)
+
+
+def role_of(kind: str) -> str:
+    """Which program a kind is: miner or validator. Raises `AdversaryError`, which names the nearest kind."""
+    return "validator" if PROFILES[Kind.parse(kind)].role is Role.VALIDATOR else "miner"
 
 
 def run(argv: list[str]) -> int:
     """The program: a kind, its options and a neuron's flags in, exit status out."""
     parser = argparse.ArgumentParser(prog="python -m tests.adversaries", allow_abbrev=False, description=__doc__)
-    parser.add_argument("kind", help=", ".join(Kind))
+    parser.add_argument("kinds", metavar="KIND[,KIND...]", help=", ".join(Kind))
     parser.add_argument("--first", action="store_true", help="cheat only if this node is the first that fits")
     parser.add_argument("--strength", type=float, default=None, help="how strongly (default: the kind's)")
     parser.add_argument("--share", type=float, default=1.0, help="of its units (default: 1)")
@@ -152,10 +156,16 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--cheat-seed", type=int, default=0, help="of its chance (default: 0)")
     flags, rest = parser.parse_known_args(argv)
     try:
-        kind = Kind.parse(flags.kind)
-        plan = Plan.of(kind, strength=flags.strength, share=flags.share, packed=flags.packed, seed=flags.cheat_seed)
+        kinds = [Kind.parse(text) for text in flags.kinds.split(",")]
+        plans = [
+            Plan.of(kind, strength=flags.strength, share=flags.share, packed=flags.packed, seed=flags.cheat_seed)
+            for kind in kinds
+        ]
     except AdversaryError as error:
         parser.error(str(error))
-    role = "validator" if PROFILES[kind].role is Role.VALIDATOR else "miner"
-    description = f"{kind}. {PROFILES[kind].gains} {PROFILES[kind].stopped_by}"
-    return main(rest, role=role, description=description, body=partial(play, plan=plan, first=flags.first))
+    validates = any(PROFILES[kind].role is Role.VALIDATOR for kind in kinds)
+    if len(kinds) > 1 and (validates or not flags.first):
+        parser.error("several kinds go with --first, and are those of miners: give one")
+    description = "\n".join(f"{kind}: {PROFILES[kind].gains} {PROFILES[kind].stopped_by}" for kind in kinds)
+    role = "validator" if validates else "miner"
+    return main(rest, role=role, description=description, body=partial(play, plans=plans, first=flags.first))

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
-from model.optimizer import OuterConfig
+from model.engine import Recompute
+from model.optimizer import OptimizerConfig, OuterConfig
+from model.split import split
+from model.stage import build_stage
+from neurons.archive import Archive
+from neurons.library import Library
+from neurons.node import Node
 from neurons.terms import Marks, Terms
 from subnet.identity import verify
+from subnet.messages import UnitRequest
 from subnet.swarm.butterfly import reduce
 from subnet.swarm.codec import codec_of, no_residual
 from subnet.swarm.merge import Merged
-from subnet.trust.ledger import Direction, UnitKey
+from subnet.transport.errors import Dropped
+from subnet.trust.audit import UnitTensors
+from subnet.trust.ledger import Closing, Direction, Ledger, UnitKey
 from subnet.trust.settlement import Unpaid, settle
 from tests.adversaries.copier import mean_row
+from tests.adversaries.engine import SharedEngine
+from tests.adversaries.evidence import SilentDesk
 from tests.adversaries.forging import ForgingWorker
 from tests.adversaries.holders import lying
 from tests.adversaries.kinds import PROFILES, AdversaryError, Kind, Role
@@ -163,3 +177,59 @@ def test_what_cannot_be_played_is_a_usage_error(
 
 def test_a_kind_is_a_miners_or_a_validators() -> None:
     assert [role_of("noise"), role_of("weight-copier")] == ["miner", "validator"]
+
+
+# -- desks and devices -------------------------------------------------------------------------------------------
+
+
+async def test_a_silent_desk_refuses_units_while_it_is_silent(tmp_path: Path) -> None:
+    entry = tokens_file(tmp_path)
+    loaded = manifest(tiny(), entry, stages=2).write(tmp_path / "manifest.toml")
+    node = cast("Node", SimpleNamespace(loaded=loaded))
+    archive, shows = Archive(), [True]
+    held = archive.open(0)
+    held.units[UnitKey(3, Direction.FORWARD)] = UnitTensors(torch.zeros(1), None, torch.ones(1))
+    held.evidence = Ledger().close(Closing(bytes(32), bytes(32), bytes(32)))
+
+    class Desk(SilentDesk):
+        silent = staticmethod(lambda: not shows[0])
+
+    desk = Desk(node, archive, Library(loaded.run_id))
+    request = UnitRequest(run=loaded.run_id.hex(), round=0, sample=3, backward=False)
+    _, tensors = await desk.unit("a", request, {})
+    assert set(tensors) == {"input", "output"}
+    shows[0] = False
+    with pytest.raises(Dropped, match="sample 3 of round 0 is not shown"):
+        await desk.unit("a", request, {})
+
+
+def test_two_identities_on_one_device_take_turns(tmp_path: Path) -> None:
+    class OneDevice(SharedEngine):
+        device = tmp_path / "device"
+
+    config = tiny()
+    plan = split(config, 1)[0]
+    engine = OneDevice(
+        build_stage(config, plan, 1),
+        OptimizerConfig(kind="adamw", lr=1e-3),
+        plan,
+        n_total_params=1,
+        accumulation=1,
+        recompute=Recompute.KEEP,
+        capacity=1,
+    )
+    busy: list[bool] = []
+
+    def look(*_: object) -> None:
+        with OneDevice.device.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                busy.append(False)
+            except BlockingIOError:
+                busy.append(True)
+
+    engine.stage.register_forward_hook(look)
+    tokens = torch.zeros(1, 9, dtype=torch.int64)
+    engine.tail(0, tokens[:, :-1], tokens[:, 1:])
+    look()
+    assert busy == [True, False], "held while it computes, free afterwards"

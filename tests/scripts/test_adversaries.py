@@ -167,3 +167,57 @@ def test_a_swarm_convicts_who_flips_signs_and_pays_the_others(tmp_path: Path) ->
     on_chain = weights_at_end(result)
     assert cheat["uid"] not in on_chain
     assert set(on_chain) == {miner["uid"] for miner in miners if miner["hotkey"] != cheat["hotkey"]}
+
+
+LONG = ("--stages", "2", "--replicas", "2", "--rounds", "3", "--round-seconds", "60", "--block-time", "0.25")
+MAIN = {
+    "noise": "increment is off",
+    "scaled-gradient": "backward increment is off",
+    "skipped-layer": "of 0.02",
+    "low-precision": "of 0.02",
+    "replay": "of 0.02",
+    "no-backward": "backward increment is off",
+    "poisoned-loss": "replayed",
+    "wrong-data": "forward increment is off",
+    "withheld-evidence": "withheld",
+}
+"""What a conviction's reason must say. Each plays at the last stage that fits it."""
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The same swarm without a cheater."""
+    return run(tmp_path_factory.mktemp("clean") / "run", *LONG)
+
+
+def pay_by_stage(result: dict[str, object], *, without: str = "") -> dict[int, float]:
+    """The mean weight of a stage's miners, as a share of the sum over stages."""
+    miners, on_chain = result["miners"], weights_at_end(result)
+    assert isinstance(miners, list)
+    weights: dict[int, list[float]] = {}
+    for miner in miners:
+        if miner["hotkey"] != without:
+            weights.setdefault(miner["stage"], []).append(on_chain.get(miner["uid"], 0.0))
+    means = {stage: sum(found) / len(found) for stage, found in weights.items()}
+    return {stage: mean / sum(means.values()) for stage, mean in means.items()}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", MAIN)
+def test_each_main_kind_is_convicted_and_its_neighbours_are_paid_as_without_it(
+    tmp_path: Path, clean: dict[str, object], kind: str
+) -> None:
+    result = run(tmp_path / "run", *LONG, "--adversary", kind)
+    adversaries, audits = result["adversaries"], result["audits"]
+    assert isinstance(adversaries, list)
+    assert isinstance(audits, dict)
+    (cheat,) = adversaries
+    assert {conviction["hotkey"] for conviction in audits["convictions"]} == {cheat["hotkey"]}
+    assert MAIN[kind] in cheat["reason"]
+    late = {int(number): weight for number, weight in cheat["weights"].items() if int(number) >= 1}
+    assert late
+    assert set(late.values()) == {0.0}, "0 by the second round after the first, which was audited"
+    assert cheat["uid"] not in weights_at_end(result)
+    expected, found = pay_by_stage(clean), pay_by_stage(result, without=cheat["hotkey"])
+    assert found == pytest.approx(expected, rel=0.05)

@@ -18,6 +18,7 @@ from typing import Protocol, cast
 from scripts.tally import Tally
 
 PROGRAM = "tests.adversaries.program"
+RULES = "tests.adversaries.places"
 FIRST_UID = 1
 """Of the first miner of a local swarm: uid 0 is the owner's."""
 _OPTION = re.compile(r"([^:]+)(?::(\d+))?")
@@ -30,11 +31,18 @@ class AdversaryOptionError(Exception):
 class Program(Protocol):
     """What is needed of the adversaries' program."""
 
-    def role_of(self, kind: str) -> str:
-        """ "miner" or "validator". Raises `ValueError`, which names the nearest kind."""
-
     def run(self, argv: list[str]) -> int:
         """Become the node."""
+
+
+class Rules(Protocol):
+    """What is needed of the adversaries' rules. Both raise `ValueError`, one line with what fits."""
+
+    def role_of(self, kind: str) -> str:
+        """Miner or validator."""
+
+    def check(self, kinds: Sequence[str], *, stages: int, replicas: int, gathers: bool, named: bool) -> None:
+        """Whether miners of these kinds can play in a swarm of that shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +68,17 @@ class Adversary:
 
 def program() -> Program:
     """Raises `AdversaryOptionError` where the checkout's tests are not there."""
+    return cast("Program", _module(PROGRAM))
+
+
+def _module(name: str) -> object:
     try:
-        found = importlib.util.find_spec(PROGRAM)
+        found = importlib.util.find_spec(name)
     except ModuleNotFoundError:
         found = None
     if found is None:
-        raise AdversaryOptionError(f"--adversary needs {PROGRAM}, which is not installed: run it from a checkout")
-    return cast("Program", importlib.import_module(PROGRAM))
+        raise AdversaryOptionError(f"--adversary needs {name}, which is not installed: run it from a checkout")
+    return importlib.import_module(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +88,27 @@ class Casting:
     arguments: dict[str, list[str]]
 
     @classmethod
-    def of(cls, adversaries: Sequence[Adversary], *, miners: int, validators: int) -> Casting:
-        """Of a swarm with so many miners at its start. Raises `AdversaryOptionError`."""
+    def of(
+        cls, adversaries: Sequence[Adversary], *, stages: int, replicas: int, validators: int, gathers: bool
+    ) -> Casting:
+        """Of a swarm of that shape; `gathers` if its merges have no holders. Raises `AdversaryOptionError`."""
         if not adversaries:
             return cls({})
-        known = program()
+        rules, miners = cast("Rules", _module(RULES)), stages * replicas
         arguments: dict[str, list[str]] = {}
         unnamed: list[str] = []
-        for adversary in adversaries:
-            try:
-                role = known.role_of(adversary.kind)
-            except ValueError as error:
-                raise AdversaryOptionError(f"--{error}") from error
+        try:
+            roles = [rules.role_of(adversary.kind) for adversary in adversaries]
+            for named in (False, True):
+                playing = [
+                    adversary.kind
+                    for adversary, role in zip(adversaries, roles, strict=True)
+                    if role == "miner" and (adversary.uid is not None) == named
+                ]
+                rules.check(playing, stages=stages, replicas=replicas, gathers=gathers, named=named)
+        except ValueError as error:
+            raise AdversaryOptionError(f"--adversary: {error}") from error
+        for adversary, role in zip(adversaries, roles, strict=True):
             if role == "validator" and validators < 2:
                 raise AdversaryOptionError(
                     f"--adversary {adversary.text} needs an honest validator: raise --validators"

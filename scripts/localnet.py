@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from scripts.adversaries import AdversaryOptionError, Casting, lines, outcome
+from scripts.adversaries import AdversaryOptionError, lines, outcome
 from scripts.churn import Churn, Named, to_start
 from scripts.faults import FaultError, FaultPlan
 from scripts.live import View, grid, weights
@@ -281,8 +281,13 @@ class _Run:
             first_joiner=options.first_miners,
             done=tally.struck,
         )
-        casting = Casting.of(options.adversaries, miners=options.first_miners, validators=options.validators)
-        return Churn(self.out, plan, flags=lambda name: self._flags(name, data), now=time.time, casting=casting)
+        return Churn(
+            self.out,
+            plan,
+            flags=lambda name: self._flags(name, data),
+            now=time.time,
+            casting=options.casting,
+        )
 
     def _first(self) -> list[Named]:
         """The nodes that are there from the start."""

@@ -77,6 +77,17 @@ class LocalnetOptions:
         return max(SHORTEST_PHASE, round(PHASE_SECONDS / self.block_time))
 
     @property
+    def casting(self) -> Casting:
+        """Who cheats. Raises `AdversaryOptionError`."""
+        return Casting.of(
+            self.adversaries,
+            stages=self.stages,
+            replicas=self.replicas,
+            validators=self.validators,
+            gathers=self.codec == "topk2bit",
+        )
+
+    @property
     def network_flags(self) -> list[str]:
         """What a node is told of the network it is to imitate."""
         given = {name: getattr(self, name) for name in NETWORK}
@@ -104,7 +115,7 @@ def check_options(options: LocalnetOptions) -> None:
     except LinkError as error:
         raise LocalnetError(str(error)) from None
     check_faults(options.faults, stages=options.stages, miners=miners, rounds=options.rounds)
-    Casting.of(options.adversaries, miners=options.first_miners, validators=options.validators)
+    _ = options.casting
 
 
 def claim_folder(out: Path) -> None:

@@ -47,7 +47,7 @@ class Kind(StrEnum):
         except ValueError:
             near = difflib.get_close_matches(text, list(cls), n=1)
             hint = f"did you mean '{near[0]}'" if near else f"known are {', '.join(cls)}"
-            raise AdversaryError(f"adversary '{text}' does not exist: {hint}") from None
+            raise AdversaryError(f"'{text}' does not exist: {hint}") from None
 
 
 class Role(StrEnum):

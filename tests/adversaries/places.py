@@ -49,3 +49,25 @@ def accomplice(hotkey: str, stages: Stages) -> str | None:
     """Who signs for what `hotkey` invents: the first replica of the stage behind it, None at the last."""
     stage = next((stage for stage, replicas in enumerate(stages) if hotkey in replicas), len(stages))
     return stages[stage + 1][0] if stage + 1 < len(stages) else None
+
+
+HOLDERS = {Kind.LYING_HOLDER, Kind.COLLUDING_HOLDERS}
+
+
+def role_of(kind: str) -> str:
+    """Which program a kind is: miner or validator. Raises `AdversaryError`, which names the nearest kind."""
+    return "validator" if PROFILES[Kind.parse(kind)].role is Role.VALIDATOR else "miner"
+
+
+def check(kinds: Sequence[str], *, stages: int, replicas: int, gathers: bool, named: bool) -> None:
+    """Whether miners of these kinds can play in a swarm of that shape; `gathers` if its merges have no holders.
+
+    `named` are those whose uid is given. Raises `AdversaryError`.
+    """
+    known = [Kind.parse(kind) for kind in kinds]
+    for kind in known:
+        if gathers and kind in HOLDERS:
+            raise AdversaryError(f"'{kind}' lies about merged shards, and this codec has none: give --codec int8")
+        if named and PROFILES[kind].role is Role.SIBLINGS:
+            raise AdversaryError(f"'{kind}' is a pair of siblings, who are known with the roster: leave out the uid")
+    choose(known, [[f"{stage}/{index}" for index in range(replicas)] for stage in range(stages)])

@@ -140,11 +140,6 @@ async def play(node: Node, plans: Sequence[Plan], *, first: bool) -> None:
         await asyncio.gather(copying, return_exceptions=True)
 
 
-def role_of(kind: str) -> str:
-    """Which program a kind is: miner or validator. Raises `AdversaryError`, which names the nearest kind."""
-    return "validator" if PROFILES[Kind.parse(kind)].role is Role.VALIDATOR else "miner"
-
-
 def run(argv: list[str]) -> int:
     """The program: a kind, its options and a neuron's flags in, exit status out."""
     parser = argparse.ArgumentParser(prog="python -m tests.adversaries", allow_abbrev=False, description=__doc__)

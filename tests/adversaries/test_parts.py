@@ -33,8 +33,8 @@ from tests.adversaries.evidence import SilentDesk
 from tests.adversaries.forging import ForgingWorker
 from tests.adversaries.holders import lying
 from tests.adversaries.kinds import PROFILES, AdversaryError, Kind, Role
-from tests.adversaries.places import accomplice, choose, fits
-from tests.adversaries.program import role_of, run
+from tests.adversaries.places import accomplice, check, choose, fits, role_of
+from tests.adversaries.program import run
 from tests.neurons.swarm import SEED, Swarm, manifest, open_corpus, tiny, tokens_file
 
 STAGES = [["a", "b"], ["c", "d"], ["e", "f"]]
@@ -61,6 +61,23 @@ def test_several_kinds_share_no_replica() -> None:
         choose([Kind.NOISE, Kind.SIGN_FLIP, Kind.POISONED_LOSS], STAGES)
     with pytest.raises(AdversaryError, match="pair of siblings"):
         choose([Kind.SYBIL], [["a"], ["b"]])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changed", "words"),
+    [
+        (["signflip"], {}, "did you mean 'sign-flip'"),
+        (["wrong-data"] * 3, {}, "needs a head, and none is left"),
+        (["lying-holder"], {"gathers": True}, "give --codec int8"),
+        (["sybil"], {"named": True}, "leave out the uid"),
+        (["colluding-holders"], {"replicas": 1}, "pair of siblings"),
+    ],
+)
+def test_a_swarm_that_has_no_place_is_refused(kinds: list[str], changed: dict[str, int], words: str) -> None:
+    shape: dict[str, int] = {"stages": 2, "replicas": 2, "gathers": False, "named": False}
+    check(["noise", "wrong-data"], **shape)  # type: ignore[arg-type]
+    with pytest.raises(AdversaryError, match=words):
+        check(kinds, **{**shape, **changed})  # type: ignore[arg-type]
 
 
 def test_a_validator_holds_no_stage() -> None:

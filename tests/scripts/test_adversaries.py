@@ -12,8 +12,9 @@ from scripts.tally import Tally
 from tests.scripts.test_localnet import start
 
 
-def casting(*texts: str, miners: int = 4, validators: int = 2) -> dict[str, list[str]]:
-    return Casting.of(list(map(Adversary.parse, texts)), miners=miners, validators=validators).arguments
+def casting(*texts: str, validators: int = 2, gathers: bool = False) -> dict[str, list[str]]:
+    chosen = list(map(Adversary.parse, texts))
+    return Casting.of(chosen, stages=2, replicas=2, validators=validators, gathers=gathers).arguments
 
 
 def test_options_are_read_back() -> None:
@@ -32,7 +33,9 @@ def test_a_uid_names_a_node_and_without_one_all_miners_are_ready_to_be_it() -> N
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        (["signflip"], "--adversary 'signflip' does not exist: did you mean 'sign-flip'"),
+        (["signflip"], "--adversary: 'signflip' does not exist: did you mean 'sign-flip'"),
+        (["wrong-data", "wrong-data", "wrong-data"], "none is left in 2 stages"),
+        (["sybil:1"], "leave out the uid"),
         (["noise:0"], "uid 0 is no miner, they have 1 to 4"),
         (["noise:5"], "uid 5 is no miner"),
         (["weight-copier:4"], "uid 4 is no validator, they have 5 to 6"),
@@ -43,6 +46,12 @@ def test_a_uid_names_a_node_and_without_one_all_miners_are_ready_to_be_it() -> N
 def test_who_cannot_be_started_is_named(texts: list[str], words: str) -> None:
     with pytest.raises(AdversaryOptionError, match=words):
         casting(*texts)
+
+
+def test_a_holder_that_lies_needs_a_merge_with_holders() -> None:
+    assert casting("lying-holder:1") == {"miner-0": ["lying-holder"]}
+    with pytest.raises(AdversaryOptionError, match="give --codec int8"):
+        casting("lying-holder:1", gathers=True)
 
 
 def test_a_copier_needs_somebody_to_copy() -> None:
@@ -57,7 +66,7 @@ def test_a_form_that_cannot_be_read_is_refused(text: str) -> None:
 
 
 def test_an_installation_without_tests_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts.adversaries, "PROGRAM", "no_tests_here.adversaries.program")
+    monkeypatch.setattr(scripts.adversaries, "RULES", "no_tests_here.adversaries.places")
     with pytest.raises(AdversaryOptionError, match="run it from a checkout"):
         casting("noise")
     assert casting() == {}

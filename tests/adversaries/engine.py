@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.engine import Recompute, StageEngine
+from model.engine import CapacityError, DuplicateUnitError, Recompute, StageEngine, _Unit
 from model.optimizer import OptimizerConfig
 from model.split import StagePlan
 from model.stage import Stage
 from subnet.trust.ledger import Direction
 from tests.adversaries.kinds import Kind, Plan
-from tests.adversaries.units import Past, Result, Unit, Weights, falsify
+from tests.adversaries.units import DISTORTIONS, Past, Result, Unit, Weights, distort, falsify
 
 
 class Memory:
@@ -95,34 +95,52 @@ class CheatingEngine(StageEngine):
         memory.stepped(stage)
 
     def forward(self, key: Hashable, x: Tensor) -> Tensor:
-        y = super().forward(key, x)
-        if self._cheats(key, Direction.FORWARD):
+        if self._cheats(key, Direction.FORWARD) and self._cheat.kind not in DISTORTIONS:
             sent = self._falsified(Unit(direction=Direction.FORWARD, x=x)).output
             assert sent is not None
+            self._hold(key, x)
             return sent
-        self._memory.sent(Direction.FORWARD, y, 0.0)
-        return y
+        y = super().forward(key, x)
+        result = self._said(key, Direction.FORWARD, Result(output=y))
+        assert result.output is not None
+        return result.output
 
     def backward(self, key: Hashable, g: Tensor) -> Tensor | None:
         open_ = self._units.get(key)
-        if open_ is None or not self._cheats(key, Direction.BACKWARD):
+        if open_ is None or not self._cheats(key, Direction.BACKWARD) or self._cheat.kind in DISTORTIONS:
             dx = super().backward(key, g)
-            self._memory.sent(Direction.BACKWARD, dx, 0.0)
-            return dx
+            return self._said(key, Direction.BACKWARD, Result(output=dx)).output
         result = self._falsified(Unit(direction=Direction.BACKWARD, x=open_.x, g=g))
         self.drop(key)
         self._add(result)
         return result.output
 
     def tail(self, key: Hashable, x: Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
-        if not self._cheats(key, Direction.BACKWARD):
+        if self._cheats(key, Direction.BACKWARD) and self._cheat.kind not in DISTORTIONS:
+            unit = Unit(direction=Direction.BACKWARD, x=x, targets=targets, accumulation=self.accumulation)
+            result = self._falsified(unit)
+            self._add(result)
+        else:
             loss, dx = super().tail(key, x, targets)
-            self._memory.sent(Direction.BACKWARD, dx, loss)
-            return loss, dx
-        unit = Unit(direction=Direction.BACKWARD, x=x, targets=targets, accumulation=self.accumulation)
-        result = self._falsified(unit)
-        self._add(result)
+            result = self._said(key, Direction.BACKWARD, Result(output=dx, loss=loss))
         return result.loss, result.output
+
+    def _said(self, key: Hashable, direction: Direction, true: Result) -> Result:
+        """What is said of a unit that was computed; one that is not distorted may be repeated later."""
+        if self._cheat.kind in DISTORTIONS and self._cheats(key, direction):
+            strength = self._cheat.strength
+            return distort(self._cheat.kind, true, strength=strength, generator=self._generator)
+        self._memory.sent(direction, true.output, true.loss)
+        return true
+
+    def _hold(self, key: Hashable, x: Tensor) -> None:
+        """Open a unit without computing it."""
+        if key in self._units:
+            raise DuplicateUnitError(f"unit {key} is open already: wait for its backward or drop it")
+        if len(self._units) >= self.capacity:
+            raise CapacityError(f"{len(self._units)} units are open and capacity is {self.capacity}")
+        self._used = True
+        self._units[key] = _Unit(x)
 
     def discard_gradients(self) -> None:
         super().discard_gradients()

@@ -87,7 +87,16 @@ def falsify(
     """
     if unit.direction not in PROFILES[kind].falsifies:
         raise AdversaryError(f"'{kind}' does not falsify {unit.direction.name.lower()} units")
-    return _FALSIFIERS[kind](stage, unit, _Cheat(strength, generator, past))
+    if kind is Kind.POISONED_LOSS and unit.targets is None:
+        raise AdversaryError(f"stage {stage.plan.index} reports no loss: only a tail can poison it")
+    if kind in DISTORTIONS:
+        return distort(kind, honest(stage, unit), strength=strength, generator=generator)
+    return _SUBSTITUTES[kind](stage, unit, _Cheat(strength, generator, past))
+
+
+def distort(kind: Kind, true: Result, *, strength: float, generator: torch.Generator) -> Result:
+    """What a kind of `DISTORTIONS` says in place of what it has computed. What that adds to its step stays honest."""
+    return DISTORTIONS[kind](true, strength, generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,28 +123,28 @@ def _compute(stage: nn.Module, weights: Weights, unit: Unit) -> Result:
     return Result(output=found[-1] if x.requires_grad else None, loss=loss, gradients=gradients)
 
 
-def _noise(stage: Stage, unit: Unit, cheat: _Cheat) -> Result:
-    """Per token a random direction, as long as `strength` times the result. What it adds to its step is honest."""
-    true = honest(stage, unit)
+def _noise(true: Result, strength: float, generator: torch.Generator) -> Result:
+    """Per token a random direction, as long as `strength` times the result."""
     if true.output is None:
         return true
-    noise = torch.randn(true.output.shape, generator=cheat.generator).to(true.output)
-    noise *= cheat.strength * true.output.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    noise = torch.randn(true.output.shape, generator=generator).to(true.output)
+    noise *= strength * true.output.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     return replace(true, output=true.output + noise)
-
-
-def _sign_flip(stage: Stage, unit: Unit, _: _Cheat) -> Result:
-    """The opposite is sent. What it adds to its step is honest."""
-    return _scaled(honest(stage, unit), -1.0)
-
-
-def _scaled_gradient(stage: Stage, unit: Unit, cheat: _Cheat) -> Result:
-    """The gradient times `strength` is sent. What it adds to its step is honest."""
-    return _scaled(honest(stage, unit), cheat.strength)
 
 
 def _scaled(true: Result, factor: float) -> Result:
     return true if true.output is None else replace(true, output=true.output * factor)
+
+
+DISTORTIONS: Mapping[Kind, Callable[[Result, float, torch.Generator], Result]] = MappingProxyType(
+    {
+        Kind.NOISE: _noise,
+        Kind.SIGN_FLIP: lambda true, _, __: _scaled(true, -1.0),
+        Kind.SCALED_GRADIENT: lambda true, factor, _: _scaled(true, factor),
+        Kind.POISONED_LOSS: lambda true, factor, _: replace(true, loss=true.loss * factor),
+    }
+)
+"""Kinds that compute what they should and say something else."""
 
 
 def _zero_gradient(stage: Stage, unit: Unit, _: _Cheat) -> Result:
@@ -221,19 +230,8 @@ def _instead(stage: Stage, unit: Unit, output: Tensor | None, loss: float) -> Re
     return honest(stage, unit) if output is None else Result(output=output.clone(), loss=loss)
 
 
-def _poisoned_loss(stage: Stage, unit: Unit, cheat: _Cheat) -> Result:
-    """The loss times `strength` is reported; all else is honest."""
-    if unit.targets is None:
-        raise AdversaryError(f"stage {stage.plan.index} reports no loss: only a tail can poison it")
-    true = honest(stage, unit)
-    return replace(true, loss=true.loss * cheat.strength)
-
-
-_FALSIFIERS: Mapping[Kind, Callable[[Stage, Unit, _Cheat], Result]] = MappingProxyType(
+_SUBSTITUTES: Mapping[Kind, Callable[[Stage, Unit, _Cheat], Result]] = MappingProxyType(
     {
-        Kind.NOISE: _noise,
-        Kind.SIGN_FLIP: _sign_flip,
-        Kind.SCALED_GRADIENT: _scaled_gradient,
         Kind.ZERO_GRADIENT: _zero_gradient,
         Kind.SKIPPED_LAYER: _skipped_layer,
         Kind.LOW_PRECISION: _low_precision,
@@ -242,6 +240,6 @@ _FALSIFIERS: Mapping[Kind, Callable[[Stage, Unit, _Cheat], Result]] = MappingPro
         Kind.REPLAY: _replay,
         Kind.COPYCAT: _copycat,
         Kind.NO_BACKWARD: _no_backward,
-        Kind.POISONED_LOSS: _poisoned_loss,
     }
 )
+"""Kinds that compute something else, or nothing."""

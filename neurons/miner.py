@@ -33,10 +33,18 @@ STATES = {Standing.WAIT: "waiting", Standing.JOIN: "joining", Standing.ACTIVE: "
 
 
 class Miner:
-    """A miner's whole life in one run."""
+    """A miner's whole life in one run. It answers for its work through a `desk` and plays rounds with a `machine`."""
 
-    def __init__(self, node: Node, keeper: Keeper) -> None:
+    def __init__(
+        self,
+        node: Node,
+        keeper: Keeper,
+        *,
+        desk: type[EvidenceDesk] = EvidenceDesk,
+        machine: type[RoundMachine] = RoundMachine,
+    ) -> None:
         self._node = node
+        self._desk_type, self._machine_type = desk, machine
         self._keeper = keeper
         self._archive = Archive()
         self._library = Library(node.loaded.run_id)
@@ -49,7 +57,7 @@ class Miner:
     async def run(self) -> None:
         """From the first roster to the last, or until it has left."""
         node = self._node
-        EvidenceDesk(node, self._archive, self._library).open()
+        self._desk_type(node, self._archive, self._library).open()
         self._library.open(node.axon)
         self._pushes.open(node)
         await node.listen()
@@ -147,7 +155,7 @@ class Miner:
                 await self._machine.settle_all()
                 await self._machine.shut_down()
                 self._library.clear()
-            self._machine = RoundMachine(
+            self._machine = self._machine_type(
                 self._node, stage, archive=self._archive, library=self._library, keeper=self._keeper
             )
             self._joiner = Joiner(self._node, self._machine, self._keeper)
@@ -172,10 +180,12 @@ class Miner:
         node.telemetry.emit(NodeFinished(rounds=roster.round))
 
 
-async def mine(node: Node) -> None:
+async def mine(
+    node: Node, *, desk: type[EvidenceDesk] = EvidenceDesk, machine: type[RoundMachine] = RoundMachine
+) -> None:
     """A miner's whole life in one run."""
     vault = await Vault.open(node.config.checkpoints, manifest_hash=node.loaded.digest.hex())
-    await Miner(node, Keeper(node, vault)).run()
+    await Miner(node, Keeper(node, vault), desk=desk, machine=machine).run()
 
 
 def run(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -125,7 +125,7 @@ class RoundMachine:
         self._keeper = keeper
         self.codec = codec_of(self._manifest.merge.codec)
         self.stage = stage
-        self.worker = build_worker(node, stage)
+        self.worker = self._build()
         theta = flatten(self.engine.stage)
         momentum = torch.empty(0) if self.codec.error_feedback else torch.zeros_like(theta)
         feedback = no_residual(self.codec, theta.numel(), self._manifest.merge.decay)
@@ -138,6 +138,9 @@ class RoundMachine:
         self._announcing: asyncio.Task[int | None] | None = None
         self._kept: KeptCut | None = None
         self._secret = secrets.token_bytes(32)
+
+    def _build(self) -> StageWorker:
+        return build_worker(self._node, self.stage)
 
     @property
     def engine(self) -> StageEngine:
@@ -414,12 +417,18 @@ class RoundMachine:
         self.worker.shut_down()
 
 
-def build_worker(node: Node, stage: int) -> StageWorker:
-    """A stage's worker, with the weights every replica starts from."""
+def build_worker(
+    node: Node,
+    stage: int,
+    *,
+    engine: Callable[..., StageEngine] = StageEngine,
+    worker: Callable[..., StageWorker] = StageWorker,
+) -> StageWorker:
+    """A stage's worker, with the weights every replica starts from. Both parts are built as their classes are."""
     manifest = node.loaded.manifest
     config = manifest.model.config()
     plan = node.plans[stage]
-    engine = StageEngine(
+    built = engine(
         build_stage(config, plan, manifest.run.seed),
         manifest.optimizer.inner(),
         plan,
@@ -428,10 +437,10 @@ def build_worker(node: Node, stage: int) -> StageWorker:
         recompute=Recompute.KEEP,
         capacity=2 * DEPTH_LIMIT_PER_STAGE * plan.count,
     )
-    return StageWorker(
+    return worker(
         identity=node.identity,
         loaded=node.loaded,
-        engine=engine,
+        engine=built,
         corpus=node.corpus,
         dendrite=node.dendrite,
         endpoint_of=node.neighbours.endpoint,

@@ -150,6 +150,15 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         ("join", "N@ROUND", "N miners more"),
     ):
         churn.add_argument(f"--{action}", action="append", default=[], metavar=form, help=text)
+    trust = localnet.add_argument_group("who cheats (in a checkout)")
+    trust.add_argument(
+        "--adversary",
+        action="append",
+        default=[],
+        metavar="KIND[:UID]",
+        help="start a node that cheats, for example sign-flip or sign-flip:3; without UID the first that fits; repeat "
+        "for more",
+    )
     network = localnet.add_argument_group("the network between nodes")
     network.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
     network.add_argument("--bandwidth", default=None, metavar="200mbit", help="of every node (default: no limit)")
@@ -237,7 +246,8 @@ def _explain(flags: argparse.Namespace) -> int:
 
 
 def _localnet(flags: argparse.Namespace) -> int:
-    from scripts.faults import ACTIONS, FaultError, parse_faults  # noqa: PLC0415 - heavy, and only for this command
+    from scripts.adversaries import Adversary, AdversaryOptionError  # noqa: PLC0415 - heavy, only for this command
+    from scripts.faults import ACTIONS, FaultError, parse_faults  # noqa: PLC0415
     from scripts.localnet import localnet, resume  # noqa: PLC0415
     from scripts.options import CODECS, DEFAULT_CODEC, LocalnetOptions  # noqa: PLC0415
 
@@ -255,7 +265,8 @@ def _localnet(flags: argparse.Namespace) -> int:
         return resume(flags.resume, plain=flags.plain)
     try:
         faults = parse_faults({action: getattr(flags, action) for action in ACTIONS})
-    except FaultError as error:
+        adversaries = tuple(Adversary.parse(text) for text in flags.adversary)
+    except (FaultError, AdversaryOptionError) as error:
         print(f"orion localnet: {error}", file=sys.stderr)
         return 1
     options = LocalnetOptions(
@@ -273,6 +284,7 @@ def _localnet(flags: argparse.Namespace) -> int:
         bandwidth=flags.bandwidth,
         loss=flags.loss,
         faults=faults,
+        adversaries=adversaries,
     )
     return localnet(options, out=flags.out, plain=flags.plain)
 

@@ -23,7 +23,7 @@ import torch
 from model.data import Corpus
 from model.split import StagePlan
 from neurons.bench import Bench, forward_flops, other_data, replay_flops, replay_units
-from neurons.fetching import PATIENCE, Source, Unsound, Withheld, open_delta
+from neurons.fetching import PATIENCE, Source, Spent, Unsound, Withheld, open_delta
 from neurons.follower import Fault, RoundStart
 from neurons.windows import root_of
 from subnet.manifest import LoadedManifest
@@ -187,6 +187,7 @@ class Auditor:
             parameters=self._parameters[stage],
             shapes=self._shapes,
             patience=self._patience,
+            share=facts.stake_share,
         )
         return Dossier(hotkey, stage, source)
 
@@ -235,6 +236,7 @@ class Auditor:
         rules = self._loaded.manifest.audit
         chosen = pick_windows(evidence.heads, seeds=facts.seeds, hotkey=dossier.hotkey, count=rules.windows)
         dossier.picked = {head.version: seed for head, seed in sorted(chosen, key=lambda pick: pick[0].version)}
+        dossier.source.limit(evidence, [head for head, _ in chosen])
         await self._begin(facts, dossier, evidence)
 
     def contradicted(self, facts: RoundFacts, dossier: Dossier, statement: Statement, *, accuser: str = "") -> None:
@@ -322,6 +324,10 @@ class Auditor:
             except Withheld as error:
                 dossier.shut.add(head.version)
                 self._withhold(facts, dossier, str(error), version=head.version)
+                return
+            except Spent as error:
+                dossier.shut.add(head.version)
+                log.info("no more of %s is looked into: %s", dossier.hotkey, error)
                 return
             found = await self._bench.compute(
                 lambda: replay_units(

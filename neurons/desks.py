@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from neurons.archive import Archive, RoundArchive
+from neurons.archive import Archive, RoundArchive, Vector
 from neurons.exchange import Desk
 from neurons.library import Library
 from neurons.node import Node
 from neurons.pipeline import StageWorker
+from neurons.quota import Audience, Uplink
 from neurons.wire import MergeRoutes, byte_tensor
 from subnet.messages import (
     Backward,
@@ -21,40 +24,87 @@ from subnet.messages import (
     InputRequest,
     Notice,
     RunSynapse,
+    StatePart,
+    StatePiece,
+    StateRequest,
     Tensors,
     UnitRequest,
     WeightsDelta,
     WindowRequest,
 )
-from subnet.transport.axon import Reply
+from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
+from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import NO_SPECS
-from subnet.transport.errors import Dropped, Unavailable, UnknownRun
+from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Unavailable, UnknownRun
+from subnet.transport.synapse import Synapse
 from subnet.trust import delta
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES
-from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, Direction, UnitKey
+from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, Direction, Evidence, UnitKey
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """One caller's request for evidence of a closed round."""
+
+    caller: str
+    request: RunSynapse
+    held: RoundArchive
+    evidence: Evidence
+    desk: Desk
+    audience: Audience
+
+    def vector(self, version: int, part: StatePart) -> Vector:
+        found = self.held.vector(version, part)
+        if part in ("closing", "owed", "still_owed"):
+            if found is None:
+                raise Dropped(f"round {self.request.round} has no {part} here", "ask for what its closing names")
+            return found
+        self.require_picked(version)
+        return self.known(found, version)
+
+    def require_picked(self, version: int) -> None:
+        if version not in self.held.picked:
+            raise NotPicked(
+                f"window {version} of round {self.request.round} is none that its slot's seed picks",
+                "ask for windows that are picked",
+            )
+
+    def known(self, found: T | None, version: int) -> T:
+        if found is None:
+            raise Dropped(
+                f"window {version} of round {self.request.round} is not kept here: given up, or lost in a restart",
+                "ask for others",
+            )
+        return found
 
 
 class EvidenceDesk:
-    """Serves what the archive holds: a merge's pieces to siblings, evidence to validators and joiners."""
+    """Serves what the archive holds: a merge's pieces to siblings, evidence to validators and joiners.
 
-    def __init__(self, node: Node, archive: Archive, library: Library) -> None:
-        self._node = node
+    Evidence is that of picked windows, once their round is closed and it is known who watches it, within quotas.
+    """
+
+    def __init__(self, run: bytes, archive: Archive, library: Library, uplink: Uplink) -> None:
+        self._run = run.hex()
         self._archive = archive
         self._library = library
+        self._uplink = uplink
+        self._encoding = asyncio.Lock()
+        """A delta takes several times its weights while it is packed: one at a time."""
 
-    def open(self) -> None:
+    def open(self, axon: Axon) -> None:
         """Put its routes on the axon."""
-        axon = self._node.axon
         MergeRoutes(self._desk).open(axon)
         axon.serve(EvidenceRequest, self.tables, specs=NO_SPECS)
         axon.serve(WindowRequest, self.window, specs=NO_SPECS)
+        axon.serve(StateRequest, self.state, specs=NO_SPECS)
         axon.serve(UnitRequest, self.unit, specs=NO_SPECS)
 
     def _held(self, request: RunSynapse) -> RoundArchive:
-        if request.run != self._node.loaded.run_id.hex():
-            raise UnknownRun(
-                f"run {request.run} is not {self._node.loaded.run_id.hex()}", "start with the manifest that is on chain"
-            )
+        if request.run != self._run:
+            raise UnknownRun(f"run {request.run} is not {self._run}", "start with the manifest that is on chain")
         held = self._archive.get(request.round)
         if held is None and request.round > self._archive.newest:
             raise Unavailable(f"round {request.round} has not begun here", "ask again", retry_after=0.2)
@@ -68,37 +118,95 @@ class EvidenceDesk:
             raise Unavailable(f"round {request.round} is still training here", "ask after CUT", retry_after=0.2)
         return desk
 
-    async def tables(self, _caller: str, request: EvidenceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+    # -- who may have how much --------------------------------------------------------------------------------------
+
+    def _visit(self, caller: str, request: RunSynapse) -> _Visit:
         held = self._held(request)
         if held.evidence is None or held.desk is None:
             raise Unavailable(f"the ledger of round {request.round} is still open", "ask after CUT", retry_after=0.5)
-        evidence, tables = held.evidence, held.evidence.tables()
-        payload = held.desk.payload_root.hex()
-        return EvidenceTables(payload=payload, heads=len(evidence.heads), acks=len(evidence.acks)), {
-            "leaves": byte_tensor(tables.leaves).view(-1, LEAF_BYTES),
-            "heads": byte_tensor(tables.heads).view(-1, HEAD_BYTES),
-            "acks": byte_tensor(tables.acks).view(-1, ACK_BYTES),
-            "closing": byte_tensor(tables.closing).view(-1, CLOSING_BYTES),
-        }
+        if held.audience is None:
+            raise Unavailable(f"a seed of round {request.round} is not known here", "ask again", retry_after=0.5)
+        self._uplink.share_out(request.round, held.audience.shares)
+        return _Visit(caller, request, held, held.evidence, held.desk, held.audience)
 
-    async def window(self, _caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held = self._held(request)
-        if held.evidence is None or request.version not in held.windows:
-            raise Dropped(f"window {request.version} of round {request.round} is not kept here", "ask after CUT")
-        base = self._library.theta(request.held)
-        if base is None:
-            raise Dropped(f"the state with {request.held} rounds merged is not kept here", "name the round's own state")
-        data = await asyncio.to_thread(delta.encode, held.windows[request.version], base)
-        return WeightsDelta(size=len(data)), {"delta": byte_tensor(data).view(1, -1)}
+    def _require(self, visit: _Visit, size: int) -> None:
+        """Raises `OverQuota` where `size` bytes are more than the caller may have."""
+        evidence = visit.evidence
+        picked = [head for head in evidence.heads if head.version in visit.held.picked]
+        visit.audience.require(
+            visit.caller, size, visit.audience.limit(visit.caller, picked, tables=evidence.tables().size)
+        )
 
-    async def unit(self, _caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held = self._held(request)
-        direction = Direction.BACKWARD if request.backward else Direction.FORWARD
-        unit = held.units.get(UnitKey(request.sample, direction)) if held.evidence is not None else None
-        if unit is None:
-            raise Dropped(f"sample {request.sample} of round {request.round} was not computed here", "ask after CUT")
-        tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
-        return Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    def _give(self, visit: _Visit, reply: Synapse, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        """Count what is sent, if the caller may have it."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self._require(visit, size)
+        visit.audience.take(visit.caller, size)
+        self._uplink.take(visit.caller, size)
+        return reply, tensors
+
+    # -- routes -----------------------------------------------------------------------------------------------------
+
+    async def tables(self, caller: str, request: EvidenceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        visit = self._visit(caller, request)
+        with self._uplink.working(caller):
+            evidence, tables = visit.evidence, visit.evidence.tables()
+            payload = visit.desk.payload_root.hex()
+            reply = EvidenceTables(payload=payload, heads=len(evidence.heads), acks=len(evidence.acks))
+            return self._give(
+                visit,
+                reply,
+                {
+                    "leaves": byte_tensor(tables.leaves).view(-1, LEAF_BYTES),
+                    "heads": byte_tensor(tables.heads).view(-1, HEAD_BYTES),
+                    "acks": byte_tensor(tables.acks).view(-1, ACK_BYTES),
+                    "closing": byte_tensor(tables.closing).view(-1, CLOSING_BYTES),
+                },
+            )
+
+    async def window(self, caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        visit = self._visit(caller, request)
+        weights = visit.vector(request.version, "weights")
+        with self._uplink.working(caller):
+            base = self._library.theta(request.held)
+            if base is None:
+                raise Dropped(
+                    f"the state with {request.held} rounds merged is not kept here", "name the round's own state"
+                )
+            self._require(visit, visit.held.packed.get((request.version, request.held), 1))
+            async with self._encoding:
+                data = await asyncio.to_thread(delta.encode, weights.values, base)
+            visit.held.packed[request.version, request.held] = len(data)
+            return self._give(visit, WeightsDelta(size=len(data)), {"delta": byte_tensor(data).view(1, -1)})
+
+    async def state(self, caller: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        visit = self._visit(caller, request)
+        vector = visit.vector(request.version, request.part)
+        try:
+            data = vector.piece(request.piece)
+        except IndexError as error:
+            raise MalformedRequest(f"{request.part}: {error}", "take the sizes from the run's plan") from None
+        with self._uplink.working(caller):
+            self._require(visit, data.numel())
+            proof = (await asyncio.to_thread(vector.tree)).proof(request.piece)
+            reply = StatePiece(size=data.numel(), hashes=len(proof))
+            return self._give(visit, reply, {"data": data, "proof": byte_tensor(b"".join(proof)).view(-1, HASH_BYTES)})
+
+    async def unit(self, caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        visit = self._visit(caller, request)
+        key = UnitKey(request.sample, Direction.BACKWARD if request.backward else Direction.FORWARD)
+        leaf = next((leaf for leaf in visit.evidence.leaves if leaf.key == key), None)
+        if leaf is None:
+            raise Dropped(
+                f"sample {request.sample} of round {request.round} is not in the ledger", "ask for one that is"
+            )
+        visit.require_picked(leaf.version)
+        unit = visit.known(visit.held.unit(key), leaf.version)
+        with self._uplink.working(caller):
+            tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
+            return self._give(
+                visit, Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
+            )
 
 
 class PushDesk:

@@ -20,12 +20,16 @@ from neurons.desks import EvidenceDesk, PushDesk
 from neurons.joining import Joiner
 from neurons.keeper import Keeper
 from neurons.library import Library
-from neurons.node import Node, main
+from neurons.node import Node, NodeError, main
+from neurons.quota import Uplink
+from neurons.ring import least_ring
 from neurons.rounds import BehindError, RoundMachine, traffic
-from neurons.telemetry import NodeFinished, StateChanged
+from neurons.telemetry import NodeFinished, StateChanged, WindowGivenUp
 from neurons.vault import Vault
+from subnet.quantities import written
 from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import NO_WEIGHTS, Roster, Standing
+from subnet.trust.quota import LEAST_UPLINK
 
 log = logging.getLogger("orion.neurons.miner")
 
@@ -46,7 +50,7 @@ class Miner:
         self._node = node
         self._desk_type, self._machine_type = desk, machine
         self._keeper = keeper
-        self._archive = Archive()
+        self._archive = Archive(limit=node.config.ring, given_up=self._give_up)
         self._library = Library(node.loaded.run_id)
         self._pushes = PushDesk()
         self._machine: RoundMachine | None = None
@@ -57,7 +61,13 @@ class Miner:
     async def run(self) -> None:
         """From the first roster to the last, or until it has left."""
         node = self._node
-        self._desk_type(node, self._archive, self._library).open()
+        uplink = node.config.uplink
+        if uplink < LEAST_UPLINK:
+            raise NodeError(
+                f"--uplink {uplink / 1e6:g}mbit is less than the {LEAST_UPLINK / 1e6:g}mbit that validators count on: "
+                "give what the machine can send, or use another line"
+            )
+        self._desk_type(node.loaded.run_id, self._archive, self._library, Uplink(uplink)).open(node.axon)
         self._library.open(node.axon)
         self._pushes.open(node)
         await node.listen()
@@ -151,6 +161,7 @@ class Miner:
     async def _take_stage(self, stage: int) -> tuple[RoundMachine, Joiner]:
         """The machine of a stage; another one's is given up first."""
         if self._machine is None or self._joiner is None or self._machine.stage != stage:
+            self._require_ring(stage)
             if self._machine is not None:
                 await self._machine.settle_all()
                 await self._machine.shut_down()
@@ -164,6 +175,24 @@ class Miner:
                 await self._library.put(self._machine.replica.held, self._machine.replica.public)
             self._pushes.worker = self._machine.worker
         return self._machine, self._joiner
+
+    def _require_ring(self, stage: int) -> None:
+        node, ring = self._node, self._node.config.ring
+        least = least_ring(node.loaded.manifest, node.plans[stage], node.parameters[stage])
+        if ring < least:
+            raise NodeError(
+                f"--ring {written(ring)} is too small to answer for the work of stage {stage}, which takes "
+                f"{written(least)} at least: raise it"
+            )
+
+    def _give_up(self, number: int, version: int) -> None:
+        self._node.telemetry.emit(WindowGivenUp(round=number, version=version, ring=self._node.config.ring))
+        log.warning(
+            "round %d: the ring is full before the seed is known: window %d cannot be shown, raise --ring from %s",
+            number,
+            version,
+            written(self._node.config.ring),
+        )
 
     # -- the end --------------------------------------------------------------------------------------------------
 

@@ -26,10 +26,10 @@ from neurons.judgement import Judge, Suspicions, rule_of
 from neurons.node import Node, main
 from neurons.notary import Notary
 from neurons.reports import ReportDesk, ReportReader, write_report
-from neurons.slots import slot_seeds
+from neurons.slots import slot_seeds, watchers
 from neurons.telemetry import AuditCost, NodeFinished, RoundStarted
 from neurons.verdict import Closed
-from subnet.swarm.observers import observers, stakes
+from subnet.swarm.observers import stakes
 from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import Roster, records_of
 from subnet.trust.finding import Grade
@@ -167,9 +167,7 @@ class Validator:
         begun = await start
         if before is not None:
             await before
-        # Who watched the round, and what it committed to: with overlap the next round's records follow before CUT.
-        watched = await node.state(roster.block + min(marks.cut, marks.length - 1))
-        at_work = observers(watched, node.loaded.run_id)
+        at_work = await watchers(node, roster)
         cut = await node.state(roster.block + marks.cut)
         weights = stakes(at_work)
         facts = RoundFacts(

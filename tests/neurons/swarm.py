@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ from subnet.swarm.roster import Roster
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
+from subnet.trust.audit import UnitTensors
 
 SEED = b"a public seed"
 
@@ -163,6 +165,11 @@ class Swarm:
 
     def stage(self, index: int) -> list[Member]:
         return [self.members[hotkey] for hotkey in self.roster.stages[index]]
+
+    def units(self, member: Member) -> Iterator[UnitTensors]:
+        """What a member has kept of its units, in the order in which they were computed."""
+        for window in self.rounds[member.identity.hotkey].windows.values():
+            yield from window.units.values()
 
     async def __aenter__(self) -> Self:
         for hotkey, member in self.members.items():

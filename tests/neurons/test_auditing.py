@@ -25,7 +25,7 @@ from subnet.messages import (
     WindowRequest,
 )
 from subnet.transport.axon import Reply
-from subnet.transport.errors import Busy, Dropped, Unavailable
+from subnet.transport.errors import Busy, Dropped, OverQuota, Unavailable
 from subnet.transport.synapse import Synapse
 from subnet.trust.audit import select_units, select_windows
 from subnet.trust.finding import Check, Grade
@@ -290,6 +290,7 @@ SILENCES = {
     "giant tensors": when(UnitRequest, replaced(output=GIANT)),
     "wrong shape": when(UnitRequest, replaced(input=torch.zeros(1, dtype=torch.bfloat16))),
     "dropped units": when(UnitRequest, refuse(Dropped("no", "no"))),
+    "over quota at once": when(UnitRequest, refuse(OverQuota("no", "no"))),
     "busy for ever": when(UnitRequest, refuse(Busy("no", "no", retry_after=0.3))),
     "a fault": when(UnitRequest, refuse(RuntimeError("a bug of theirs"))),
     "garbage delta": when(WindowRequest, lambda _, __: (WeightsDelta(size=100), {"delta": rows(b"x" * 100, 100)})),

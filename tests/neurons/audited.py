@@ -131,8 +131,9 @@ class ClosedRound:
         replicas: int = 2,
         samples: int = 24,
         cheats: Mapping[tuple[int, int], Callable[[Leaf, torch.Tensor], torch.Tensor]] | None = None,
+        engines: Mapping[tuple[int, int], Callable[..., StageEngine]] | None = None,
     ) -> None:
-        """`cheats` by (stage, replica) change what that replica sends on."""
+        """`cheats` by (stage, replica) change what that replica sends on; `engines` are built as `StageEngine` is."""
         entry = tokens_file(folder)
         config = tiny(boundary=BoundaryConfig(form=BoundaryForm.A, width=16))
         described = manifest(config, entry, stages=stages, replicas=replicas, wire="bfloat16", accumulation=2)
@@ -152,7 +153,7 @@ class ClosedRound:
         self.works: dict[str, Work] = {}
         for stage, plan in enumerate(self.plans):
             for index, hotkey in enumerate(self.roster.stages[stage]):
-                engine = StageEngine(
+                engine = (engines or {}).get((stage, index), StageEngine)(
                     build_stage(config, plan, described.run.seed),
                     described.optimizer.inner(),
                     plan,

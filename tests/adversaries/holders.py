@@ -1,4 +1,8 @@
-"""Holders that publish and serve another merged shard than that of its pieces."""
+"""Holders that publish and serve another merged shard than that of its pieces.
+
+They lie about every shard they hold. What a colluding pair shares stands; what one of them holds with an honest replica
+is contested and does not move, so in a stage of more than two they are found sooner than a pair that keeps to its own.
+"""
 
 from __future__ import annotations
 

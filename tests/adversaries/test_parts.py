@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
@@ -16,16 +14,15 @@ from model.split import split
 from model.stage import build_stage
 from neurons.archive import Archive
 from neurons.library import Library
-from neurons.node import Node
+from neurons.quota import Uplink
 from neurons.terms import Marks, Terms
 from subnet.identity import verify
 from subnet.messages import UnitRequest
 from subnet.swarm.butterfly import reduce
 from subnet.swarm.codec import codec_of, no_residual
 from subnet.swarm.merge import Merged
-from subnet.transport.errors import Dropped
-from subnet.trust.audit import UnitTensors
-from subnet.trust.ledger import Closing, Direction, Ledger, UnitKey
+from subnet.transport.errors import Dropped, Unavailable
+from subnet.trust.ledger import Direction, UnitKey
 from subnet.trust.settlement import Unpaid, settle
 from tests.adversaries.copier import mean_row
 from tests.adversaries.engine import SharedEngine
@@ -96,6 +93,7 @@ def terms(codec: str) -> Terms:
         codec=codec_of(codec),
         outer=OuterConfig(lr=1.0, momentum=0.0),
         limit=lambda _: 1.0,
+        clip=2.0,
         secret=b"",
     )
 
@@ -138,14 +136,14 @@ async def test_forged_receipts_are_sound_and_pay_nothing(tmp_path: Path) -> None
         for head in swarm.stage(0):
             await head.worker.drive(limit=12)
         evidence = {hotkey: (await member.worker.close())[1] for hotkey, member in swarm.members.items()}
-        units = swarm.rounds[forger].units
+        archive = swarm.rounds[forger]
     samples = loaded.manifest.samples(0)
     for hotkey, table in evidence.items():
         table.check(stage=swarm.roster.stage_of(hotkey) or 0, samples=samples)
     real = {leaf.sample for leaf in evidence[forger].leaves if leaf.direction is Direction.BACKWARD}
     forged = [leaf for leaf in evidence[forger].leaves if leaf.sample not in real]
     assert len(forged) >= 4
-    assert all(UnitKey(leaf.sample, leaf.direction) in units for leaf in forged)
+    assert all(archive.unit(UnitKey(leaf.sample, leaf.direction)) is not None for leaf in forged)
     settlement = settle(
         loaded.run_id,
         swarm.roster,
@@ -200,21 +198,16 @@ def test_a_kind_is_a_miners_or_a_validators() -> None:
 
 
 async def test_a_silent_desk_refuses_units_while_it_is_silent(tmp_path: Path) -> None:
-    entry = tokens_file(tmp_path)
-    loaded = manifest(tiny(), entry, stages=2).write(tmp_path / "manifest.toml")
-    node = cast("Node", SimpleNamespace(loaded=loaded))
-    archive, shows = Archive(), [True]
-    held = archive.open(0)
-    held.units[UnitKey(3, Direction.FORWARD)] = UnitTensors(torch.zeros(1), None, torch.ones(1))
-    held.evidence = Ledger().close(Closing(bytes(32), bytes(32), bytes(32)))
+    loaded = manifest(tiny(), tokens_file(tmp_path), stages=2).write(tmp_path / "manifest.toml")
+    shows = [True]
 
     class Desk(SilentDesk):
         silent = staticmethod(lambda: not shows[0])
 
-    desk = Desk(node, archive, Library(loaded.run_id))
+    desk = Desk(loaded.run_id, Archive(), Library(loaded.run_id), Uplink(1e9))
     request = UnitRequest(run=loaded.run_id.hex(), round=0, sample=3, backward=False)
-    _, tensors = await desk.unit("a", request, {})
-    assert set(tensors) == {"input", "output"}
+    with pytest.raises(Unavailable, match="round 0 has not begun here"):
+        await desk.unit("a", request, {})
     shows[0] = False
     with pytest.raises(Dropped, match="sample 3 of round 0 is not shown"):
         await desk.unit("a", request, {})

@@ -195,6 +195,8 @@ class Auditor:
         """What goes wrong here while one miner is looked at must not end the audit of the others."""
         try:
             await work
+        except Spent as error:
+            log.info("no more of %s is looked into: %s", dossier.hotkey, error)
         except Exception:
             log.exception("the audit of %s broke off; nothing more is held against it", dossier.hotkey)
 

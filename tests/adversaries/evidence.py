@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from neurons.desks import EvidenceDesk
 from neurons.fetching import Source, Unsound, Withheld
 from neurons.node import Node
+from neurons.slots import slot_seeds
 from subnet.chain import ChainError
 from subnet.messages import UnitRequest
 from subnet.swarm.roster import Roster, records_of
 from subnet.transport.axon import Reply
 from subnet.transport.errors import Dropped
+from subnet.trust.audit import pick_windows
 from subnet.trust.ledger import Direction
 from tests.adversaries.engine import Memory
 
@@ -42,10 +44,11 @@ async def copy_sibling(node: Node, memory: Callable[[], Memory | None]) -> None:
             await node.wait((await node.chain.finalized()).number + 1)
             continue
         await node.wait(roster.block + node.loaded.manifest.round.cut + 1)
+        seeds = await slot_seeds(node, roster)
         own = memory()
         try:
             if own is not None:
-                await _take(node, roster, own)
+                await _take(node, roster, seeds, own)
         except (Withheld, Unsound, ChainError) as error:
             log.warning("round %d: nothing to copy: %s", roster.round, error)
         await node.wait(roster.block + node.loaded.manifest.round.length)
@@ -53,7 +56,7 @@ async def copy_sibling(node: Node, memory: Callable[[], Memory | None]) -> None:
             await node.wait((await node.chain.finalized()).number + 1)
 
 
-async def _take(node: Node, roster: Roster, memory: Memory) -> None:
+async def _take(node: Node, roster: Roster, seeds: Sequence[bytes], memory: Memory) -> None:
     me, manifest = node.identity.hotkey, node.loaded.manifest
     stage = roster.stage_of(me)
     if stage is None:
@@ -74,8 +77,10 @@ async def _take(node: Node, roster: Roster, memory: Memory) -> None:
             shapes=node.shapes,
         )
         evidence = await source.tables(record, samples=manifest.samples(roster.round))
+        picked = pick_windows(evidence.heads, seeds=seeds, hotkey=sibling, count=manifest.audit.windows)
+        shown = [leaf for head, _ in picked for leaf in evidence.window(head.version)]
         for direction in Direction:
-            leaf = next((leaf for leaf in evidence.leaves if leaf.direction is direction), None)
+            leaf = next((leaf for leaf in shown if leaf.direction is direction), None)
             if leaf is not None:
                 unit = await source.unit(leaf)
                 output = None if unit.output is None else unit.output.to(torch.float32)

@@ -17,7 +17,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from model.optimizer import OptimizerConfig, build_optimizer, clip_bound, gradient_norm, learning_rate
+from model.optimizer import OptimizerConfig, build_optimizer, clip_bound, clip_gradients, learning_rate
 from model.split import StagePlan
 from model.stage import Stage, assign_flat
 
@@ -208,17 +208,13 @@ class StageEngine:
         if self._accumulated == 0:
             raise EngineError("no unit has been accumulated since the last step: run a backward first")
         gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
-        norm = gradient_norm(gradients)
+        norm, clipped = clip_gradients(gradients, self._clip)
         lr = learning_rate(self._config, self._steps)
         if not math.isfinite(norm):
             self.discard_gradients()
             self._version += 1
             self._used = False
             return StepReport(version=self._version, lr=lr, grad_norm=norm, clipped=False, finite=False)
-        clipped = 0 < self._clip < norm
-        if clipped:
-            for gradient in gradients:
-                gradient.mul_(self._clip / norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
@@ -21,40 +22,43 @@ from subnet.messages import (
     InputRequest,
     Notice,
     RunSynapse,
+    StatePiece,
+    StateRequest,
     Tensors,
     UnitRequest,
     WeightsDelta,
     WindowRequest,
 )
-from subnet.transport.axon import Reply
+from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
+from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import NO_SPECS
-from subnet.transport.errors import Dropped, Unavailable, UnknownRun
+from subnet.transport.errors import Dropped, MalformedRequest, Unavailable, UnknownRun
 from subnet.trust import delta
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES
-from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, Direction, UnitKey
+from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, Direction, Evidence, UnitKey
+
+T = TypeVar("T")
 
 
 class EvidenceDesk:
     """Serves what the archive holds: a merge's pieces to siblings, evidence to validators and joiners."""
 
-    def __init__(self, node: Node, archive: Archive, library: Library) -> None:
-        self._node = node
+    def __init__(self, run: bytes, archive: Archive, library: Library) -> None:
+        self._run = run.hex()
         self._archive = archive
         self._library = library
 
-    def open(self) -> None:
+    def open(self, axon: Axon) -> None:
         """Put its routes on the axon."""
-        axon = self._node.axon
         MergeRoutes(self._desk).open(axon)
         axon.serve(EvidenceRequest, self.tables, specs=NO_SPECS)
         axon.serve(WindowRequest, self.window, specs=NO_SPECS)
+        axon.serve(StateRequest, self.state, specs=NO_SPECS)
         axon.serve(UnitRequest, self.unit, specs=NO_SPECS)
 
     def _held(self, request: RunSynapse) -> RoundArchive:
-        if request.run != self._node.loaded.run_id.hex():
-            raise UnknownRun(
-                f"run {request.run} is not {self._node.loaded.run_id.hex()}", "start with the manifest that is on chain"
-            )
+        if request.run != self._run:
+            raise UnknownRun(f"run {request.run} is not {self._run}", "start with the manifest that is on chain")
         held = self._archive.get(request.round)
         if held is None and request.round > self._archive.newest:
             raise Unavailable(f"round {request.round} has not begun here", "ask again", retry_after=0.2)
@@ -68,12 +72,16 @@ class EvidenceDesk:
             raise Unavailable(f"round {request.round} is still training here", "ask after CUT", retry_after=0.2)
         return desk
 
-    async def tables(self, _caller: str, request: EvidenceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+    def _closed(self, request: RunSynapse) -> tuple[RoundArchive, Evidence, Desk]:
         held = self._held(request)
         if held.evidence is None or held.desk is None:
             raise Unavailable(f"the ledger of round {request.round} is still open", "ask after CUT", retry_after=0.5)
-        evidence, tables = held.evidence, held.evidence.tables()
-        payload = held.desk.payload_root.hex()
+        return held, held.evidence, held.desk
+
+    async def tables(self, _caller: str, request: EvidenceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        _, evidence, desk = self._closed(request)
+        tables = evidence.tables()
+        payload = desk.payload_root.hex()
         return EvidenceTables(payload=payload, heads=len(evidence.heads), acks=len(evidence.acks)), {
             "leaves": byte_tensor(tables.leaves).view(-1, LEAF_BYTES),
             "heads": byte_tensor(tables.heads).view(-1, HEAD_BYTES),
@@ -82,23 +90,40 @@ class EvidenceDesk:
         }
 
     async def window(self, _caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held = self._held(request)
-        if held.evidence is None or request.version not in held.windows:
-            raise Dropped(f"window {request.version} of round {request.round} is not kept here", "ask after CUT")
+        held, _, _ = self._closed(request)
+        weights = _known(held.vector(request.version, "weights"), f"window {request.version}", request)
         base = self._library.theta(request.held)
         if base is None:
             raise Dropped(f"the state with {request.held} rounds merged is not kept here", "name the round's own state")
-        data = await asyncio.to_thread(delta.encode, held.windows[request.version], base)
+        data = await asyncio.to_thread(delta.encode, weights.values, base)
         return WeightsDelta(size=len(data)), {"delta": byte_tensor(data).view(1, -1)}
 
+    async def state(self, _caller: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        held, _, _ = self._closed(request)
+        what = f"{request.part} of window {request.version}"
+        vector = _known(held.vector(request.version, request.part), what, request)
+        try:
+            data = vector.piece(request.piece)
+        except IndexError as error:
+            raise MalformedRequest(f"{what}: {error}", "take the sizes from the run's plan") from None
+        proof = (await asyncio.to_thread(vector.tree)).proof(request.piece)
+        return StatePiece(size=data.numel(), hashes=len(proof)), {
+            "data": data,
+            "proof": byte_tensor(b"".join(proof)).view(-1, HASH_BYTES),
+        }
+
     async def unit(self, _caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held = self._held(request)
+        held, _, _ = self._closed(request)
         direction = Direction.BACKWARD if request.backward else Direction.FORWARD
-        unit = held.units.get(UnitKey(request.sample, direction)) if held.evidence is not None else None
-        if unit is None:
-            raise Dropped(f"sample {request.sample} of round {request.round} was not computed here", "ask after CUT")
+        unit = _known(held.units.get(UnitKey(request.sample, direction)), f"sample {request.sample}", request)
         tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
         return Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _known(found: T | None, what: str, request: RunSynapse) -> T:
+    if found is None:
+        raise Dropped(f"{what} of round {request.round} is not kept here", "ask for what the ledger has")
+    return found
 
 
 class PushDesk:

@@ -49,7 +49,7 @@ class Miner:
     async def run(self) -> None:
         """From the first roster to the last, or until it has left."""
         node = self._node
-        EvidenceDesk(node, self._archive, self._library).open()
+        EvidenceDesk(node.loaded.run_id, self._archive, self._library).open(node.axon)
         self._library.open(node.axon)
         self._pushes.open(node)
         await node.listen()

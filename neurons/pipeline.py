@@ -21,7 +21,7 @@ import torch
 
 from model.data import Corpus
 from model.engine import StageEngine
-from neurons.archive import RoundArchive
+from neurons.archive import RoundArchive, State
 from neurons.compute import ComputeThread, Lane
 from neurons.delivery import RETRY_PAUSE, Delivery
 from neurons.door import Door
@@ -30,7 +30,7 @@ from neurons.filter import Filter
 from neurons.heads import Heads
 from neurons.telemetry import LocalStep, Telemetry, TrainingClosed
 from neurons.training import OpenInput, TrainingRound
-from neurons.windows import UNWITNESSED, Change, Changes, Opened, State, Stepped, Windows, Witness
+from neurons.windows import UNWITNESSED, Change, Changes, Opened, Stepped, Windows, Witness
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
 from subnet.messages import (

@@ -21,7 +21,7 @@ import torch
 from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
 from model.stage import build_stage, flatten, unflatten
-from neurons.archive import Archive
+from neurons.archive import Archive, Vector
 from neurons.download import forget
 from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.exchange import Desk
@@ -36,7 +36,6 @@ from neurons.states import after_merge, said_beyond
 from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from neurons.terms import Marks, Outcome, Terms
-from neurons.windows import root_of
 from neurons.wire import DendriteExchange
 from subnet.chain import ChainError
 from subnet.swarm.butterfly import ButterflyError
@@ -263,10 +262,11 @@ class RoundMachine:
             await self._node.publish(self.state_record)
             return
         if feedback.residual.numel():
-            owed, still = await asyncio.to_thread(
-                lambda before: (root_of(before), root_of(feedback.residual)), self.replica.feedback.residual
-            )
-            evidence = replace(evidence, closing=replace(evidence.closing, owed=owed, still_owed=still))
+            owed = held.cut.owed = Vector(self.replica.feedback.residual)
+            still = held.cut.still_owed = Vector(feedback.residual)
+            roots = await asyncio.gather(asyncio.to_thread(owed.tree), asyncio.to_thread(still.tree))
+            closing = replace(evidence.closing, owed=roots[0].root, still_owed=roots[1].root)
+            evidence = replace(evidence, closing=closing)
         self.engine.replace_weights(self.replica.cut(roster.round, sent, feedback))
         held.evidence, held.desk = evidence, Desk(self._node.identity.hotkey, pieces, evidence=evidence.root)
         optimizer = {name: tensor for name, tensor in self.engine.state().items() if not name.startswith(WEIGHTS)}

@@ -17,7 +17,7 @@ import torch
 
 from model.engine import StageEngine, StepReport
 from model.stage import flatten
-from neurons.archive import RoundArchive
+from neurons.archive import KeptWindow, RoundArchive, State, Vector
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Direction, Leaf, Ledger, units_hash
@@ -30,26 +30,6 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def root_of(flat: torch.Tensor) -> bytes:
     """What evidence names a flat fp32 vector by (32 bytes)."""
     return Tree.of(tensor_bytes(flat)).root
-
-
-class State:
-    """Weights, fp32 (n,), and moments, fp32 (2n,), between two steps, with their roots once somebody has asked."""
-
-    def __init__(self, weights: torch.Tensor, moments: torch.Tensor) -> None:
-        self.weights = weights
-        self.moments = moments
-        self._roots: tuple[bytes, bytes] | None = None
-
-    @classmethod
-    def of(cls, engine: StageEngine) -> State:
-        """Copies of what the engine has now."""
-        return cls(flatten(engine.stage), engine.moments())
-
-    def roots(self) -> tuple[bytes, bytes]:
-        """Of weights and moments. Hashes both: about half a second per gigabyte."""
-        if self._roots is None:
-            self._roots = root_of(self.weights), root_of(self.moments)
-        return self._roots
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +69,7 @@ class Closed:
 
     def head(self) -> WindowHead:
         """Hashes its states."""
-        weights, optimizer = self.opened.state.roots()
-        next_weights, next_optimizer = self.after.roots()
+        begin, end = self.opened.state, self.after
         forward = sum(leaf.direction is Direction.FORWARD for leaf in self.leaves)
         return WindowHead(
             version=self.opened.version,
@@ -99,11 +78,11 @@ class Closed:
             forward=forward,
             backward=len(self.leaves) - forward,
             merged=self.opened.merged,
-            weights=weights,
-            optimizer=optimizer,
+            weights=begin.weights.tree().root,
+            optimizer=begin.moments.tree().root,
             units=units_hash(self.leaves),
-            next_weights=next_weights,
-            next_optimizer=next_optimizer,
+            next_weights=end.weights.tree().root,
+            next_optimizer=end.moments.tree().root,
         )
 
 
@@ -150,13 +129,13 @@ class Changes:
 
         `state` is what the engine has now, if that has been copied.
         """
-        merged = 0
+        merged, moments = 0, Vector(engine.moments()) if state is None else state.moments
         for change, held, done in tuple(self._waiting):
             engine.replace_weights(change(flatten(engine.stage)))
             self._waiting.popleft()
             merged, state = held, None
             done.get_loop().call_soon_threadsafe(_answer, done)
-        return Opened.of(engine, state or State.of(engine), merged=merged)
+        return Opened.of(engine, state or State(Vector(flatten(engine.stage)), moments), merged=merged)
 
 
 def _answer(done: asyncio.Future[None]) -> None:
@@ -173,37 +152,30 @@ class Windows:
         self._archive = archive
         self._current = first
         self._hashing: asyncio.Task[None] | None = None
-        self._keep(first)
 
     def stepped(self, step: Stepped) -> None:
         """A step closes the window and opens the next; after one without a finite gradient it ends as it began."""
         self._close(step.after if step.report.finite else self._current.state)
-        self._begin(step.opened)
+        self._current = step.opened
 
     def changed(self, opened: Opened) -> None:
         """Other weights without a step: a window that has units already ends with what it began with."""
         if opened.version != self._current.version:
             self._close(self._current.state)
-        self._begin(opened)
+        self._current = opened
 
     async def finish(self) -> bytes:
         """Close what is open and wait until every head is in the ledger; the root of the weights now."""
         self._close(self._current.state)
         if self._hashing is not None:
             await self._hashing
-        weights, _ = await asyncio.to_thread(self._current.state.roots)
-        return weights
-
-    def _begin(self, opened: Opened) -> None:
-        self._current = opened
-        self._keep(opened)
-
-    def _keep(self, opened: Opened) -> None:
-        self._archive.windows[opened.version] = opened.state.weights
+        closing = self._archive.cut.closing = self._current.state.weights
+        return (await asyncio.to_thread(closing.tree)).root
 
     def _close(self, after: State) -> None:
         leaves = self._ledger.window(self._current.version)
         if leaves:
+            self._archive.windows[self._current.version] = KeptWindow(self._current.state, after)
             closed = Closed(self._current, after, leaves, self._witness.slot())
             self._hashing = asyncio.create_task(self._enter(self._hashing, closed))
 

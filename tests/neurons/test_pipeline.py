@@ -62,8 +62,8 @@ def assert_every_unit_replays(swarm: Swarm, evidence: dict[str, Evidence]) -> No
         plan, held = plans[swarm.roster.stage_of(hotkey)], swarm.rounds[hotkey]
         stage = build_stage(config, plan, 0)
         for window in parsed.heads:
-            assert root_of(held.windows[window.version]) == window.weights
-            assign_flat(stage, held.windows[window.version])
+            assert root_of(held.windows[window.version].opening.weights.values) == window.weights
+            assign_flat(stage, held.windows[window.version].opening.weights.values)
             for leaf in parsed.window(window.version):
                 findings = replay(
                     stage,

@@ -1,0 +1,187 @@
+"""What a miner shows of a round that it has computed, asked for over real axons as a validator does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from model.config import BoundaryConfig, BoundaryForm
+from model.split import split
+from neurons.archive import RoundArchive, Vector
+from neurons.desks import EvidenceDesk
+from neurons.exchange import Desk
+from neurons.fetching import Source, Withheld
+from neurons.library import Library
+from subnet.messages import Shapes, StatePart, StatePiece, StateRequest
+from subnet.transport.errors import Dropped, MalformedRequest, Refused, Unavailable, UnknownRun
+from subnet.transport.synapse import HEADER_LIMIT
+from subnet.trust.ledger import Evidence
+from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
+from tests.neurons.swarm import Member, Swarm, manifest, open_corpus, tiny, tokens_file
+
+
+@dataclass
+class Shown:
+    """A miner that has trained round 0 and serves it, and a sibling that asks."""
+
+    swarm: Swarm
+    miner: Member
+    asker: Member
+
+    @property
+    def held(self) -> RoundArchive:
+        return self.swarm.rounds[self.miner.identity.hotkey]
+
+    @property
+    def values(self) -> int:
+        return self.held.windows[0].opening.weights.values.numel()
+
+    async def close(self) -> Evidence:
+        """As a cut does, with error feedback."""
+        _, evidence = await self.miner.worker.close()
+        cut = self.held.cut
+        cut.owed, cut.still_owed = Vector(torch.zeros(self.values)), Vector(torch.ones(self.values))
+        closing = replace(evidence.closing, owed=cut.owed.tree().root, still_owed=cut.still_owed.tree().root)
+        evidence = replace(evidence, closing=closing)
+        self.held.evidence = evidence
+        self.held.desk = Desk(self.miner.identity.hotkey, [b"payload"], evidence=evidence.root)
+        return evidence
+
+    def source(self, *, patience: float = 5.0) -> Source:
+        loaded, hotkey = self.swarm.loaded, self.miner.identity.hotkey
+        stage = self.swarm.roster.stage_of(hotkey)
+        assert stage is not None
+        return Source(
+            dendrite=self.asker.dendrite,
+            endpoint=self.swarm.endpoints.get,
+            run=loaded.run_id,
+            number=0,
+            hotkey=hotkey,
+            plan=split(loaded.manifest.model.config(), loaded.manifest.swarm.stages)[stage],
+            parameters=self.values,
+            shapes=Shapes.of(loaded.manifest),
+            patience=patience,
+        )
+
+    async def refused(self, **fields: object) -> Refused:
+        """What the answer to a bent request for the first piece of the first window is."""
+        good = {"run": self.swarm.loaded.run_id.hex(), "round": 0, "version": 0, "part": "weights", "piece": 0}
+        with pytest.raises(Refused) as caught:
+            await self.asker.dendrite.call(
+                self.miner.axon.endpoint,
+                self.miner.identity.hotkey,
+                StateRequest(**{**good, **fields}),  # type: ignore[arg-type]
+                reply=StatePiece,
+                reply_specs=lambda reply: reply.specs(),
+                max_reply_bytes=HEADER_LIMIT + (1 << 20),
+                deadline=5,
+            )
+        return caught.value
+
+
+@asynccontextmanager
+async def shown(folder: Path) -> AsyncIterator[Shown]:
+    entry = tokens_file(folder)
+    boundary = BoundaryConfig(form=BoundaryForm.A, width=8)
+    described = manifest(tiny(boundary=boundary), entry, stages=2, wire="bfloat16")
+    loaded = described.write(folder / "manifest.toml")
+    async with Swarm(loaded, open_corpus(folder, described, entry)) as swarm:
+        miner, asker = swarm.stage(1)[0], swarm.stage(0)[0]
+        EvidenceDesk(loaded.run_id, miner.archive, Library(loaded.run_id)).open(miner.axon)
+        await asker.worker.drive(limit=10)
+        yield Shown(swarm, miner, asker)
+
+
+async def test_every_part_of_every_window_and_of_the_cut_is_shown_in_proven_pieces(tmp_path: Path) -> None:
+    async with shown(tmp_path) as show:
+        evidence = await show.close()
+        source, values = show.source(), show.values
+        assert 4 * values > PIECE_BYTES, "else a proof has no hashes"
+        assert len(evidence.heads) == 3
+        parts = dict.fromkeys(get_args(StatePart), values) | {"optimizer": 2 * values, "next_optimizer": 2 * values}
+        for head in evidence.heads:
+            cut = {"closing": evidence.closing.weights}
+            cut |= {"owed": evidence.closing.owed, "still_owed": evidence.closing.still_owed}
+            for part, count in parts.items():
+                root = cut.get(part) or getattr(head, part)
+                pieces = [
+                    await source.piece(head.version, part, index, root=root, values=count)
+                    for index in range(pieces_of(4 * count))
+                ]
+                assert Tree.of(b"".join(pieces)).root == root
+        with pytest.raises(Withheld):
+            await source.piece(0, "weights", 0, root=evidence.heads[0].next_weights, values=values)
+
+
+async def test_windows_that_follow_each_other_share_their_states(tmp_path: Path) -> None:
+    async with shown(tmp_path) as show:
+        await show.close()
+        windows = show.held.windows
+        assert len(windows) == 3
+        assert all(windows[before].closing is windows[after].opening for before, after in pairwise(sorted(windows)))
+
+
+async def test_a_state_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with shown(tmp_path) as show:
+        evidence = await show.close()
+
+        def again(_: object) -> Tree:
+            raise AssertionError("the tree was there already")
+
+        monkeypatch.setattr(Tree, "of", again)
+        for index in range(2):
+            root = evidence.heads[0].weights
+            await show.source().piece(0, "weights", index, root=root, values=show.values)
+
+
+async def test_while_the_round_is_open_nothing_is_shown(tmp_path: Path) -> None:
+    async with shown(tmp_path) as show:
+        refusal = await show.refused()
+        assert isinstance(refusal, Unavailable)
+        assert refusal.message == "the ledger of round 0 is still open; ask after CUT"
+        assert refusal.retry_after
+        await show.close()
+        root = show.held.windows[0].opening.weights.tree().root
+        await show.source().piece(0, "weights", 0, root=root, values=show.values)
+
+
+async def test_what_is_not_there_is_refused_by_what_is_wrong_with_it(tmp_path: Path) -> None:
+    async with shown(tmp_path) as show:
+        await show.close()
+        count = pieces_of(4 * show.values)
+        for index in (count, 2**32 - 1):
+            refusal = await show.refused(piece=index)
+            assert isinstance(refusal, MalformedRequest)
+            assert f"weights of window 0: piece {index} of {count}" in refusal.message
+        assert isinstance(await show.refused(version=3), Dropped)
+        assert isinstance(await show.refused(version=2**32 - 1), Dropped)
+        assert isinstance(await show.refused(run="00" * 8), UnknownRun)
+        assert isinstance(await show.refused(round=1), Unavailable)
+        show.held.cut.owed = None
+        refusal = await show.refused(part="owed")
+        assert isinstance(refusal, Dropped)
+        assert "owed" in refusal.message
+
+
+@pytest.mark.parametrize("fields", [{"piece": -1}, {"piece": 2**32}, {"version": -1}, {"part": "moments"}])
+def test_a_request_for_what_cannot_be_is_none(fields: dict[str, object]) -> None:
+    good = {"run": "00" * 8, "round": 0, "version": 0, "part": "weights", "piece": 0}
+    StateRequest.model_validate(good)
+    with pytest.raises(ValueError):
+        StateRequest.model_validate({**good, **fields})
+
+
+def test_a_vector_has_the_pieces_of_its_tree() -> None:
+    vector = Vector(torch.arange(20_000, dtype=torch.float32))
+    assert vector.tree().count == 2
+    assert b"".join(vector.piece(index).numpy().tobytes() for index in range(2)) == vector.values.numpy().tobytes()
+    for index in (-1, 2):
+        with pytest.raises(IndexError, match=f"piece {index} of 2"):
+            vector.piece(index)

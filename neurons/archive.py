@@ -1,12 +1,17 @@
 """What a miner keeps so that others can check it: tensors of its units, states of its windows, its tables.
 
-Nobody knows which window an audit will pick until the round's roots are on chain, so everything of a round stays in
-host memory until the round after next begins: two rounds at most.
+Nobody knows which windows of a slot an audit will pick before the slot's seed, so until then all of them stay in host
+memory. Once the seed is there only those it picks stay, until the round after next begins. All of it together keeps
+within a limit: where windows come faster than seeds, the oldest that no seed has picked is given up, which costs the
+miner that window's evidence and nobody else anything.
 """
 
 from __future__ import annotations
 
+import math
 import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +22,15 @@ from neurons.exchange import Desk
 from subnet.messages import StatePart
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import UnitTensors
+from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Evidence, UnitKey
 from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
+
+ROUNDS = 2
+"""A round is answered for until so many more have begun."""
+
+Pick = Callable[[Iterable[WindowHead]], Iterable[WindowHead]]
+"""From the heads of a round to those of one slot that its seed picks."""
 
 
 class Vector:
@@ -57,15 +69,30 @@ class State:
         return cls(Vector(flatten(engine.stage)), Vector(engine.moments()))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class KeptWindow:
-    """The states that a window's head names. Those that follow each other share what did not change in between."""
+    """What the head of a window names. States that follow each other share what did not change in between."""
 
     opening: State
-    closing: State
+    closing: State | None = None
+    """None while the window is open."""
+    slot: int = 0
+    units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Everything it holds."""
+        for state in (self.opening, self.closing):
+            if state is not None:
+                yield from (state.weights.values, state.moments.values)
+        for unit in self.units.values():
+            yield from unit_tensors(unit)
 
 
-@dataclass
+def unit_tensors(unit: UnitTensors) -> Iterator[torch.Tensor]:
+    yield from (tensor for tensor in (unit.input, unit.gradient, unit.output) if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """The vectors that the closing of a round names, as far as there are any."""
 
@@ -76,46 +103,209 @@ class Cut:
     still_owed: Vector | None = None
     """What it owes after it."""
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        vectors = (self.closing, self.owed, self.still_owed)
+        yield from (vector.values for vector in vectors if vector is not None)
 
-@dataclass
+
+class Tally:
+    """Bytes of tensors that are held, each counted once however many windows share it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._holders: Counter[int] = Counter()
+
+    def take(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self._holders[id(tensor)] += 1
+            if self._holders[id(tensor)] == 1:
+                self.bytes += tensor.nbytes
+
+    def leave(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self._holders[id(tensor)] -= 1
+            if not self._holders[id(tensor)]:
+                del self._holders[id(tensor)]
+                self.bytes -= tensor.nbytes
+
+
 class RoundArchive:
-    """One round of one replica. Tensors are as they crossed the wire."""
+    """One round of one replica. Tensors are as they crossed the wire.
 
-    units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
-    windows: dict[int, KeptWindow] = field(default_factory=dict)
-    """By version: those that are closed."""
-    cut: Cut = field(default_factory=Cut)
-    evidence: Evidence | None = None
-    desk: Desk | None = None
-    """What it has of the round's merge, once it takes part in that."""
+    A window is opened, gets its units, is closed in a slot and entered with its head; all windows of a slot are, before
+    the slot's seed picks among them.
+    """
+
+    def __init__(self, tally: Tally | None = None, *, grown: Callable[[], None] = lambda: None) -> None:
+        """`grown` is called when there is more of it."""
+        self.windows: dict[int, KeptWindow] = {}
+        """By version, oldest first."""
+        self.picked: set[int] = set()
+        """Versions that their slots' seeds picked, whether or not the windows are still here."""
+        self.settled = False
+        """Whether the seeds of all slots are known."""
+        self.cut = Cut()
+        self.evidence: Evidence | None = None
+        self.desk: Desk | None = None
+        """What it has of the round's merge, once it takes part in that."""
+        self._tally = tally or Tally()
+        self._grown = grown
+        self._versions: dict[UnitKey, int] = {}
+        self._open: int | None = None
+        self._hashing: dict[int, int] = {}
+        """Slots by version of windows that are closed but have no head yet."""
+        self._heads: list[WindowHead] = []
+        self._slot: float = 0
+        """Windows that close from here on lie in this slot or later."""
+        self._picks: dict[int, Pick] = {}
+        """By slot: known and not applied yet."""
+
+    # -- as the round goes on ---------------------------------------------------------------------------------------
+
+    def open_window(self, version: int, state: State) -> None:
+        """Units of `version` come from here on. One that was open and has none is replaced."""
+        if self._open is not None:
+            self._drop(self._open)
+        self._open = version
+        self.windows[version] = KeptWindow(state)
+        self._tally.take(self.windows[version].tensors())
+        self._grown()
+
+    def add(self, version: int, key: UnitKey, unit: UnitTensors) -> None:
+        """A unit of the open window."""
+        self.windows[version].units[key] = unit
+        self._versions[key] = version
+        self._tally.take(unit_tensors(unit))
+        self._grown()
+
+    def close_window(self, slot: int, after: State) -> None:
+        """The open window ends in `slot`; its head follows."""
+        assert self._open is not None  # noqa: S101 - one is opened when the round begins
+        window = self.windows[self._open]
+        window.closing, window.slot = after, slot
+        self._hashing[self._open] = slot
+        self._open = None
+        self._tally.take((after.weights.values, after.moments.values))
+        self.reach(slot)
+        self._grown()
+
+    def enter(self, head: WindowHead) -> None:
+        """The head of a window that is closed."""
+        del self._hashing[head.version]
+        self._heads.append(head)
+        self._apply()
+
+    def reach(self, slot: float) -> None:
+        """Windows that close from here on lie in `slot` or later."""
+        self._slot = max(self._slot, slot)
+        self._apply()
+
+    def end(self, closing: Vector) -> None:
+        """The round's last window is closed; `closing` are the weights then."""
+        if self._open is not None:
+            self._drop(self._open)
+            self._open = None
+        self.keep_cut(Cut(closing))
+        self.reach(math.inf)
+
+    def keep_cut(self, cut: Cut) -> None:
+        """What the cut was taken from, in the place of what was known of it."""
+        self._tally.leave(self.cut.tensors())
+        self.cut = cut
+        self._tally.take(cut.tensors())
+        self._grown()
+
+    def restore(self, evidence: Evidence) -> None:
+        """Of a round that ended before a restart only the tables are here: what its seeds pick is known, and lost."""
+        self.evidence, self._heads = evidence, list(evidence.heads)
+        self.reach(math.inf)
+
+    def seeded(self, slot: int, pick: Pick) -> None:
+        """A slot's seed is known: what it does not pick goes as soon as all windows of the slot have heads."""
+        self._picks[slot] = pick
+        self._apply()
+
+    def give_up(self) -> int | None:
+        """Let go of the oldest window that is closed and not picked; its version, None if there is none."""
+        version = next(
+            (version for version in self.windows if version != self._open and version not in self.picked), None
+        )
+        if version is not None:
+            self._drop(version)
+        return version
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        for version in tuple(self.windows):
+            self._drop(version)
+        self.keep_cut(Cut())
+
+    def _apply(self) -> None:
+        for slot in [slot for slot in self._picks if slot < self._slot and slot not in self._hashing.values()]:
+            chosen = {head.version for head in self._picks.pop(slot)(self._heads)}
+            self.picked |= chosen
+            for version, window in tuple(self.windows.items()):
+                if version != self._open and window.slot == slot and version not in chosen:
+                    self._drop(version)
+
+    def _drop(self, version: int) -> None:
+        window = self.windows.pop(version)
+        self._tally.leave(window.tensors())
+        for key in window.units:
+            del self._versions[key]
+
+    # -- what is here -----------------------------------------------------------------------------------------------
+
+    def version_of(self, key: UnitKey) -> int | None:
+        """The window that a unit is in; None if it is not here."""
+        return self._versions.get(key)
+
+    def unit(self, key: UnitKey) -> UnitTensors | None:
+        version = self._versions.get(key)
+        return None if version is None else self.windows[version].units[key]
 
     def vector(self, version: int, part: StatePart) -> Vector | None:
         """A part of a window, or of the cut whatever the version; None if it is not here."""
+        window = self.windows.get(version)
         match part:
             case "closing" | "owed" | "still_owed":
                 return {"closing": self.cut.closing, "owed": self.cut.owed, "still_owed": self.cut.still_owed}[part]
             case "weights" | "optimizer":
-                state = self.windows[version].opening if version in self.windows else None
+                state = None if window is None else window.opening
             case "next_weights" | "next_optimizer":
-                state = self.windows[version].closing if version in self.windows else None
+                state = None if window is None else window.closing
         if state is None:
             return None
         return state.weights if part in ("weights", "next_weights") else state.moments
 
 
 class Archive:
-    """The rounds a miner still answers for."""
+    """The rounds a miner still answers for, within `limit` bytes of tensors."""
 
-    def __init__(self, *, keep: int = 2) -> None:
-        self._keep = keep
+    def __init__(
+        self, *, limit: float = math.inf, given_up: Callable[[int, int], None] = lambda _number, _version: None
+    ) -> None:
+        """`given_up` hears of the first window of each round that had to go: (round, version)."""
+        self._limit = limit
+        self._given_up = given_up
+        self._tally = Tally()
         self._rounds: dict[int, RoundArchive] = {}
+        self._poorer: set[int] = set()
+        """Rounds that had to give up a window."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors held."""
+        return self._tally.bytes
 
     def open(self, number: int) -> RoundArchive:
         """A round's archive; those too old to be asked for are forgotten."""
-        found = self._rounds.setdefault(number, RoundArchive())
-        for old in [held for held in self._rounds if held <= number - self._keep]:
-            del self._rounds[old]
-        return found
+        if number not in self._rounds:
+            self._rounds[number] = RoundArchive(self._tally, grown=self._grown)
+        for old in [held for held in self._rounds if held <= number - ROUNDS]:
+            self._rounds.pop(old).clear()
+            self._poorer.discard(old)
+        return self._rounds[number]
 
     def get(self, number: int) -> RoundArchive | None:
         return self._rounds.get(number)
@@ -124,3 +314,13 @@ class Archive:
     def newest(self) -> int:
         """Number of the newest round, -1 before the first."""
         return max(self._rounds, default=-1)
+
+    def _grown(self) -> None:
+        for number in sorted(self._rounds):
+            while self._tally.bytes > self._limit:
+                version = self._rounds[number].give_up()
+                if version is None:
+                    break
+                if number not in self._poorer:
+                    self._poorer.add(number)
+                    self._given_up(number, version)

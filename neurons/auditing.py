@@ -36,6 +36,7 @@ from subnet.trust.audit import (
     budget,
     comparable,
     pick_windows,
+    reads_window,
     select_units,
     spread,
 )
@@ -269,11 +270,20 @@ class Auditor:
             stake_share=facts.stake_share,
             risk=self._risk(dossier.hotkey),
         )
-        heads = [head for head in evidence.heads if head.version in dossier.picked]
+        heads = [
+            head for head in evidence.heads if head.version in dossier.picked and self._reads(facts, dossier, head)
+        ]
         sizes = [sum(map(self.comparable(dossier), evidence.window(head.version))) for head in heads]
         for head, count in zip(heads, spread(units, sizes), strict=True):
             if count:
                 await self.window(facts, dossier, head, self._choose(facts, dossier, head, count))
+
+    def _reads(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> bool:
+        """Whether this validator looks into a picked window before there is a suspicion."""
+        share = self._loaded.manifest.audit.readers * facts.stake_share
+        seed = dossier.picked[head.version]
+        known = dossier.first is not None and dossier.evidence is not None and head == dossier.evidence.heads[0]
+        return known or reads_window(head, secret=facts.secret, seed=seed, hotkey=dossier.hotkey, share=share)
 
     def comparable(self, dossier: Dossier) -> Callable[[Leaf], bool]:
         plan = self._plans[dossier.stage]

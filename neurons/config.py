@@ -6,7 +6,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from subnet.transport.shaping import Link, LinkError
+from subnet.quantities import QuantityError, parse_size
+from subnet.transport.shaping import Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class NeuronConfig:
     port: int
     threads: int
     """Torch threads; 0 leaves torch's own choice."""
+    ring: int
+    """Bytes of host memory for what a miner may have to show of its work."""
     link: Link | None = None
     """The link to imitate between this node and all others."""
 
@@ -70,6 +73,12 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     network.add_argument("--port", type=int, default=8091, help="axon port, 0 for any free one (default: 8091)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    machine.add_argument(
+        "--ring",
+        default="16gb",
+        metavar="16gb",
+        help="a miner's host memory for states and tensors that audits may ask for (default: 16gb)",
+    )
     emulated = parser.add_argument_group("emulated link (for tests)")
     emulated.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
     emulated.add_argument("--bandwidth", default=None, metavar="200mbit", help="up and down each (default: no limit)")
@@ -77,7 +86,8 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     flags = parser.parse_args(argv)
     try:
         link = Link.parse(latency=flags.latency, bandwidth=flags.bandwidth, loss=flags.loss)
-    except LinkError as error:
+        ring = parse_size("ring", flags.ring)
+    except QuantityError as error:
         parser.error(str(error))
     return NeuronConfig(
         network=flags.network,
@@ -95,5 +105,6 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
         announce=flags.announce or flags.host,
         port=flags.port,
         threads=flags.threads,
+        ring=ring,
         link=link,
     )

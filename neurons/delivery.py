@@ -266,10 +266,9 @@ class Delivery:
                 for awaited in current.awaited.values():
                     awaited.since += late
             for sample in self.overdue(current):
-                key = UnitKey(sample, Direction.FORWARD)
-                leaf, output = current.ledger.leaf(key), current.archive.units[key].output
+                leaf, output = current.ledger.leaf(UnitKey(sample, Direction.FORWARD)), current.outputs.get(sample)
                 awaited = current.awaited.pop(sample)
-                if output is None:
+                if output is None:  # its gradient came while the push was answered
                     continue
                 # Who had it from a sibling already is asked where the gradient is; a third replica would compute what
                 # others are computing.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 
-from neurons.archive import Archive, RoundArchive
+from neurons.archive import Archive, RoundArchive, Vector
 from neurons.exchange import Desk
 from neurons.library import Library
 from neurons.node import Node
@@ -22,6 +21,7 @@ from subnet.messages import (
     InputRequest,
     Notice,
     RunSynapse,
+    StatePart,
     StatePiece,
     StateRequest,
     Tensors,
@@ -32,12 +32,10 @@ from subnet.messages import (
 from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
 from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import NO_SPECS
-from subnet.transport.errors import Dropped, MalformedRequest, Unavailable, UnknownRun
+from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Unavailable, UnknownRun
 from subnet.trust import delta
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES
 from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, Direction, Evidence, UnitKey
-
-T = TypeVar("T")
 
 
 class EvidenceDesk:
@@ -76,7 +74,27 @@ class EvidenceDesk:
         held = self._held(request)
         if held.evidence is None or held.desk is None:
             raise Unavailable(f"the ledger of round {request.round} is still open", "ask after CUT", retry_after=0.5)
+        if not held.settled:
+            raise Unavailable(f"a seed of round {request.round} is not known here", "ask again", retry_after=0.5)
         return held, held.evidence, held.desk
+
+    def _vector(self, held: RoundArchive, request: WindowRequest | StateRequest, part: StatePart) -> Vector:
+        found = held.vector(request.version, part)
+        if part in ("closing", "owed", "still_owed"):
+            if found is None:
+                raise Dropped(f"round {request.round} has no {part} here", "ask for what its closing names")
+            return found
+        self._require_picked(held, request, request.version)
+        if found is None:
+            raise _given_up(request, request.version)
+        return found
+
+    def _require_picked(self, held: RoundArchive, request: RunSynapse, version: int) -> None:
+        if version not in held.picked:
+            raise NotPicked(
+                f"window {version} of round {request.round} is none that its slot's seed picks",
+                "ask for windows that are picked",
+            )
 
     async def tables(self, _caller: str, request: EvidenceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         _, evidence, desk = self._closed(request)
@@ -91,7 +109,7 @@ class EvidenceDesk:
 
     async def window(self, _caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         held, _, _ = self._closed(request)
-        weights = _known(held.vector(request.version, "weights"), f"window {request.version}", request)
+        weights = self._vector(held, request, "weights")
         base = self._library.theta(request.held)
         if base is None:
             raise Dropped(f"the state with {request.held} rounds merged is not kept here", "name the round's own state")
@@ -100,12 +118,11 @@ class EvidenceDesk:
 
     async def state(self, _caller: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         held, _, _ = self._closed(request)
-        what = f"{request.part} of window {request.version}"
-        vector = _known(held.vector(request.version, request.part), what, request)
+        vector = self._vector(held, request, request.part)
         try:
             data = vector.piece(request.piece)
         except IndexError as error:
-            raise MalformedRequest(f"{what}: {error}", "take the sizes from the run's plan") from None
+            raise MalformedRequest(f"{request.part}: {error}", "take the sizes from the run's plan") from None
         proof = (await asyncio.to_thread(vector.tree)).proof(request.piece)
         return StatePiece(size=data.numel(), hashes=len(proof)), {
             "data": data,
@@ -113,17 +130,26 @@ class EvidenceDesk:
         }
 
     async def unit(self, _caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held, _, _ = self._closed(request)
+        held, evidence, _ = self._closed(request)
         direction = Direction.BACKWARD if request.backward else Direction.FORWARD
-        unit = _known(held.units.get(UnitKey(request.sample, direction)), f"sample {request.sample}", request)
+        key = UnitKey(request.sample, direction)
+        leaf = next((leaf for leaf in evidence.leaves if leaf.key == key), None)
+        if leaf is None:
+            raise Dropped(
+                f"sample {request.sample} of round {request.round} is not in the ledger", "ask for one that is"
+            )
+        self._require_picked(held, request, leaf.version)
+        unit = held.unit(key)
+        if unit is None:
+            raise _given_up(request, leaf.version)
         tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
         return Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _known(found: T | None, what: str, request: RunSynapse) -> T:
-    if found is None:
-        raise Dropped(f"{what} of round {request.round} is not kept here", "ask for what the ledger has")
-    return found
+def _given_up(request: RunSynapse, version: int) -> Dropped:
+    return Dropped(
+        f"window {version} of round {request.round} is not kept here: given up, or lost in a restart", "ask for others"
+    )
 
 
 class PushDesk:

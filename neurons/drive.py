@@ -154,9 +154,8 @@ class Driver:
     def require_heir(self, current: TrainingRound, push: Push, caller: str) -> None:
         """A gradient for a sample that was started here in a sibling's place. If that one is back, only the gradient of
         what was sent from here is taken; one of what it had sent itself is its own. Raises `Busy`."""
-        forward = UnitKey(push.sample, Direction.FORWARD)
-        if forward in current.archive.units:
-            leaf = current.ledger.leaf(forward)
+        if push.sample in current.pushes:
+            leaf = current.ledger.leaf(UnitKey(push.sample, Direction.FORWARD))
             if leaf.receipt != NO_RECEIPT and current.roster.stages[1][leaf.sink] == caller:
                 return
         if self.heads.in_touch(current, push.head):

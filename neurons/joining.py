@@ -207,7 +207,7 @@ class Joiner:
         )
         try:
             evidence = await source.tables(record, samples=manifest.samples(closed.round))
-            picked = pick_windows(evidence.heads, seeds=seeds, hotkey=sibling, count=1)
+            picked = pick_windows(evidence.heads, seeds=seeds, hotkey=sibling, count=manifest.audit.windows)
             if not picked:
                 return []
             head, seed = picked[-1]

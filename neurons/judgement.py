@@ -1,7 +1,7 @@
 """What a validator makes of a round: suspicions, pay, scores, and the weights it sets on chain.
 
 All of it is computed here from public evidence and this validator's own replays; nobody else's word enters. Suspicions
-are kept on disk, so a validator that restarts forgives nobody.
+and scores are kept on disk, so a validator that restarts forgives nobody and forgets nobody's work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,7 +29,7 @@ from subnet.trust.decision import Rule, Suspicion
 from subnet.trust.finding import Check, Finding
 from subnet.trust.heads import ack_message, acknowledged, chain
 from subnet.trust.ledger import Evidence
-from subnet.trust.scoring import History, due, marks_kept, scarcity, score, weights
+from subnet.trust.scoring import History, Past, due, marks_kept, scarcity, score, weights
 from subnet.trust.settlement import NOTHING, Settlement, settle
 
 log = logging.getLogger("orion.neurons.judgement")
@@ -36,6 +37,33 @@ log = logging.getLogger("orion.neurons.judgement")
 TRUSTED_LOSSES = 60
 """A tail's word is weighed by so many of its replayed losses, the newest."""
 _SUSPICIONS = TypeAdapter(dict[str, Suspicion])
+_PAST = TypeAdapter(Past)
+T = TypeVar("T")
+
+
+class Memory(Generic[T]):
+    """A value that outlives the process, as JSON in one file."""
+
+    def __init__(self, path: Path, kind: TypeAdapter[T]) -> None:
+        self._path = path
+        self._kind = kind
+
+    def recall(self, otherwise: T) -> T:
+        """What was kept; `otherwise` where there is nothing or nothing that can be read, which is logged."""
+        if not self._path.exists():
+            return otherwise
+        try:
+            return self._kind.validate_json(self._path.read_bytes())
+        except ValidationError as error:
+            log.error("%s cannot be read, so this validator begins anew: %s", self._path, error)  # noqa: TRY400
+            return otherwise
+
+    def keep(self, value: T) -> None:
+        """Write it down, whole or not at all."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_bytes(self._kind.dump_json(value))
+        temporary.replace(self._path)
 
 
 class Suspicions:
@@ -43,14 +71,9 @@ class Suspicions:
 
     def __init__(self, path: Path, rule: Rule) -> None:
         self.rule = rule
-        self._path = path
-        self._held: dict[str, Suspicion] = {}
+        self._memory = Memory(path, _SUSPICIONS)
+        self._held = self._memory.recall({})
         self._anomaly: Mapping[str, float] = {}
-        if path.exists():
-            try:
-                self._held = _SUSPICIONS.validate_json(path.read_bytes())
-            except ValidationError as error:
-                log.error("%s is no record of suspicions, so nothing is held against anybody: %s", path, error)  # noqa: TRY400
 
     def begin(self, number: int, hotkeys: Iterable[str], *, anomaly: Mapping[str, float]) -> None:
         """Round `number` begins. `anomaly` is what attribution says, a factor on audit rates."""
@@ -69,11 +92,7 @@ class Suspicions:
         return self.of(hotkey).risk(self.rule, anomaly=self._anomaly.get(hotkey, 1.0))
 
     def keep(self) -> None:
-        """Write them down, whole or not at all."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_bytes(_SUSPICIONS.dump_json(self._held))
-        temporary.replace(self._path)
+        self._memory.keep(self._held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +110,13 @@ class Closed:
 
 
 class Judge:
-    """Scores round after round and sets weights."""
+    """Scores round after round and sets weights. `history` is the file of the scores that weights are means of."""
 
-    def __init__(self, node: Node, suspicions: Suspicions) -> None:
+    def __init__(self, node: Node, suspicions: Suspicions, history: Path) -> None:
         self.suspicions = suspicions
         self._node = node
-        self._history = History(node.loaded.manifest.score.rounds)
+        self._memory = Memory(history, _PAST)
+        self._history = History(node.loaded.manifest.score.rounds, self._memory.recall(Past()))
         self._attribution = Attribution()
         self._losses: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=TRUSTED_LOSSES))
         """By tail: whether its replayed losses agreed."""
@@ -197,6 +217,7 @@ class Judge:
                     )
                 )
         await asyncio.to_thread(self.suspicions.keep)
+        await asyncio.to_thread(self._memory.keep, self._history.past)
         await self._set(roster.round, closed.cut, by_uid)
 
     def _fell(self, hotkey: str, number: int) -> bool:

@@ -40,6 +40,7 @@ from subnet.swarm.butterfly import (
     shard_sources,
     verdicts,
 )
+from subnet.swarm.clip import factors, norm
 from subnet.swarm.codec import DeltaError, PayloadError
 from subnet.swarm.merge import Merged, Source, accepted, cut_sources, mean, step
 from subnet.swarm.record import Phase, Record
@@ -116,6 +117,8 @@ class _Merge:
         self._tasks: list[asyncio.Task[None]] = []
         self._whole: set[str] = set()
         """Sources of which all that is wanted is here and valid."""
+        self._norms: dict[tuple[str, int], float] = {}
+        """By source and shard."""
         self._refused: dict[str, str] = {}
         self._liars: dict[str, tuple[int, ...]] = {}
 
@@ -172,7 +175,7 @@ class _Merge:
     async def _collect(self, source: Source, wanted: Sequence[int]) -> None:
         async def valid(shard: int) -> bool:
             await self._fetch(source, shard)
-            return await self._offload(lambda: self._delta(source, shard) is not None)
+            return await self._offload(lambda: self._norm(source, shard) is not None)
 
         if all(await together(valid(shard) for shard in wanted)):
             self._whole.add(source.hotkey)
@@ -207,8 +210,20 @@ class _Merge:
             return None
 
     def _deltas(self, sources: Iterable[Source], shard: int) -> Iterator[torch.Tensor]:
-        """The valid ones, one at a time."""
-        return (delta for source in sources if (delta := self._delta(source, shard)) is not None)
+        """The valid ones, clipped, one at a time."""
+        valid = [source for source in sources if self._norm(source, shard) is not None]
+        norms = [self._norms[source.hotkey, shard] for source in valid]
+        for source, factor in zip(valid, factors(norms, self._terms.clip), strict=True):
+            delta = self._delta(source, shard)
+            if delta is not None:
+                yield delta if factor == 1 else delta * factor
+
+    def _norm(self, source: Source, shard: int) -> float | None:
+        """Of what the fetched part of a shard says; None if its content is not valid."""
+        known = self._norms.get((source.hotkey, shard))
+        if known is None and (delta := self._delta(source, shard)) is not None:
+            known = self._norms[source.hotkey, shard] = norm(delta)
+        return known
 
     def _outcome(
         self,

@@ -20,10 +20,12 @@ from neurons.desks import EvidenceDesk, PushDesk
 from neurons.joining import Joiner
 from neurons.keeper import Keeper
 from neurons.library import Library
-from neurons.node import Node, main
+from neurons.node import Node, NodeError, main
+from neurons.ring import least_ring
 from neurons.rounds import BehindError, RoundMachine, traffic
-from neurons.telemetry import NodeFinished, StateChanged
+from neurons.telemetry import NodeFinished, StateChanged, WindowGivenUp
 from neurons.vault import Vault
+from subnet.quantities import written
 from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import NO_WEIGHTS, Roster, Standing
 
@@ -38,7 +40,7 @@ class Miner:
     def __init__(self, node: Node, keeper: Keeper) -> None:
         self._node = node
         self._keeper = keeper
-        self._archive = Archive()
+        self._archive = Archive(limit=node.config.ring, given_up=self._give_up)
         self._library = Library(node.loaded.run_id)
         self._pushes = PushDesk()
         self._machine: RoundMachine | None = None
@@ -143,6 +145,7 @@ class Miner:
     async def _take_stage(self, stage: int) -> tuple[RoundMachine, Joiner]:
         """The machine of a stage; another one's is given up first."""
         if self._machine is None or self._joiner is None or self._machine.stage != stage:
+            self._require_ring(stage)
             if self._machine is not None:
                 await self._machine.settle_all()
                 await self._machine.shut_down()
@@ -156,6 +159,24 @@ class Miner:
                 await self._library.put(self._machine.replica.held, self._machine.replica.public)
             self._pushes.worker = self._machine.worker
         return self._machine, self._joiner
+
+    def _require_ring(self, stage: int) -> None:
+        node, ring = self._node, self._node.config.ring
+        least = least_ring(node.loaded.manifest, node.plans[stage], node.parameters[stage])
+        if ring < least:
+            raise NodeError(
+                f"--ring {written(ring)} is too small to answer for the work of stage {stage}, which takes "
+                f"{written(least)} at least: raise it"
+            )
+
+    def _give_up(self, number: int, version: int) -> None:
+        self._node.telemetry.emit(WindowGivenUp(round=number, version=version, ring=self._node.config.ring))
+        log.warning(
+            "round %d: the ring is full before the seed is known: window %d cannot be shown, raise --ring from %s",
+            number,
+            version,
+            written(self._node.config.ring),
+        )
 
     # -- the end --------------------------------------------------------------------------------------------------
 

@@ -278,14 +278,13 @@ class StageWorker:
     ) -> tuple[Tensors, dict[str, torch.Tensor]]:
         """Give a replica of the next stage the activation of a sample, so that it can take a sibling's unit over."""
         current = self._door.admit(self._round, request, caller, neighbour=self.plan.index + 1)
-        key = UnitKey(request.sample, Direction.FORWARD)
-        unit = current.archive.units.get(key)
-        if unit is None or unit.output is None or request.sample not in current.pushes:
+        output = current.output(request.sample)
+        if output is None:
             raise Dropped(f"sample {request.sample} was not forwarded here", "ask another replica of this stage")
         current.claims.setdefault(request.sample, set()).add(caller)
-        leaf, push = current.ledger.leaf(key), current.pushes[request.sample]
-        self._spawn(current.sends, self._delivery.probe(current, push, leaf, unit.output))
-        return Tensors(), {"y": unit.output}
+        leaf = current.ledger.leaf(UnitKey(request.sample, Direction.FORWARD))
+        self._spawn(current.sends, self._delivery.probe(current, current.pushes[request.sample], leaf, output))
+        return Tensors(), {"y": output}
 
     async def on_notice(
         self, caller: str, notice: Notice, _tensors: Mapping[str, torch.Tensor]
@@ -312,11 +311,11 @@ class StageWorker:
         first, receipt = current.receipts[key]
         if caller == first:
             return Accepted(receipt=receipt)
-        done = current.archive.units.get(UnitKey(push.sample, Direction.BACKWARD))
-        if done is not None and done.output is not None:
+        gradient = current.gradients.get(push.sample)
+        if gradient is not None:
             leaf = current.ledger.leaf(UnitKey(push.sample, Direction.BACKWARD))
             backward = Backward(**dict(push), loss=leaf.loss)
-            self._spawn(current.sends, self._delivery.backward(current, backward, leaf, done.output, first))
+            self._spawn(current.sends, self._delivery.backward(current, backward, leaf, gradient, first))
         return Accepted(receipt=None)
 
     def _take_over(self, current: TrainingRound, push: Backward) -> OpenInput:
@@ -384,7 +383,8 @@ class StageWorker:
             output=y_digest,
         )
         current.ledger.add(leaf)
-        current.archive.units[leaf.key] = UnitTensors(held.tensor, None, y)
+        current.archive.add(version, leaf.key, UnitTensors(held.tensor, None, y))
+        current.outputs[push.sample] = y
         forward = Forward(
             run=push.run, round=push.round, sample=push.sample, head=push.head, index=push.index, version=version
         )
@@ -456,10 +456,13 @@ class StageWorker:
         )
         current.ledger.add(leaf)
         current.units += 1
-        current.archive.units[leaf.key] = UnitTensors(held.tensor, None if gradient is None else gradient[0], dx)
+        tensors = UnitTensors(held.tensor, None if gradient is None else gradient[0], dx)
+        current.archive.add(version, leaf.key, tensors)
+        current.outputs.pop(push.sample, None)
         if dx is None:
             self._driver.complete(current, push, loss)
             return
+        current.pass_on(push.sample, dx)
         backward = Backward(
             run=push.run,
             round=push.round,
@@ -547,6 +550,7 @@ class StageWorker:
         """Forget an open input whose gradient nobody waits for here any more."""
         current.open.pop(sample, None)
         current.awaited.pop(sample, None)
+        current.outputs.pop(sample, None)
         self._spawn(current.sends, self._forget(current, sample))
 
     async def _forget(self, current: TrainingRound, sample: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -21,9 +21,8 @@ import torch
 from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
 from model.stage import build_stage, flatten, unflatten
-from neurons.archive import Archive, Vector
+from neurons.archive import Archive, RoundArchive, Vector
 from neurons.download import forget
-from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.exchange import Desk
 from neurons.journal import Journal
 from neurons.keeper import Keeper, KeptCut
@@ -32,8 +31,10 @@ from neurons.merging import merge
 from neurons.node import CHAIN_STALL, Node
 from neurons.pipeline import StageWorker
 from neurons.replica import Replica
+from neurons.ring import capacity_of
+from neurons.slots import keep_picked
 from neurons.states import after_merge, said_beyond
-from neurons.telemetry import CheckpointWritten, MergeFault, RoundStarted, Traffic
+from neurons.telemetry import CheckpointWritten, EvidenceHeld, MergeFault, RoundStarted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from neurons.terms import Marks, Outcome, Terms
 from neurons.wire import DendriteExchange
@@ -56,6 +57,8 @@ MARGIN = 3
 """Blocks before a mark at which its record is handed to the chain: inclusion and finality take two or three."""
 
 
+SEED_PAUSE = 5.0
+"""Seconds until the chain is asked again for a slot's seed."""
 PATIENCE_BLOCKS = 10
 """Blocks after a merge's end within which siblings must say that they have its result."""
 
@@ -108,6 +111,7 @@ def merge_terms(node: Node, roster: Roster, stage: int, *, secret: bytes, end: i
         codec=codec,
         outer=optimizer.outer(),
         limit=limit,
+        clip=manifest.merge.clip,
         secret=secret,
     )
 
@@ -135,6 +139,8 @@ class RoundMachine:
         """Rounds in whose merge this replica has a say."""
         self._announcing: asyncio.Task[int | None] | None = None
         self._kept: KeptCut | None = None
+        self._picking: set[asyncio.Task[None]] = set()
+        """One a round: windows that no seed picks are dropped, until its last slot's seed is known."""
         self._secret = secrets.token_bytes(32)
 
     @property
@@ -223,7 +229,9 @@ class RoundMachine:
         node, close = self._node, roster.block + self._manifest.round.close
         seed = await node.seed(roster.block, "orion/route/1")
         journal = Journal(node, roster, self.stage)
-        self.worker.begin(roster.round, roster, seed, self._archive.open(roster.round), journal)
+        held = self._archive.open(roster.round)
+        self.worker.begin(roster.round, roster, seed, held, journal)
+        self._pick(roster, held, journal.slot)
         following = asyncio.create_task(journal.run())
         drive = None
         if self.worker.plan.is_first:
@@ -239,6 +247,22 @@ class RoundMachine:
                 await drive
         _, evidence = await self.worker.close()
         return replace(evidence, acks=await journal.settle())
+
+    def _pick(self, roster: Roster, held: RoundArchive, slot: Callable[[], int]) -> None:
+        picking = asyncio.create_task(self._keep_picked(roster, held, slot))
+        self._picking.add(picking)
+        picking.add_done_callback(self._picking.discard)
+
+    async def _keep_picked(self, roster: Roster, held: RoundArchive, slot: Callable[[], int]) -> None:
+        """Until the round is forgotten: without the seeds nothing of it may be shown."""
+        while self._archive.get(roster.round) is held:
+            try:
+                await keep_picked(self._node, roster, held, slot)
+            except ChainError as error:
+                log.warning("round %d: seeds of slots cannot be read: %s", roster.round, error)
+                await asyncio.sleep(SEED_PAUSE)
+            else:
+                return
 
     async def _time_of(self, block: int) -> float:
         """When `block` will be finalized, by the loop's clock, at the pace of the last blocks."""
@@ -262,14 +286,17 @@ class RoundMachine:
             await self._node.publish(self.state_record)
             return
         if feedback.residual.numel():
-            owed = held.cut.owed = Vector(self.replica.feedback.residual)
-            still = held.cut.still_owed = Vector(feedback.residual)
+            owed, still = Vector(self.replica.feedback.residual), Vector(feedback.residual)
+            held.keep_cut(replace(held.cut, owed=owed, still_owed=still))
             roots = await asyncio.gather(asyncio.to_thread(owed.tree), asyncio.to_thread(still.tree))
             closing = replace(evidence.closing, owed=roots[0].root, still_owed=roots[1].root)
             evidence = replace(evidence, closing=closing)
         self.engine.replace_weights(self.replica.cut(roster.round, sent, feedback))
         held.evidence, held.desk = evidence, Desk(self._node.identity.hotkey, pieces, evidence=evidence.root)
         optimizer = {name: tensor for name, tensor in self.engine.state().items() if not name.startswith(WEIGHTS)}
+        self._node.telemetry.emit(
+            EvidenceHeld(round=roster.round, bytes=self._archive.bytes, ring=self._node.config.ring)
+        )
         await self._keeper.keep_cut(self.stage, roster.round, self.replica, pieces, evidence, optimizer)
         record = replace(self.state_record, round=roster.round, work=len(evidence.leaves))
         self._voting = {roster.round}
@@ -304,10 +331,9 @@ class RoundMachine:
             return
         terms = self._terms(roster)
         held = self._archive.open(roster.round)
-        held.evidence, held.desk = (
-            cut.evidence,
-            Desk(self._node.identity.hotkey, cut.pieces, evidence=cut.evidence.root),
-        )
+        held.restore(cut.evidence)
+        held.desk = Desk(self._node.identity.hotkey, cut.pieces, evidence=cut.evidence.root)
+        self._pick(roster, held, lambda: 0)
         if block < terms.marks.have - terms.marks.margin:
             record = replace(self.state_record, round=roster.round, work=len(cut.evidence.leaves))
             self._voting = {roster.round}
@@ -404,7 +430,7 @@ class RoundMachine:
 
     async def shut_down(self) -> None:
         """Stop training and merging, at once."""
-        tasks: list[asyncio.Task[object]] = [*self._merges.values()]
+        tasks: list[asyncio.Task[object]] = [*self._merges.values(), *self._picking]
         if self._announcing is not None:
             tasks.append(self._announcing)
         for task in tasks:
@@ -425,7 +451,7 @@ def build_worker(node: Node, stage: int) -> StageWorker:
         n_total_params=total_parameters(config, plan.count),
         accumulation=manifest.optimizer.accumulation,
         recompute=Recompute.KEEP,
-        capacity=2 * DEPTH_LIMIT_PER_STAGE * plan.count,
+        capacity=capacity_of(plan),
     )
     return StageWorker(
         identity=node.identity,

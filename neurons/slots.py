@@ -1,10 +1,15 @@
-"""The seeds of a round's slots, as everybody reads them from the chain."""
+"""The seeds of a round's slots, as everybody reads them from the chain, and what a miner keeps by them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+from neurons.archive import RoundArchive
 from neurons.node import Node
 from subnet.manifest import Manifest
 from subnet.swarm.roster import Roster
+from subnet.trust.audit import select_windows
 from subnet.trust.heads import slot_end, slots_in
 
 
@@ -13,10 +18,25 @@ def slots_of(manifest: Manifest) -> int:
     return slots_in(manifest.round.close, manifest.audit.slot, manifest.audit.grace)
 
 
-async def slot_seeds(node: Node, roster: Roster) -> list[bytes]:
-    """By slot, once the last of them is known: nobody knows one before its slot has ended."""
+async def slot_seed(node: Node, roster: Roster, slot: int) -> bytes:
+    """Nobody knows it before the slot has ended."""
     rules = node.loaded.manifest.audit
-    return [
-        await node.seed(roster.block + slot_end(slot, rules.slot) + rules.seed_delay, "orion/slot/1")
-        for slot in range(slots_of(node.loaded.manifest))
-    ]
+    return await node.seed(roster.block + slot_end(slot, rules.slot) + rules.seed_delay, "orion/slot/1")
+
+
+async def slot_seeds(node: Node, roster: Roster) -> list[bytes]:
+    """By slot, once the last of them is known."""
+    return [await slot_seed(node, roster, slot) for slot in range(slots_of(node.loaded.manifest))]
+
+
+async def keep_picked(node: Node, roster: Roster, held: RoundArchive, current_slot: Callable[[], int]) -> None:
+    """Leave of each slot only the windows that its seed picks, as soon as it is known. Ends with the last slot.
+
+    `current_slot` is that of a window which closes now. Raises `ChainError`.
+    """
+    hotkey, count = node.identity.hotkey, node.loaded.manifest.audit.windows
+    for slot in range(slots_of(node.loaded.manifest)):
+        seed = await slot_seed(node, roster, slot)
+        held.reach(current_slot())
+        held.seeded(slot, partial(select_windows, seed=seed, hotkey=hotkey, slot=slot, count=count))
+    held.settled = True

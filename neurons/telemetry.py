@@ -119,6 +119,25 @@ class TrainingClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowGivenUp:
+    """The ring of `ring` bytes was full: from this window on, windows of the round were let go before a seed could pick
+    them. One that is picked cannot be shown."""
+
+    round: int
+    version: int
+    ring: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceHeld:
+    """Bytes of host memory in which a miner answers for its rounds, at the cut of this one."""
+
+    round: int
+    bytes: int
+    ring: int
+
+
+@dataclass(frozen=True, slots=True)
 class RecordPublished:
     """A record of this node is on chain; with it, `epoch_used` of `epoch_limit` bytes of the epoch are used."""
 
@@ -357,6 +376,8 @@ Event = (
     | MicrobatchDone
     | Quarantined
     | TrainingClosed
+    | WindowGivenUp
+    | EvidenceHeld
     | RecordPublished
     | Merged
     | MergeFault

@@ -91,6 +91,8 @@ class Terms:
     outer: OuterConfig
     limit: Callable[[int], float]
     """Largest magnitude in the payload of so many units of work."""
+    clip: float
+    """Times the median norm that a contribution may have, see `subnet.swarm.clip`."""
     secret: bytes
     """Chooses the shard to recheck; its owner's alone."""
     piece_bytes: int = content.PIECE_BYTES

@@ -11,7 +11,9 @@ import torch
 from neurons.archive import RoundArchive
 from subnet.messages import Forward
 from subnet.swarm.roster import Roster
-from subnet.trust.ledger import Ledger, UnitKey
+from subnet.trust.ledger import Direction, Ledger, UnitKey
+
+GRADIENTS_KEPT = 256
 
 
 @dataclass
@@ -78,6 +80,10 @@ class TrainingRound:
     """Pushes accepted: who sent them and the receipt they got."""
     open: dict[int, OpenInput] = field(default_factory=dict)
     pushes: dict[int, Forward] = field(default_factory=dict)
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Activations sent forward whose gradient is not here: they may have to be sent again, kept as evidence or not."""
+    gradients: dict[int, torch.Tensor] = field(default_factory=dict)
+    """The last `GRADIENTS_KEPT` passed on, by sample: a sibling of who had them may have to be offered them."""
     """Forwards sent on, kept to be offered again."""
     awaited: dict[int, Awaited] = field(default_factory=dict)
     sinks: dict[int, set[str]] = field(default_factory=dict)
@@ -121,3 +127,14 @@ class TrainingRound:
     work: set[asyncio.Task[None]] = field(default_factory=set)
     sends: set[asyncio.Task[None]] = field(default_factory=set)
     room: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def output(self, sample: int) -> torch.Tensor | None:
+        """What was sent forward of a sample, as long as it is awaited or kept as evidence."""
+        kept = self.archive.unit(UnitKey(sample, Direction.FORWARD))
+        return self.outputs.get(sample, None if kept is None else kept.output)
+
+    def pass_on(self, sample: int, gradient: torch.Tensor) -> None:
+        """Remember the gradient of a unit's input; the oldest one is forgotten."""
+        self.gradients[sample] = gradient
+        if len(self.gradients) > GRADIENTS_KEPT:
+            del self.gradients[next(iter(self.gradients))]

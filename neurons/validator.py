@@ -59,10 +59,9 @@ class Validator:
         self._bench = Bench([build_stage(config, plan, manifest.run.seed) for plan in node.plans])
         self._states = PublicStates(node, self._bench)
         rule = rule_of(node, validators=1)
-        self._suspicions = Suspicions(
-            node.config.out / "suspicions" / node.loaded.run_id.hex() / f"{node.config.name}.json", rule
-        )
-        self._judge = Judge(node, self._suspicions)
+        kept = node.config.out / "judgement" / node.loaded.run_id.hex()
+        self._suspicions = Suspicions(kept / f"{node.config.name}-suspicions.json", rule)
+        self._judge = Judge(node, self._suspicions, kept / f"{node.config.name}-scores.json")
         self._auditor = Auditor(
             loaded=node.loaded,
             plans=node.plans,

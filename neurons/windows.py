@@ -17,7 +17,7 @@ import torch
 
 from model.engine import StageEngine, StepReport
 from model.stage import flatten
-from neurons.archive import KeptWindow, RoundArchive, State, Vector
+from neurons.archive import RoundArchive, State, Vector
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Direction, Leaf, Ledger, units_hash
@@ -152,31 +152,37 @@ class Windows:
         self._archive = archive
         self._current = first
         self._hashing: asyncio.Task[None] | None = None
+        self._begin(first)
 
     def stepped(self, step: Stepped) -> None:
         """A step closes the window and opens the next; after one without a finite gradient it ends as it began."""
         self._close(step.after if step.report.finite else self._current.state)
-        self._current = step.opened
+        self._begin(step.opened)
 
     def changed(self, opened: Opened) -> None:
         """Other weights without a step: a window that has units already ends with what it began with."""
         if opened.version != self._current.version:
             self._close(self._current.state)
-        self._current = opened
+        self._begin(opened)
 
     async def finish(self) -> bytes:
         """Close what is open and wait until every head is in the ledger; the root of the weights now."""
         self._close(self._current.state)
         if self._hashing is not None:
             await self._hashing
-        closing = self._archive.cut.closing = self._current.state.weights
+        closing = self._current.state.weights
+        self._archive.end(closing)
         return (await asyncio.to_thread(closing.tree)).root
+
+    def _begin(self, opened: Opened) -> None:
+        self._current = opened
+        self._archive.open_window(opened.version, opened.state)
 
     def _close(self, after: State) -> None:
         leaves = self._ledger.window(self._current.version)
         if leaves:
-            self._archive.windows[self._current.version] = KeptWindow(self._current.state, after)
             closed = Closed(self._current, after, leaves, self._witness.slot())
+            self._archive.close_window(closed.slot, after)
             self._hashing = asyncio.create_task(self._enter(self._hashing, closed))
 
     async def _enter(self, before: asyncio.Task[None] | None, closed: Closed) -> None:
@@ -184,4 +190,5 @@ class Windows:
             await before
         head = await asyncio.to_thread(closed.head)
         self._ledger.close_window(head)
+        self._archive.enter(head)
         self._witness.entered(head)

@@ -63,6 +63,39 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     explain.add_argument("--round", type=int, default=None, help="only this round (default: all)")
 
 
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what auditing a run costs, before anybody rents anything",
+        description="Say what miners must keep and send and validators fetch and compute to audit a run, and whether "
+        "that fits. Arithmetic, no measurement; exit status 1 if something does not fit.",
+    )
+    plan.add_argument("--model", default="100b", help="model preset (default: 100b)")
+    plan.add_argument("--stages", type=int, default=16, help="pipeline stages (default: 16)")
+    plan.add_argument("--replicas", type=int, default=3, help="miners per stage (default: 3)")
+    plan.add_argument("--gpu", default="a100-80gb", help="card of miners and validators (default: a100-80gb)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation to plan with (default: 0.4)")
+    plan.add_argument("--up", default="856mbit", help="a miner's uplink (default: 856mbit)")
+    plan.add_argument("--down", default="1322mbit", help="a validator's downlink (default: 1322mbit)")
+    plan.add_argument("--host-gb", type=float, default=200.0, help="a miner's host memory, 10^9 bytes (default: 200)")
+    run = plan.add_argument_group("the run")
+    run.add_argument("--sequence", type=int, default=8192, help="tokens in a sequence (default: 8192)")
+    run.add_argument("--batch", type=int, default=1, help="sequences in a microbatch (default: 1)")
+    run.add_argument("--accumulation", type=int, default=64, help="microbatches in a local step (default: 64)")
+    run.add_argument("--round-minutes", type=float, default=60.0, help="length of a round (default: 60)")
+    audit = plan.add_argument_group("audits")
+    audit.add_argument("--validators", type=int, default=4, help="validators (default: 4)")
+    audit.add_argument("--slot-blocks", type=int, default=15, help="blocks of 12 s in a slot (default: 15)")
+    audit.add_argument("--windows", type=float, default=0.1, help="picked per miner and slot (default: 0.1)")
+    audit.add_argument("--share", type=float, default=0.01, help="of units, replayed in sum (default: 0.01)")
+    audit.add_argument("--steps", type=float, default=0.15, help="of picked windows, replayed whole (default: 0.15)")
+    audit.add_argument("--readers", type=float, default=1.0, help="validators that fetch a picked window (default: 1)")
+    audit.add_argument(
+        "--delta", type=float, default=1.0, help="size of a weight delta over that of weights (default: 1)"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     localnet = commands.add_parser(
         "localnet",
@@ -126,12 +159,13 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_roster(commands)
     _add_score(commands)
+    _add_plan(commands)
     # Its options are the chain's own: `main` hands them over unparsed.
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per command
     """Run a command; 0 done, 1 failed, 2 usage, 130 stopped by Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["chain"]:
@@ -170,6 +204,11 @@ def main(argv: list[str] | None = None) -> int:
         from scripts.score import explain_score  # noqa: PLC0415 - reads only, but pulls in the event types
 
         return explain_score(uid=flags.uid, run=flags.run, number=flags.round)
+    if flags.command == "plan":
+        from scripts.plan import PlanOptions, show_plan  # noqa: PLC0415 - only for this command
+
+        given = {name: value for name, value in vars(flags).items() if name not in ("command", "json")}
+        return show_plan(PlanOptions(**given), as_json=flags.json)
     return _localnet(flags)
 
 

@@ -21,6 +21,8 @@ from subnet.manifest import (
 )
 
 DECAY = 0.95
+CLIP = 2.0
+"""A replica may work twice as much as the median of its stage, or bring what a void round left over."""
 LAST_STEP_BLOCKS = 2
 """With overlap training ends so many blocks before the round: a unit and a step in flight have to end somewhere."""
 
@@ -87,13 +89,14 @@ def local_manifest(
             outer_lr=1.0,
             outer_momentum=0.0,
         ),
-        merge=MergeSection(codec=codec, decay=DECAY),
+        merge=MergeSection(codec=codec, decay=DECAY, clip=CLIP),
         round=marks,
         audit=AuditSection(
             slot=(marks.close + phase_blocks) // SLOTS + 1,
             grace=phase_blocks,
             seed_delay=4,
-            windows=1,
+            windows=1.0,
+            readers=2.0,
             share=0.03,
             tolerance=0.02,
             report=2 * phase_blocks,

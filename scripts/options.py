@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from scripts.faults import Fault, check_faults, joiners
-from subnet.transport.shaping import Link, LinkError
+from subnet.quantities import QuantityError
+from subnet.transport.shaping import Link
 
 Codec = Literal["topk2bit", "int8", "bf16"]
 DEFAULT_CODEC: Codec = "topk2bit"
@@ -99,7 +100,7 @@ def check_options(options: LocalnetOptions) -> None:
         )
     try:
         Link.parse(latency=options.latency, bandwidth=options.bandwidth, loss=options.loss)
-    except LinkError as error:
+    except QuantityError as error:
         raise LocalnetError(str(error)) from None
     check_faults(options.faults, stages=options.stages, miners=miners, rounds=options.rounds)
 

@@ -83,8 +83,7 @@ class Chain(Protocol):
         """Block `number` once it is finalized; at once if it is. ChainUnreachable after `timeout` seconds."""
 
     async def passed(self, number: int, *, stall: float) -> None:
-        """Until block `number` is finalized, however long that takes; reads nothing. ChainUnreachable after `stall`
-        seconds without any new one."""
+        """Until block `number` is finalized. Reads nothing. ChainUnreachable after `stall` seconds with no new one."""
 
     async def block_hash(self, number: int) -> str:
         """The hash of a finalized block; ChainRefused for one that is not finalized yet."""
@@ -273,10 +272,7 @@ class BittensorChain:
         return await self._head(number)
 
     async def passed(self, number: int, *, stall: float) -> None:
-        """Until block `number` is finalized, however long that takes; reads nothing. ChainUnreachable after `stall`
-        seconds without any new one."""
-        if self._lost is not None:
-            raise self._lost
+        """Until block `number` is finalized. Reads nothing. ChainUnreachable after `stall` seconds with no new one."""
         while self._finalized < number:
             await self._reach(self._finalized + 1, stall)
 

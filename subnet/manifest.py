@@ -163,6 +163,8 @@ class MergeSection(_Section):
     """`topk2bit` goes to everybody (all-gather) with error feedback; the others through the pair-shard butterfly."""
     decay: Annotated[float, Field(gt=0, le=1)]
     """What is left per round of a contribution that error feedback holds back."""
+    clip: Annotated[float, Field(ge=1)]
+    """Times the lower median of a stage's norms that a contribution may have; what is larger is scaled down to it."""
 
 
 class RoundSection(_Section):
@@ -216,8 +218,11 @@ class AuditSection(_Section):
     """Blocks before a slot's end from which windows are given to the next one: what a push and finality take."""
     seed_delay: Positive
     """Blocks after a slot's end whose hash is its seed: nobody knows it when the heads are acknowledged."""
-    windows: Positive
-    """Windows picked per miner and slot."""
+    windows: Annotated[float, Field(gt=0)]
+    """Windows picked per miner and slot, on average: 0.1 is one window in one slot of ten."""
+    readers: Annotated[float, Field(gt=0)]
+    """Validators that look into a picked window, on average: each into its stake's part of this, by its secret. Of a
+    round's first window all do, because nobody has to fetch its weights."""
     share: Fraction
     """Units replayed, in sum over validators, as a share of a miner's units of the round; each validator replays its
     stake's part of that, and at least one per miner and round."""

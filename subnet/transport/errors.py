@@ -88,6 +88,18 @@ class UnknownHotkey(Refused):
     status, code = 403, "unknown_hotkey"
 
 
+class NotPicked(Refused):
+    """No seed picked what was asked for, so nobody is shown it."""
+
+    status, code = 403, "not_picked"
+
+
+class OverQuota(Refused):
+    """The caller has had what it may have of a round; asking again cannot help."""
+
+    status, code = 403, "over_quota"
+
+
 class UnknownRoute(Refused):
     """This axon does not serve that kind of synapse."""
 
@@ -177,7 +189,7 @@ REFUSALS: Final[dict[str, type[Refused]]] = {
     for kind in (
         MalformedRequest, BadSignature, StaleRequest, UnknownHotkey, UnknownRoute, UnknownRun, TooSlow,
         ReplayedRequest, Dropped, LengthRequired, TooLarge, WrongReceiver, WrongTensor, NotFinite, Busy,
-        Full, Broken, Unavailable,
+        Full, Broken, Unavailable, NotPicked, OverQuota,
     )
 }  # fmt: skip
 

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
+from subnet.quantities import QuantityError, parse, parse_bandwidth
 from subnet.transport.errors import Unreachable
 
 TURN: Final = 64 * 1024
@@ -40,12 +39,7 @@ LATE: Final = 0.02
 """Seconds by which a stream that was woken late may catch up."""
 
 _LATENCY: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-_BANDWIDTH: Final = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _LOSS: Final = {"%": 0.01}
-
-
-class LinkError(ValueError):
-    """A link that cannot be read: one line with the text and the accepted form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +55,12 @@ class Link:
 
     @classmethod
     def parse(cls, *, latency: str | None = None, bandwidth: str | None = None, loss: str | None = None) -> Link | None:
-        """The link that these texts describe; None if there is none. Raises `LinkError`."""
+        """The link that these texts describe; None if there is none. Raises `QuantityError`."""
         if latency is None and bandwidth is None and loss is None:
             return None
         return cls(
             latency_s=0.0 if latency is None else parse_latency(latency),
-            bandwidth_bps=math.inf if bandwidth is None else parse_bandwidth(bandwidth),
+            bandwidth_bps=math.inf if bandwidth is None else parse_bandwidth("bandwidth", bandwidth),
             loss=0.0 if loss is None else parse_loss(loss),
         )
 
@@ -88,31 +82,16 @@ class Link:
 
 
 def parse_latency(text: str) -> float:
-    """Seconds from a text like 50ms. Raises `LinkError`."""
-    return _parse("latency", text, _LATENCY, example="50ms")
-
-
-def parse_bandwidth(text: str) -> float:
-    """Bits per second, above 0, from a text like 200mbit. Raises `LinkError`."""
-    bandwidth = _parse("bandwidth", text, _BANDWIDTH, example="200mbit")
-    if bandwidth <= 0:
-        raise LinkError(f"--bandwidth {text!r} lets nothing pass: give more than 0, in the form 200mbit")
-    return bandwidth
+    """Seconds from a text like 50ms. Raises `QuantityError`."""
+    return parse("latency", text, _LATENCY, example="50ms")
 
 
 def parse_loss(text: str) -> float:
-    """A share from 0 to 1 from a text like 0.5%. Raises `LinkError`."""
-    loss = _parse("loss", text, _LOSS, example="0.5%")
+    """A share from 0 to 1 from a text like 0.5%. Raises `QuantityError`."""
+    loss = parse("loss", text, _LOSS, example="0.5%")
     if loss > 1:
-        raise LinkError(f"--loss {text!r} is more than everything: give 0% to 100%, in the form 0.5%")
+        raise QuantityError(f"--loss {text!r} is more than everything: give 0% to 100%, in the form 0.5%")
     return loss
-
-
-def _parse(name: str, text: str, units: Mapping[str, float], *, example: str) -> float:
-    match = re.fullmatch(rf"(\d{{1,12}}(?:\.\d{{1,12}})?)({'|'.join(units)})", text, re.ASCII)
-    if match is None:
-        raise LinkError(f"--{name} {text!r} is not of the form {example} (units: {', '.join(units)})")
-    return float(match[1]) * units[match[2]]
 
 
 class Pipe:

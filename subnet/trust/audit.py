@@ -43,15 +43,21 @@ def _share(draw: bytes) -> float:
 
 
 def select_windows(
-    heads: Iterable[WindowHead], *, seed: bytes, hotkey: str, slot: int, count: int
+    heads: Iterable[WindowHead], *, seed: bytes, hotkey: str, slot: int, count: float
 ) -> tuple[WindowHead, ...]:
-    """`count` windows of `hotkey` in a slot by H(seed, hotkey, version); the same for the miner and all validators."""
+    """`count` windows of `hotkey` in a slot by H(seed, hotkey, version); the same for the miner and all validators.
+
+    What `count` has beyond a whole number is the chance of one window more: short slots, whose windows need not be kept
+    for long until their seed is known, need not all be looked into.
+    """
+    whole = math.floor(count)
+    more = _share(_draw(seed, hotkey, "more", str(slot))) < count - whole
     inside = [head for head in heads if head.slot == slot]
-    return tuple(sorted(inside, key=lambda head: _draw(seed, hotkey, str(head.version)))[:count])
+    return tuple(sorted(inside, key=lambda head: _draw(seed, hotkey, str(head.version)))[: whole + more])
 
 
 def pick_windows(
-    heads: Sequence[WindowHead], *, seeds: Iterable[bytes], hotkey: str, count: int
+    heads: Sequence[WindowHead], *, seeds: Iterable[bytes], hotkey: str, count: float
 ) -> list[tuple[WindowHead, bytes]]:
     """`count` windows of each slot with that slot's seed; `seeds` are by slot."""
     return [
@@ -59,6 +65,11 @@ def pick_windows(
         for slot, seed in enumerate(seeds)
         for head in select_windows(heads, seed=seed, hotkey=hotkey, slot=slot, count=count)
     ]
+
+
+def reads_window(head: WindowHead, *, secret: bytes, seed: bytes, hotkey: str, share: float) -> bool:
+    """Whether a validator fetches the weights of a picked window: so it does with `share` of them, by its secret."""
+    return _share(_draw(_private(secret, seed), "window", hotkey, str(head.version))) < share
 
 
 def comparable(plan: StagePlan, leaf: Leaf) -> bool:

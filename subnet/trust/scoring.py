@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from subnet.swarm.record import Phase, Record
 from subnet.swarm.roster import Roster
@@ -138,18 +138,36 @@ class Mean:
     rounds: int
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a history remembers: plain values, so pydantic's `TypeAdapter(Past)` writes and reads it."""
+
+    recent: tuple[Mapping[str, Score], ...] = ()
+    """Scores of the last closed rounds, oldest first."""
+    count: int = 0
+    """Closed rounds."""
+    first: Mapping[str, int] = field(default_factory=dict)
+    """Index of the closed round in which a hotkey was first seen."""
+    clean: Mapping[str, int] = field(default_factory=dict)
+    """Index of the first closed round that counts again for one that was convicted."""
+
+
 class History:
     """The closed rounds of a run as one validator judged them, as far as weights depend on them."""
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, past: Past | None = None) -> None:
         """`rounds` is over how many a mean is taken, and for how many a conviction counts."""
+        past = past or Past()
         self._rounds = rounds
-        self._recent: deque[Mapping[str, Score]] = deque(maxlen=rounds)
-        self._count = 0
-        self._first: dict[str, int] = {}
-        """Index of the closed round in which a hotkey was first seen."""
-        self._clean: dict[str, int] = {}
-        """Index of the first closed round that counts again for one that was convicted."""
+        self._recent = deque(past.recent, maxlen=rounds)
+        self._count = past.count
+        self._first = dict(past.first)
+        self._clean = dict(past.clean)
+
+    @property
+    def past(self) -> Past:
+        """What the next process needs to go on."""
+        return Past(tuple(self._recent), self._count, dict(self._first), dict(self._clean))
 
     def barred(self, hotkey: str) -> bool:
         """Whether the round that is closed next counts nothing for it, because of an earlier conviction."""

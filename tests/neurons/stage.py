@@ -137,6 +137,7 @@ class Stage:
     seed: int = 0
     outer: OuterConfig = OuterConfig(lr=0.7, momentum=0.9)  # noqa: RUF009 - frozen
     limit: float = 1.0
+    clip: float = 2.0
     latency: tuple[float, float] = (0.02, 0.3)
     """Seconds one way, from least to most."""
     piece_bytes: int = 512
@@ -174,6 +175,7 @@ class Stage:
             codec=self.codec_used,
             outer=self.outer,
             limit=lambda _: self.limit,
+            clip=self.clip,
             secret=hashlib.sha256(f"{self.seed} {hotkey}".encode()).digest(),
             piece_bytes=self.piece_bytes,
         )

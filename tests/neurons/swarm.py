@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ from subnet.swarm.roster import Roster
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
+from subnet.trust.audit import UnitTensors
 
 SEED = b"a public seed"
 
@@ -108,13 +110,14 @@ def manifest(
             outer_lr=1.0,
             outer_momentum=0.0,
         ),
-        merge=MergeSection(codec="bf16", decay=0.95),
+        merge=MergeSection(codec="bf16", decay=0.95, clip=2.0),
         round=RoundSection(count=1, close=11, cut=12, have=13, merge=14, length=14, linger=1),
         audit=AuditSection(
             slot=8,
             grace=1,
             seed_delay=1,
-            windows=1,
+            windows=1.0,
+            readers=8.0,
             share=0.1,
             tolerance=1e-4,
             report=4,
@@ -160,6 +163,11 @@ class Swarm:
 
     def stage(self, index: int) -> list[Member]:
         return [self.members[hotkey] for hotkey in self.roster.stages[index]]
+
+    def units(self, member: Member) -> Iterator[UnitTensors]:
+        """What a member has kept of its units, in the order in which they were computed."""
+        for window in self.rounds[member.identity.hotkey].windows.values():
+            yield from window.units.values()
 
     async def __aenter__(self) -> Self:
         for hotkey, member in self.members.items():

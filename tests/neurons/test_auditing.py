@@ -97,6 +97,25 @@ async def test_only_picked_windows_and_drawn_units_are_asked_for(closed: ClosedR
             assert len(units) == len(dossiers[hotkey].replayed)
 
 
+async def test_little_stake_fetches_few_windows(closed: ClosedRound) -> None:
+    """A round's first window costs nobody a transfer; of the others each validator reads its part."""
+    async with Court(closed) as court:
+        judge = court.validators["one"]
+        dossiers = await judge.audit(closed.facts(SECRET, stake_share=1 / 64))
+        asked = {
+            (hotkey, request.version)
+            for hotkey, show in court.shows.items()
+            for request in show.asked
+            if isinstance(request, WindowRequest)
+        }
+        picked = {(hotkey, version) for hotkey, dossier in dossiers.items() for version in dossier.picked}
+        assert len(asked) < len(picked) / 3
+        for hotkey, dossier in dossiers.items():
+            first = closed.works[hotkey].heads[0].version
+            assert first not in dossier.picked or dossier.replayed
+        assert not judge.failed()
+
+
 # -- what is committed and wrong ---------------------------------------------------------------------------------
 
 

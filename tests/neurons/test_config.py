@@ -3,6 +3,7 @@
 import pytest
 
 from neurons.config import parse
+from subnet.quantities import parse_size, written
 from subnet.transport.shaping import Link
 
 NEEDED = ["--wallet", "w", "--hotkey", "h", "--manifest", "m.toml", "--data", "d"]
@@ -20,6 +21,20 @@ def test_a_bad_link_is_a_usage_error(flag: str, text: str, capsys: pytest.Captur
         parse([*NEEDED, flag, text], program="x", description="x")
     assert caught.value.code == 2
     assert f"{flag} '{text}' is not of the form" in capsys.readouterr().err
+
+
+def test_a_ring_is_read_in_bytes_or_named_with_its_form(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(NEEDED, program="x", description="x").ring == 16 * 10**9
+    assert parse([*NEEDED, "--ring", "1.5tb"], program="x", description="x").ring == 1_500_000_000_000
+    for text in ("16", "-1gb", "16GB", "16 gb", "lots"):
+        with pytest.raises(SystemExit):
+            parse([*NEEDED, f"--ring={text}"], program="x", description="x")
+        assert f"--ring '{text}' is not of the form 16gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 999, 10**9, 10**9 + 1, 123_456_789_012, 10**15])
+def test_a_size_is_written_as_it_is_read_and_never_smaller(size: int) -> None:
+    assert size <= parse_size("ring", written(size)) <= size * 1.1 + 1000
 
 
 def test_the_help_shows_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
@@ -14,17 +15,18 @@ import torch
 
 from model.config import BoundaryConfig, BoundaryForm
 from model.split import split
-from neurons.archive import RoundArchive, Vector
+from neurons.archive import Cut, RoundArchive, Vector
 from neurons.desks import EvidenceDesk
 from neurons.exchange import Desk
 from neurons.fetching import Source, Withheld
 from neurons.library import Library
-from subnet.messages import Shapes, StatePart, StatePiece, StateRequest
-from subnet.transport.errors import Dropped, MalformedRequest, Refused, Unavailable, UnknownRun
+from subnet.messages import Shapes, StatePart, StatePiece, StateRequest, UnitRequest
+from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Refused, Unavailable, UnknownRun
 from subnet.transport.synapse import HEADER_LIMIT
+from subnet.trust.audit import pick_windows, select_windows
 from subnet.trust.ledger import Evidence
 from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
-from tests.neurons.swarm import Member, Swarm, manifest, open_corpus, tiny, tokens_file
+from tests.neurons.swarm import SEED, Member, Swarm, manifest, open_corpus, tiny, tokens_file
 
 
 @dataclass
@@ -41,15 +43,17 @@ class Shown:
 
     @property
     def values(self) -> int:
-        return self.held.windows[0].opening.weights.values.numel()
+        return sum(parameter.numel() for parameter in self.miner.worker.engine.stage.parameters())
 
-    async def close(self) -> Evidence:
-        """As a cut does, with error feedback."""
+    async def close(self, *, count: int = 8, settled: bool = True) -> Evidence:
+        """As a cut does, with error feedback. The slot's seed picks `count` windows."""
         _, evidence = await self.miner.worker.close()
-        cut = self.held.cut
-        cut.owed, cut.still_owed = Vector(torch.zeros(self.values)), Vector(torch.ones(self.values))
-        closing = replace(evidence.closing, owed=cut.owed.tree().root, still_owed=cut.still_owed.tree().root)
+        owed, still = Vector(torch.zeros(self.values)), Vector(torch.ones(self.values))
+        self.held.keep_cut(replace(self.held.cut, owed=owed, still_owed=still))
+        closing = replace(evidence.closing, owed=owed.tree().root, still_owed=still.tree().root)
         evidence = replace(evidence, closing=closing)
+        self.held.seeded(0, partial(select_windows, seed=SEED, hotkey=self.miner.identity.hotkey, slot=0, count=count))
+        self.held.settled = settled
         self.held.evidence = evidence
         self.held.desk = Desk(self.miner.identity.hotkey, [b"payload"], evidence=evidence.root)
         return evidence
@@ -70,14 +74,16 @@ class Shown:
             patience=patience,
         )
 
-    async def refused(self, **fields: object) -> Refused:
-        """What the answer to a bent request for the first piece of the first window is."""
-        good = {"run": self.swarm.loaded.run_id.hex(), "round": 0, "version": 0, "part": "weights", "piece": 0}
+    async def refused(self, *, unit: int | None = None, **fields: object) -> Refused:
+        """What the answer to a bent request for the first piece of the first window is, or for a backward unit."""
+        good: dict[str, object] = {"run": self.swarm.loaded.run_id.hex(), "round": 0}
+        good |= {"version": 0, "part": "weights", "piece": 0} if unit is None else {"sample": unit, "backward": True}
+        kind = StateRequest if unit is None else UnitRequest
         with pytest.raises(Refused) as caught:
             await self.asker.dendrite.call(
                 self.miner.axon.endpoint,
                 self.miner.identity.hotkey,
-                StateRequest(**{**good, **fields}),  # type: ignore[arg-type]
+                kind.model_validate({**good, **fields}),
                 reply=StatePiece,
                 reply_specs=lambda reply: reply.specs(),
                 max_reply_bytes=HEADER_LIMIT + (1 << 20),
@@ -152,6 +158,45 @@ async def test_while_the_round_is_open_nothing_is_shown(tmp_path: Path) -> None:
         await show.source().piece(0, "weights", 0, root=root, values=show.values)
 
 
+async def test_before_all_seeds_are_known_nothing_is_shown(tmp_path: Path) -> None:
+    async with shown(tmp_path) as show:
+        await show.close(settled=False)
+        refusal = await show.refused()
+        assert isinstance(refusal, Unavailable)
+        assert refusal.message == "a seed of round 0 is not known here; ask again"
+
+
+async def test_only_picked_windows_are_shown_and_their_units(tmp_path: Path) -> None:
+    async with shown(tmp_path) as show:
+        evidence = await show.close(count=1)
+        hotkey = show.miner.identity.hotkey
+        ((picked, _),) = pick_windows(evidence.heads, seeds=[SEED], hotkey=hotkey, count=1)
+        assert list(show.held.windows) == [picked.version]
+        source = show.source()
+        for head in evidence.heads:
+            leaf = evidence.window(head.version)[0]
+            if head is picked:
+                await source.piece(head.version, "next_optimizer", 0, root=head.next_optimizer, values=2 * show.values)
+                assert (await source.unit(leaf)).input.numel()
+                continue
+            for wanted in (show.refused(version=head.version), show.refused(unit=leaf.sample)):
+                refusal = await wanted
+                assert isinstance(refusal, NotPicked)
+                assert f"window {head.version} of round 0 is none that its slot's seed picks" in refusal.message
+
+
+async def test_a_picked_window_that_was_lost_is_said_to_be(tmp_path: Path) -> None:
+    """As after a restart, when only the tables are here."""
+    async with shown(tmp_path) as show:
+        evidence, held = await show.close(), show.held
+        held.clear()
+        held.restore(evidence)
+        held.seeded(0, partial(select_windows, seed=SEED, hotkey=show.miner.identity.hotkey, slot=0, count=1))
+        refusal = await show.refused(version=min(held.picked))
+        assert isinstance(refusal, Dropped)
+        assert "is not kept here: given up, or lost in a restart" in refusal.message
+
+
 async def test_what_is_not_there_is_refused_by_what_is_wrong_with_it(tmp_path: Path) -> None:
     async with shown(tmp_path) as show:
         await show.close()
@@ -159,12 +204,13 @@ async def test_what_is_not_there_is_refused_by_what_is_wrong_with_it(tmp_path: P
         for index in (count, 2**32 - 1):
             refusal = await show.refused(piece=index)
             assert isinstance(refusal, MalformedRequest)
-            assert f"weights of window 0: piece {index} of {count}" in refusal.message
-        assert isinstance(await show.refused(version=3), Dropped)
-        assert isinstance(await show.refused(version=2**32 - 1), Dropped)
+            assert f"weights: piece {index} of {count}" in refusal.message
+        assert isinstance(await show.refused(version=3), NotPicked)
+        assert isinstance(await show.refused(version=2**32 - 1), NotPicked)
+        assert isinstance(await show.refused(unit=2**63 - 1), Dropped)
         assert isinstance(await show.refused(run="00" * 8), UnknownRun)
         assert isinstance(await show.refused(round=1), Unavailable)
-        show.held.cut.owed = None
+        show.held.keep_cut(Cut())
         refusal = await show.refused(part="owed")
         assert isinstance(refusal, Dropped)
         assert "owed" in refusal.message

@@ -210,7 +210,7 @@ async def test_poisoned_gradients_stop_before_the_optimizer_and_their_microbatch
         for head in swarm.stage(0):
             sizes = [
                 float(unit.gradient.float().square().mean().sqrt())
-                for unit in swarm.rounds[head.identity.hotkey].units.values()
+                for unit in swarm.units(head)
                 if unit.gradient is not None
             ]
             assert max(sizes[100:]) < 4 * max(sizes[60:100])
@@ -232,10 +232,7 @@ async def test_poisoned_activations_go_no_further_and_a_lost_microbatch_is_repor
         closed = {member.identity.hotkey: await member.worker.close() for member in swarm.members.values()}
         assert {event.hotkey for event in quarantines(swarm)} == {bad.identity.hotkey}
         for tail in swarm.stage(1):
-            sizes = [
-                float(unit.input.float().square().mean().sqrt())
-                for unit in swarm.rounds[tail.identity.hotkey].units.values()
-            ]
+            sizes = [float(unit.input.float().square().mean().sqrt()) for unit in swarm.units(tail)]
             assert max(sizes) < 4 * sizes[0] + 10
         assert closed[good.identity.hotkey][0].completed == 106
         lost = closed[bad.identity.hotkey][0]

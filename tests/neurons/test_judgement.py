@@ -90,7 +90,7 @@ class Bar:
             ),
         )
         self.suspicions = Suspicions(folder / "held" / "one.json", RULE)
-        self.judge = Judge(self.node, self.suspicions)
+        self.judge = Judge(self.node, self.suspicions, folder / "held" / "one-scores.json")
 
     def ack(self, key: Identity, work: Work, *, count: int | None = None, slot: int = 0) -> Ack:
         count = len(work.heads) if count is None else count
@@ -149,7 +149,7 @@ async def test_windows_pay_that_most_of_the_stake_or_this_validator_acknowledged
     closed: ClosedRound, tmp_path: Path
 ) -> None:
     for key, share, pays in (("other", 0.2, True), ("other", 0.8, False), ("identity", 0.2, True), (None, 0.2, False)):
-        bar = Bar(closed, tmp_path)
+        bar = Bar(closed, tmp_path / f"{key} {share}")
         acks = () if key is None else (getattr(bar, key),)
         await bar.judge.close(bar.facts(mine=share), bar.dossiers(*acks))
         scored = bar.events(MinerScored)
@@ -209,6 +209,22 @@ async def test_a_conviction_costs_as_many_rounds_as_a_mean_is_over(
     assert correct == [1.0, *[0.0] * rounds, 1.0]
     (convicted,) = bar.events(Convicted)
     assert (convicted.hotkey, convicted.round, convicted.until) == (bad, NUMBER + 1, NUMBER + 1 + rounds)
+
+
+async def test_a_validator_that_restarts_goes_on_with_its_means(closed: ClosedRound, tmp_path: Path) -> None:
+    async def close(bar: Bar, number: int) -> dict[str, tuple[float, int]]:
+        await bar.judge.close(bar.facts(number), bar.dossiers(bar.identity))
+        return {event.hotkey: (event.mean, event.rounds) for event in bar.events(MinerScored) if event.round == number}
+
+    whole = Bar(closed, tmp_path / "whole")
+    await close(whole, NUMBER)
+    expected = await close(whole, NUMBER + 1)
+    await close(Bar(closed, tmp_path / "torn"), NUMBER)
+    assert await close(Bar(closed, tmp_path / "torn"), NUMBER + 1) == expected
+    assert {rounds for _, rounds in expected.values()} == {2}
+    (tmp_path / "torn" / "held" / "one-scores.json").write_text("{")
+    anew = await close(Bar(closed, tmp_path / "torn"), NUMBER + 1)
+    assert {rounds for _, rounds in anew.values()} == {1}
 
 
 async def test_findings_are_in_the_event_log(closed: ClosedRound, tmp_path: Path) -> None:

@@ -160,6 +160,25 @@ def test_what_is_carried_over_is_merged_a_round_later() -> None:
     assert torch.equal(final.theta, -mean([first.deltas[hotkey] for hotkey in first.names]))
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_one_that_sends_far_more_than_the_others_is_scaled_down(codec: str) -> None:
+    """All agree on the bits, and the state moves as if it had sent twice the median's norm."""
+    stage = Stage(3, codec, count=20_000 if codec == "topk2bit" else 2000, limit=100.0)
+    loud = stage.names[1]
+    stage.deltas[loud] = 50 * stage.deltas[loud]
+    outcomes = stage.play()
+    state, honest = same_state(outcomes), Stage(3, codec, count=stage.count)
+    assert stage.public is not None
+    moved = float((state.theta - stage.public.theta).norm())
+    usual = float((expected(honest, honest.names).theta - stage.public.theta).norm())
+    unclipped = float((expected(stage, stage.names).theta - stage.public.theta).norm())
+    assert unclipped > 15 * usual
+    assert moved < 2.5 * usual
+    for outcome in outcomes.values():
+        assert not outcome.refused
+        assert outcome.included, "it is scaled, not left out"
+
+
 @pytest.mark.parametrize("replicas", [3, 5, 8])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_lying_holder_is_named_every_time(replicas: int, seed: int) -> None:

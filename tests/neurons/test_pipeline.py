@@ -1,6 +1,7 @@
 """The asynchronous pipeline between real axons: work is done, receipted, replayable; refusals are typed."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from model.config import BoundaryConfig, BoundaryForm
 from model.engine import StepReport
 from model.split import split
 from model.stage import assign_flat, build_stage, flatten
+from neurons.archive import Archive
 from neurons.training import OpenInput
 from neurons.windows import root_of
 from subnet.identity import verify
@@ -29,7 +31,7 @@ from subnet.transport.errors import (
     WrongTensor,
 )
 from subnet.transport.synapse import tensor_bytes
-from subnet.trust.audit import comparable, replay
+from subnet.trust.audit import UnitTensors, comparable, replay
 from subnet.trust.continuity import breaks
 from subnet.trust.ledger import Direction, Evidence, UnitKey, digest, receipt_message
 from subnet.trust.settlement import Settlement, settle
@@ -50,6 +52,11 @@ async def close_all(swarm: Swarm) -> dict[str, Evidence]:
     return {hotkey: (await member.worker.close())[1] for hotkey, member in swarm.members.items()}
 
 
+def kept(unit: UnitTensors | None) -> UnitTensors:
+    assert unit is not None
+    return unit
+
+
 def assert_every_unit_replays(swarm: Swarm, evidence: dict[str, Evidence]) -> None:
     """With the weights of its window, as an auditor would."""
     config = swarm.loaded.manifest.model.config()
@@ -68,7 +75,7 @@ def assert_every_unit_replays(swarm: Swarm, evidence: dict[str, Evidence]) -> No
                 findings = replay(
                     stage,
                     leaf,
-                    held.units[leaf.key],
+                    kept(held.unit(leaf.key)),
                     targets=swarm.corpus.sample(leaf.sample)[:, 1:] if plan.is_last else None,
                     accumulation=swarm.loaded.manifest.optimizer.accumulation,
                     tolerance=lambda _: 1e-4,
@@ -203,10 +210,14 @@ async def test_a_dead_replica_is_routed_around(tmp_path: Path) -> None:
         assert current.rerouted > 0
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-async def test_a_replica_that_dies_in_mid_round_loses_no_microbatch(tmp_path: Path, stage: int) -> None:
-    """Killed with units accepted, computed and awaited; siblings take over, the microbatches of living heads return."""
-    async with swarm_of(tmp_path, stages=3, replicas=2) as swarm:
+@pytest.mark.parametrize(("stage", "ring"), [(0, math.inf), (1, math.inf), (2, math.inf), (1, 0)])
+async def test_a_replica_that_dies_in_mid_round_loses_no_microbatch(tmp_path: Path, stage: int, ring: float) -> None:
+    """Killed with units accepted, computed and awaited; siblings take over, the microbatches of living heads return.
+    Also where no closed window is kept as evidence."""
+    swarm = swarm_of(tmp_path, stages=3, replicas=2)
+    for member in swarm.members.values():
+        member.archive = Archive(limit=ring)
+    async with swarm:
         victim, survivor = swarm.stage(stage)
         heads = [head for head in swarm.stage(0) if head is not victim]
         drives = [asyncio.create_task(head.worker.drive(limit=16)) for head in swarm.stage(0)]
@@ -246,7 +257,7 @@ async def test_what_is_in_flight_at_close_is_lost_and_counted(tmp_path: Path) ->
         head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
         await tail.axon.stop()
         drive = asyncio.create_task(head.worker.drive())
-        while not swarm.rounds[head.identity.hotkey].units:  # noqa: ASYNC110 - filled by the worker, which has no event
+        while not any(swarm.units(head)):  # noqa: ASYNC110 - filled by the worker, which has no event
             await asyncio.sleep(0)
         current, evidence = await head.worker.close()
         await drive

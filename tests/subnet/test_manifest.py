@@ -87,7 +87,7 @@ def rounds_of(tmp_path: Path, length: int, codec: Literal["topk2bit", "int8"], *
     if not overlapped:
         marks = {name: mark - 30 for name, mark in marks.items()}
     section = RoundSection(count=0, **marks, length=length, linger=1)
-    merge = MergeSection(codec=codec, decay=0.95)
+    merge = MergeSection(codec=codec, decay=0.95, clip=2.0)
     return manifest(tiny(), tokens_file(tmp_path), stages=2).model_copy(update={"round": section, "merge": merge})
 
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from bittensor.sp_core import Keypair
 
+from subnet.quantities import QuantityError, parse_bandwidth
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import Dendrite
@@ -22,9 +24,7 @@ from subnet.transport.shaping import (
     SEGMENT,
     TURN,
     Link,
-    LinkError,
     Shaper,
-    parse_bandwidth,
     parse_latency,
     parse_loss,
 )
@@ -43,7 +43,7 @@ def test_texts_become_a_link() -> None:
     assert Link.parse(latency="1.5s") == Link(latency_s=1.5)
     assert Link.parse(bandwidth="1gbit") == Link(bandwidth_bps=1e9)
     assert parse_latency("250us") == pytest.approx(250e-6)
-    assert parse_bandwidth("56.6kbit") == pytest.approx(56_600)
+    assert parse_bandwidth("bandwidth", "56.6kbit") == pytest.approx(56_600)
     assert parse_loss("100%") == 1
     assert Link.parse() is None
 
@@ -56,15 +56,15 @@ def test_texts_become_a_link() -> None:
         (parse_latency, "nanms", "50ms"),
         (parse_latency, "50 ms", "50ms"),
         (parse_latency, "\u0665ms", "50ms"),
-        (parse_bandwidth, "fast", "200mbit"),
-        (parse_bandwidth, "0mbit", "200mbit"),
-        (parse_bandwidth, "1e3mbit", "200mbit"),
+        (partial(parse_bandwidth, "bandwidth"), "fast", "200mbit"),
+        (partial(parse_bandwidth, "bandwidth"), "0mbit", "200mbit"),
+        (partial(parse_bandwidth, "bandwidth"), "1e3mbit", "200mbit"),
         (parse_loss, "0.5", "0.5%"),
         (parse_loss, "101%", "0.5%"),
     ],
 )
 def test_what_is_no_link_is_named_with_the_form(parse: Callable[[str], float], text: str, form: str) -> None:
-    with pytest.raises(LinkError) as caught:
+    with pytest.raises(QuantityError) as caught:
         parse(text)
     assert repr(text) in str(caught.value)
     assert form in str(caught.value)

@@ -17,6 +17,8 @@ from subnet.trust.audit import (
     budget,
     comparable,
     increment_error,
+    pick_windows,
+    reads_window,
     replay,
     replays_step,
     select_pieces,
@@ -200,6 +202,31 @@ def test_the_public_seed_picks_windows_of_its_slot_alone() -> None:
     assert select_windows(heads, seed=b"s", hotkey="m", slot=0, count=3) == whole[:3]
     assert select_windows(heads, seed=b"s", hotkey="m", slot=7, count=3) == ()
     assert select_windows(heads, seed=b"s", hotkey="n", slot=0, count=8) != whole
+
+
+def test_a_fraction_of_a_window_is_the_chance_of_one() -> None:
+    heads = [head(version, version) for version in range(400)]
+    seeds = [slot.to_bytes(2, "little") for slot in range(400)]
+    few = pick_windows(heads, seeds=seeds, hotkey="m", count=0.1)
+    assert 20 < len(few) < 65
+    assert len(pick_windows(heads, seeds=seeds, hotkey="m", count=1.0)) == 400
+    crowd = [head(version, 0) for version in range(9)]
+    sizes = Counter(len(select_windows(crowd, seed=seed, hotkey="m", slot=0, count=2.5)) for seed in seeds)
+    assert set(sizes) == {2, 3}
+    assert 150 < sizes[3] < 250
+    picked = select_windows(crowd, seed=b"s", hotkey="m", slot=0, count=2.0)
+    assert picked == select_windows(crowd, seed=b"s", hotkey="m", slot=0, count=3.0)[:2]
+
+
+def test_who_looks_into_a_window_is_decided_by_a_secret_in_proportion() -> None:
+    def read(secret: bytes, share: float) -> set[int]:
+        heads = [head(version, 0) for version in range(400)]
+        return {one.version for one in heads if reads_window(one, secret=secret, seed=b"s", hotkey="m", share=share)}
+
+    assert 60 < len(read(b"a", 0.25)) < 140
+    assert read(b"a", 0.25) < read(b"a", 0.5)
+    assert len(read(b"a", 1.0)) == 400
+    assert 60 < len(read(b"a", 0.5) & read(b"b", 0.5)) < 140, "independently"
 
 
 def test_the_secret_picks_units_of_the_window_and_nobody_without_it_can() -> None:

@@ -1,0 +1,41 @@
+"""Quantities as people write them: a number and its unit, 50ms, 200mbit, 16gb."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+_SIZES: Final = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_BANDWIDTHS: Final = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+class QuantityError(ValueError):
+    """A quantity that cannot be read, or that makes no sense: one line with the option, the text and the form."""
+
+
+def parse(option: str, text: str, units: Mapping[str, float], *, example: str) -> float:
+    """The number in the base unit. Raises `QuantityError`."""
+    match = re.fullmatch(rf"(\d{{1,12}}(?:\.\d{{1,12}})?)({'|'.join(units)})", text, re.ASCII)
+    if match is None:
+        raise QuantityError(f"--{option} {text!r} is not of the form {example} (units: {', '.join(units)})")
+    return float(match[1]) * units[match[2]]
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes, from a text like 16gb. Raises `QuantityError`."""
+    return int(parse(option, text, _SIZES, example="16gb"))
+
+
+def parse_bandwidth(option: str, text: str) -> float:
+    """Bits per second, above 0, from a text like 200mbit. Raises `QuantityError`."""
+    bandwidth = parse(option, text, _BANDWIDTHS, example="200mbit")
+    if bandwidth <= 0:
+        raise QuantityError(f"--{option} {text!r} lets nothing pass: give more than 0, in the form 200mbit")
+    return bandwidth
+
+
+def written(size: int) -> str:
+    """A size as `parse_size` reads it, rounded up to a tenth of its unit."""
+    unit = next((unit for unit in reversed(_SIZES) if size >= _SIZES[unit]), "kb")
+    return f"{-(-size * 10 // _SIZES[unit]) / 10:g}{unit}"

@@ -1,0 +1,267 @@
+"""What trust costs: what a miner keeps and sends, what validators fetch and compute, by arithmetic on the run's shape.
+
+Nothing here is measured; every figure follows from the numbers handed in. Times are seconds, sizes bytes, `Load` fields
+are per hour. All miners of a stage count alike, validators in sum.
+
+    pending windows   a slot's windows wait for its seed: (slot + delay) / window, and the one that is open
+    picked windows    by the slots' seeds, `windows` a slot; kept until the round's audit has ended: the weights they
+                      began with, their units' tensors, and the pieces of states that the seed leaves to choose from
+    units             share of all units, replayed once in sum over validators
+    steps             share of picked windows whose whole gradient is replayed: every backward unit of them
+    weights           of a picked window, once per validator that looks into it; of a round's first window none, because
+                      they follow from public state
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from model.accounting import boundary_bytes, stage_flops, stage_parameters
+from model.config import ModelConfig
+from model.split import StagePlan, split
+from subnet.trust.heads import HEAD_BYTES
+from subnet.trust.ledger import LEAF_BYTES
+from subnet.trust.tree import PIECE_BYTES
+
+HOUR = 3600.0
+PIECE_PARTS = 5
+"""Of one piece of weights: both moments before and after, and the weights after; those before are there already."""
+
+
+class CostError(ValueError):
+    """Numbers that describe no run: one line with the value, the limit and the option."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The run that is audited."""
+
+    model: ModelConfig
+    stages: int
+    replicas: int
+    batch: int
+    """Sequences in a microbatch."""
+    sequence: int
+    """Tokens in a sequence."""
+    accumulation: int
+    """Microbatches of one replica in a local step."""
+    microbatch_seconds: float
+    """Between two microbatches of one replica."""
+    round_seconds: float
+    weight_bytes: int
+    """Of one weight, and of one of its two moments."""
+    wire_bytes: int
+    """Of one value at a boundary."""
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "replicas", "batch", "sequence", "accumulation", "weight_bytes", "wire_bytes"):
+            if getattr(self, name) < 1:
+                raise CostError(f"{name} is {getattr(self, name)}; it must be at least 1: raise it")
+        for name in ("microbatch_seconds", "round_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise CostError(f"{name} is {getattr(self, name)}; it must be a finite number above 0: change it")
+        if self.window_seconds > self.round_seconds:
+            raise CostError(
+                f"a local step takes {self.window_seconds:.0f} s, a round {self.round_seconds:.0f} s: "
+                "lower the accumulation or lengthen the round"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """In a microbatch."""
+        return self.batch * self.sequence
+
+    @property
+    def window_seconds(self) -> float:
+        return self.accumulation * self.microbatch_seconds
+
+    @property
+    def microbatches(self) -> float:
+        """Of one replica in an hour."""
+        return HOUR / self.microbatch_seconds
+
+    @property
+    def boundary(self) -> int:
+        """Bytes of one boundary tensor."""
+        return boundary_bytes(self.model, tokens=self.tokens, itemsize=self.wire_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """How hard the run is audited: the manifest's `[audit]`, with times in seconds."""
+
+    slot_seconds: float
+    delay_seconds: float
+    """From a slot's end to its seed."""
+    keep_seconds: float
+    """From a round's end to the end of its audit: how much longer its picked windows are kept."""
+    windows: float
+    """Picked per miner and slot, on average."""
+    share: float
+    """Of all units, replayed in sum over validators."""
+    steps: float
+    """Of picked windows, whose steps are replayed, in sum over validators."""
+    open_pieces: int
+    """Pieces of weights that a slot's seed lets validators choose from, per picked window."""
+    pieces: int
+    """Of them, those that a validator looks into."""
+    validators: int
+    """All of them read all tables."""
+    readers: float
+    """Validators that fetch the weights of one picked window, on average."""
+    delta: float
+    """Bytes of a weight delta, as a share of the weights; 1 where nothing can be packed."""
+
+    def __post_init__(self) -> None:
+        for name in ("slot_seconds", "delay_seconds", "windows", "readers", "delta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise CostError(f"{name} is {getattr(self, name)}; it must be a finite number above 0: change it")
+        for name in ("share", "steps"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise CostError(f"{name} is {getattr(self, name)}; it must be from 0 to 1: change it")
+        for name in ("keep_seconds", "pieces", "validators"):
+            if getattr(self, name) < 0:
+                raise CostError(f"{name} is {getattr(self, name)}; it must be at least 0: raise it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLoad:
+    """One stage; rates are per hour and miner, validators in sum."""
+
+    stage: int
+    parameters: int
+    pending_bytes: int
+    """Host memory for windows whose seed is not known: states and unit tensors."""
+    picked_bytes: int
+    """Host memory or disk for picked windows until their round's audit ends."""
+    training_flops: float
+    audit_flops: float
+    training_bytes: float
+    """Sent to neighbours; merges not counted."""
+    table_bytes: float
+    unit_bytes: float
+    weight_bytes: float
+    piece_bytes: float
+
+    @property
+    def audit_bytes(self) -> float:
+        return self.table_bytes + self.unit_bytes + self.weight_bytes + self.piece_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.pending_bytes + self.picked_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """The whole run."""
+
+    stages: tuple[StageLoad, ...]
+    replicas: int
+    picked_per_hour: float
+    """Windows of one miner."""
+
+    @property
+    def flops_share(self) -> float:
+        """FLOPs of all audits ÷ FLOPs of all training, recompute not counted."""
+        return sum(stage.audit_flops for stage in self.stages) / sum(stage.training_flops for stage in self.stages)
+
+    @property
+    def bytes_share(self) -> float:
+        """Bytes of all audits ÷ bytes that miners send to train."""
+        training = sum(stage.training_bytes for stage in self.stages)
+        return sum(stage.audit_bytes for stage in self.stages) / training if training > 0 else math.inf
+
+    @property
+    def audit_flops(self) -> float:
+        """Per hour, all miners."""
+        return self.replicas * sum(stage.audit_flops for stage in self.stages)
+
+    @property
+    def audit_bytes(self) -> float:
+        """Per hour, all miners."""
+        return self.replicas * sum(stage.audit_bytes for stage in self.stages)
+
+    @property
+    def largest(self) -> StageLoad:
+        """The stage that keeps most."""
+        return max(self.stages, key=lambda stage: stage.kept_bytes)
+
+    @property
+    def busiest(self) -> StageLoad:
+        """The stage that sends most evidence."""
+        return max(self.stages, key=lambda stage: stage.audit_bytes)
+
+
+def cost(shape: Shape, rules: Rules) -> Cost:
+    """What auditing a run of this shape by these rules costs. Raises `CostError`, `ConfigError`."""
+    picked = rules.windows * HOUR / rules.slot_seconds
+    if picked * shape.window_seconds > HOUR:
+        raise CostError(
+            f"{picked:.0f} windows are picked in an hour that has {HOUR / shape.window_seconds:.0f}: "
+            "lower the windows per slot or lengthen the slot"
+        )
+    plans = split(shape.model, shape.stages)
+    return Cost(
+        stages=tuple(_stage(shape, rules, plan, picked) for plan in plans),
+        replicas=shape.replicas,
+        picked_per_hour=picked,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Role:
+    """What a stage's place in the pipeline makes of its units, in boundary tensors and passes over the stage."""
+
+    kept: int
+    """Tensors of a microbatch: input, output, and the gradients of both; tokens are too few to count."""
+    sent: int
+    """Tensors that training sends per microbatch."""
+    units: int
+    """Units of a microbatch whose replay compares something."""
+    shown: float
+    """Tensors of such a unit, on average."""
+    step: int
+    """Tensors that the replay of a step takes per microbatch."""
+    forwards: float
+    """Forward passes in the replay of a unit, on average; a backward computes the forward again."""
+    backwards: float
+
+    @classmethod
+    def of(cls, plan: StagePlan) -> _Role:
+        if plan.is_first:
+            return cls(kept=2, sent=1, units=1, shown=1, step=1, forwards=1, backwards=0)
+        if plan.is_last:
+            return cls(kept=2, sent=1, units=1, shown=2, step=1, forwards=1, backwards=1)
+        return cls(kept=4, sent=2, units=2, shown=2.5, step=2, forwards=1, backwards=0.5)
+
+
+def _stage(shape: Shape, rules: Rules, plan: StagePlan, picked: float) -> StageLoad:
+    role = _Role.of(plan)
+    parameters = stage_parameters(shape.model, plan)
+    weights, boundary = shape.weight_bytes * parameters, shape.boundary
+    state = 3 * weights  # with both moments
+    tensors = shape.accumulation * role.kept * boundary
+    pending = math.ceil((rules.slot_seconds + rules.delay_seconds) / shape.window_seconds) + 1
+    kept = math.ceil(picked * (shape.round_seconds + rules.keep_seconds) / HOUR)
+    forward, backward = (shape.tokens * flops for flops in stage_flops(shape.model, plan, tokens=shape.sequence))
+    replayed = rules.share * shape.microbatches * role.units
+    stepped = picked * rules.steps * shape.accumulation
+    read = picked * rules.readers
+    later = 1 - shape.window_seconds / shape.round_seconds
+    return StageLoad(
+        stage=plan.index,
+        parameters=parameters,
+        pending_bytes=pending * (state + tensors),
+        picked_bytes=kept * (weights + rules.open_pieces * PIECE_PARTS * PIECE_BYTES + tensors),
+        training_flops=shape.microbatches * (forward + backward),
+        audit_flops=replayed * (role.forwards * forward + role.backwards * backward) + stepped * (forward + backward),
+        training_bytes=shape.microbatches * role.sent * boundary if shape.stages > 1 else 0.0,
+        table_bytes=rules.validators
+        * HOUR
+        * (2 * LEAF_BYTES / shape.microbatch_seconds + HEAD_BYTES / shape.window_seconds),
+        unit_bytes=(replayed * role.shown + stepped * role.step) * boundary,
+        weight_bytes=read * later * rules.delta * weights,
+        piece_bytes=read * rules.pieces * PIECE_PARTS * PIECE_BYTES,
+    )

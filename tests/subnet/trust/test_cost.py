@@ -1,0 +1,101 @@
+"""What trust costs: the arithmetic of the plan, by hand for one stage and by how it answers to its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from model.accounting import stage_flops, stage_parameters
+from model.config import preset
+from model.split import split
+from subnet.trust.cost import PIECE_PARTS, CostError, Rules, Shape, cost
+from subnet.trust.heads import HEAD_BYTES
+from subnet.trust.ledger import LEAF_BYTES
+from subnet.trust.tree import PIECE_BYTES
+
+SHAPE = Shape(
+    model=preset("100b"),
+    stages=16,
+    replicas=3,
+    batch=1,
+    sequence=8192,
+    accumulation=64,
+    microbatch_seconds=2.5,
+    round_seconds=3600.0,
+    weight_bytes=2,
+    wire_bytes=2,
+)
+RULES = Rules(
+    slot_seconds=180.0,
+    delay_seconds=48.0,
+    keep_seconds=1800.0,
+    windows=0.1,
+    share=0.01,
+    steps=0.15,
+    open_pieces=64,
+    pieces=4,
+    validators=4,
+    readers=1.0,
+    delta=1.0,
+)
+
+
+def test_a_body_stage_by_hand() -> None:
+    plan = split(SHAPE.model, 16)[8]
+    load = cost(SHAPE, RULES).stages[8]
+    weights, boundary = 2 * stage_parameters(SHAPE.model, plan), 8192 * 144 * 2
+    tensors = 64 * 4 * boundary
+    assert load.pending_bytes == 3 * (3 * weights + tensors)  # (180 + 48) / 160 is 1.4: two, and the open one
+    assert load.picked_bytes == 3 * (weights + 64 * PIECE_PARTS * PIECE_BYTES + tensors)  # 2 an hour for 1.5 hours
+    forward, backward = (8192 * flops for flops in stage_flops(SHAPE.model, plan, tokens=8192))
+    assert load.training_flops == pytest.approx(1440 * (forward + backward))
+    units = 0.01 * 1440 * (forward + (forward + backward))
+    assert load.audit_flops == pytest.approx(units + 2 * 0.15 * 64 * (forward + backward))
+    assert load.training_bytes == 1440 * 2 * boundary
+    assert load.table_bytes == pytest.approx(4 * (2880 * LEAF_BYTES + 22.5 * HEAD_BYTES))
+    assert load.unit_bytes == pytest.approx((0.01 * 2880 * 2.5 + 2 * 0.15 * 64 * 2) * boundary)
+    assert load.weight_bytes == pytest.approx(2 * (1 - 160 / 3600) * weights)
+    assert load.piece_bytes == 2 * 4 * PIECE_PARTS * PIECE_BYTES
+
+
+def test_shares_are_of_the_whole_swarm() -> None:
+    whole = cost(SHAPE, RULES)
+    assert whole.picked_per_hour == pytest.approx(2.0)
+    assert whole.flops_share == pytest.approx(
+        sum(load.audit_flops for load in whole.stages) / sum(load.training_flops for load in whole.stages)
+    )
+    assert whole.audit_bytes == pytest.approx(3 * sum(load.audit_bytes for load in whole.stages))
+    assert cost(replace(SHAPE, replicas=1), RULES).flops_share == pytest.approx(whole.flops_share)
+
+
+def test_what_is_saved_where() -> None:
+    whole = cost(SHAPE, RULES)
+    short = cost(SHAPE, replace(RULES, slot_seconds=90.0, windows=0.05))
+    assert short.picked_per_hour == whole.picked_per_hour
+    assert short.largest.pending_bytes < whole.largest.pending_bytes, "short slots keep less until the seed is known"
+    packed = cost(SHAPE, replace(RULES, delta=0.3))
+    assert packed.stages[8].weight_bytes == pytest.approx(0.3 * whole.stages[8].weight_bytes)
+    idle = cost(SHAPE, replace(RULES, share=0.0, steps=0.0))
+    assert idle.flops_share == 0
+    assert cost(replace(SHAPE, stages=1), RULES).bytes_share == float("inf"), "nothing is sent to train"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"accumulation": 0}, "accumulation is 0; it must be at least 1"),
+        ({"microbatch_seconds": 0.0}, "microbatch_seconds is 0.0"),
+        ({"accumulation": 2000}, "a local step takes 5000 s, a round 3600 s"),
+        ({"windows": 0.0}, "windows is 0.0"),
+        ({"share": 1.5}, "share is 1.5; it must be from 0 to 1"),
+        ({"pieces": -1}, "pieces is -1"),
+        ({"windows": 2.0}, "40 windows are picked in an hour that has 22"),
+    ],
+)
+def test_numbers_that_describe_no_run_are_named(change: dict[str, Any], words: str) -> None:
+    of_shape = {name: value for name, value in change.items() if name in Shape.__dataclass_fields__}
+    of_rules = {name: value for name, value in change.items() if name in Rules.__dataclass_fields__}
+    with pytest.raises(CostError, match=words):
+        cost(replace(SHAPE, **of_shape), replace(RULES, **of_rules))

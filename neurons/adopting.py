@@ -11,13 +11,15 @@ from dataclasses import replace
 
 from neurons.auditing import Auditor, Dossier, Entry, RoundFacts
 from subnet.identity import verify
-from subnet.trust.finding import UNIT_CHECKS, Check, Grade
+from subnet.trust.finding import STEP_CHECKS, UNIT_CHECKS, Check, Grade
 from subnet.trust.heads import Statement, conflicting, statement_message
 from subnet.trust.ledger import Direction, Leaf
 from subnet.trust.report import FindingModel
 
 UNITS_OF_A_REPORT = 8
 """Units of one miner that are replayed because one other validator says they failed."""
+STEPS_OF_A_REPORT = 2
+"""Steps of one miner that are looked at because one other validator says they failed: a verdict takes two windows."""
 SHARDS_OF_A_REPORT = 2
 """Merged shards that are computed again because one other validator says a miner lied about them."""
 
@@ -43,6 +45,7 @@ class Adopter:
         now = [model for model in claims if model.round == facts.roster.round]
         self._statements(facts, dossier, now, accuser)
         await self._units(facts, dossier, now, accuser)
+        await self._steps(facts, dossier, now, accuser)
         return _failures(dossier) - before
 
     async def _units(self, facts: RoundFacts, dossier: Dossier, claims: Iterable[FindingModel], accuser: str) -> None:
@@ -56,6 +59,24 @@ class Adopter:
             if head is not None:
                 await self.auditor.window(facts, dossier, head, [leaf], accuser=accuser)
         if leaves:
+            await self.auditor.go_on(facts, dossier)
+
+    async def _steps(self, facts: RoundFacts, dossier: Dossier, claims: Iterable[FindingModel], accuser: str) -> None:
+        """Look at steps where the accuser did: the same pieces, and whole gradients where it says that they failed."""
+        tried = 0
+        for model in claims:
+            head = None if model.version is None else dossier.head(model.version)
+            if model.check not in STEP_CHECKS or head is None or head.version not in dossier.picked:
+                continue
+            piece, whole = model.piece, model.check is Check.GRADIENT
+            place = (head.version, -1 if piece is None else piece)
+            known = head.version in dossier.stepped if whole else piece is None or place in dossier.pieces
+            if known or tried == STEPS_OF_A_REPORT or (piece or 0) >= self.auditor.pieces_at(dossier.stage):
+                continue
+            tried += 1
+            pieces = [] if piece is None else [piece]
+            await self.auditor.step(facts, dossier, head, whole=whole, pieces=pieces, accuser=accuser)
+        if tried:
             await self.auditor.go_on(facts, dossier)
 
     def _named(self, dossier: Dossier, model: FindingModel) -> Leaf | None:

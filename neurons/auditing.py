@@ -3,6 +3,7 @@
     plan      slots' seeds pick windows; the secret, committed on chain before the round, picks units inside
     fetch     tables, weights of picked windows as deltas, tensors of picked units
     replay    on the bench, one window's units at a time
+    step      what closed a picked window: its arithmetic on a few pieces, for a share of them the whole gradient
     go on     while a failed unit leaves it open whether its miner cheats, in the windows already picked
 
 What a miner signed or committed to and anybody can recompute is a proof; floating-point results are measurements; what
@@ -20,11 +21,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from model.accounting import total_parameters
 from model.data import Corpus
+from model.optimizer import clip_bound
 from model.split import StagePlan
 from neurons.bench import Bench, forward_flops, other_data, replay_flops, replay_units
 from neurons.fetching import PATIENCE, Source, Unsound, Withheld, open_delta
 from neurons.follower import Fault, RoundStart
+from neurons.steps import PIECES, StepJudge, show
 from neurons.windows import root_of
 from subnet.manifest import LoadedManifest
 from subnet.messages import Shapes
@@ -37,6 +41,8 @@ from subnet.trust.audit import (
     comparable,
     pick_windows,
     reads_window,
+    replays_step,
+    select_pieces,
     select_units,
     spread,
 )
@@ -44,7 +50,8 @@ from subnet.trust.continuity import breaks
 from subnet.trust.decision import Rule, Suspicion
 from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.heads import Statement, WindowHead, conflicting
-from subnet.trust.ledger import Evidence, Leaf, UnitKey
+from subnet.trust.ledger import Direction, Evidence, Leaf, UnitKey
+from subnet.trust.tree import pieces_of
 
 log = logging.getLogger("orion.neurons.auditing")
 
@@ -96,6 +103,10 @@ class Dossier:
     """Slot seed of the picked windows, by version, in the ledger's order."""
     entries: list[Entry] = field(default_factory=list)
     replayed: set[UnitKey] = field(default_factory=set)
+    stepped: set[int] = field(default_factory=set)
+    """Windows whose whole gradient was asked for."""
+    pieces: set[tuple[int, int]] = field(default_factory=set)
+    """Windows and pieces of their state that were looked at."""
     shut: set[int] = field(default_factory=set)
     """Windows of which something was withheld: no more is asked of them."""
     first: torch.Tensor | None = None
@@ -105,6 +116,11 @@ class Dossier:
     flops: float = 0.0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by who replays because of another's report."""
+
+    @property
+    def looks(self) -> int:
+        """How much of what the miner served was looked at: units, gradients, pieces."""
+        return len(self.replayed) + len(self.stepped) + len(self.pieces)
 
     @property
     def findings(self) -> list[Finding]:
@@ -157,6 +173,8 @@ class Auditor:
         self._rule = rule
         self._patience = patience
         self._shapes = Shapes.of(loaded.manifest)
+        self._optimizer = loaded.manifest.optimizer.inner()
+        self._total = total_parameters(loaded.manifest.model.config(), len(plans))
         self._gate = asyncio.Semaphore(max(WINDOWS_AT_ONCE, MEMORY // (4 * max(parameters))))
         self._kept = 0
         """Bytes of deltas that are kept in case that more units of their windows are replayed."""
@@ -277,6 +295,10 @@ class Auditor:
         for head, count in zip(heads, spread(units, sizes), strict=True):
             if count:
                 await self.window(facts, dossier, head, self._choose(facts, dossier, head, count))
+        for head in evidence.heads:
+            if head.version in dossier.picked:
+                whole = head in heads and self._whole(facts, dossier, head)
+                await self.step(facts, dossier, head, whole=whole)
 
     def _reads(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> bool:
         """Whether this validator looks into a picked window before there is a suspicion."""
@@ -320,8 +342,7 @@ class Auditor:
                     return
                 units = [(leaf, await dossier.source.unit(leaf)) for leaf in leaves]
             except Withheld as error:
-                dossier.shut.add(head.version)
-                self._withhold(facts, dossier, str(error), version=head.version)
+                self._shut(facts, dossier, head, str(error))
                 return
             found = await self._bench.compute(
                 lambda: replay_units(
@@ -340,6 +361,87 @@ class Auditor:
         dossier.flops += sum(replay_flops(leaf, forward) for leaf in leaves)
         for finding in found:
             self.note(dossier, Entry(finding, accuser))
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _whole(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> bool:
+        """Whether this validator replays the gradient of a window that it reads."""
+        rules, seed = self._loaded.manifest.audit, dossier.picked[head.version]
+        read = min(1.0, rules.readers * facts.stake_share)
+        share = rules.steps * facts.stake_share * self._risk(dossier.hotkey) / read
+        return replays_step(head, secret=facts.secret, seed=seed, hotkey=dossier.hotkey, share=share)
+
+    async def step(
+        self,
+        facts: RoundFacts,
+        dossier: Dossier,
+        head: WindowHead,
+        *,
+        whole: bool,
+        pieces: Sequence[int] | None = None,
+        accuser: str = "",
+    ) -> None:
+        """Look at the step that closed a picked window: at some `pieces` of the state around it, this validator's own
+        if none are named, and, if `whole`, at its gradient, by replaying all the units that gave it.
+
+        Who ends a window as it began says that its gradient was not finite: that is always looked at.
+        """
+        if not head.backward or head.version in dossier.shut:
+            return
+        assert dossier.evidence is not None  # noqa: S101 - the head is from there
+        backward = [leaf for leaf in dossier.evidence.window(head.version) if leaf.direction is Direction.BACKWARD]
+        whole = (whole or head.idle) and head.version not in dossier.stepped
+        chosen = self._pieces(facts, dossier, head) if pieces is None else pieces
+        stage = self._bench.stages[dossier.stage]
+        async with self._gate:
+            try:
+                theta = await self._theta(facts, dossier, head) if whole else None
+                shown = [
+                    await show(dossier.source, head, piece, stage=stage, config=self._optimizer)
+                    for piece in ([] if head.idle else chosen)
+                ]
+                units = [(leaf, await dossier.source.unit(leaf)) for leaf in ([] if theta is None else backward)]
+            except Withheld as error:
+                self._shut(facts, dossier, head, str(error))
+                return
+            judge = self._judge(facts, dossier)
+            found = await asyncio.to_thread(judge.arithmetic, head, shown)
+            if theta is not None:
+                weights = theta
+                gradient = await self._bench.compute(lambda: judge.gradient(head, shown, units, weights, self._corpus))
+                found.append(gradient)
+        dossier.pieces.update((head.version, one.piece) for one in shown)
+        if theta is not None:
+            dossier.stepped.add(head.version)
+            forward = forward_flops(self._loaded.manifest, self._plans[dossier.stage])
+            dossier.flops += sum(replay_flops(leaf, forward) for leaf in backward)
+        for finding in found:
+            self.note(dossier, Entry(finding, accuser))
+
+    def _pieces(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> tuple[int, ...]:
+        return select_pieces(
+            self.pieces_at(dossier.stage),
+            secret=facts.secret,
+            seed=dossier.picked[head.version],
+            hotkey=dossier.hotkey,
+            label=f"step/{head.version}",
+            count=PIECES,
+        )
+
+    def pieces_at(self, stage: int) -> int:
+        """Pieces of a stage's weights."""
+        return pieces_of(4 * self._parameters[stage])
+
+    def _judge(self, facts: RoundFacts, dossier: Dossier) -> StepJudge:
+        return StepJudge(
+            hotkey=dossier.hotkey,
+            number=facts.roster.round,
+            stage=self._bench.stages[dossier.stage],
+            config=self._optimizer,
+            clip=clip_bound(self._optimizer, self._parameters[dossier.stage], self._total),
+            accumulation=self._loaded.manifest.optimizer.accumulation,
+            tolerance=self._tolerance(dossier.hotkey)(Check.GRADIENT),
+        )
 
     async def _theta(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> torch.Tensor | None:
         """A picked window's weights, fp32 (n,); None if the public state they differ from is not known here.
@@ -361,8 +463,15 @@ class Auditor:
         return theta
 
     async def go_on(self, facts: RoundFacts, dossier: Dossier) -> None:
-        """Replay more units of the picked windows while the sequential test asks for it."""
+        """Replay more of the picked windows while the sequential test asks for it: whole steps where the gradient of
+        one failed, then units."""
         while self._held(dossier.hotkey).goes_on(self._rule()):
+            step = self._next_step(dossier)
+            if step is not None:
+                await self.step(facts, dossier, step, whole=True)
+                if step.version not in dossier.stepped | dossier.shut:
+                    return
+                continue
             left = {
                 head.version: head
                 for version in dossier.picked
@@ -377,6 +486,14 @@ class Auditor:
             await self.window(facts, dossier, head, self._choose(facts, dossier, head, BATCH))
             if len(dossier.replayed) == before:
                 return
+
+    def _next_step(self, dossier: Dossier) -> WindowHead | None:
+        """Of the picked windows, the next one whose gradient was not replayed, if that of another one failed."""
+        if not any(one.check is Check.GRADIENT and not one.passed for one in dossier.findings):
+            return None
+        open_ = dossier.picked.keys() - dossier.stepped - dossier.shut
+        heads = () if dossier.evidence is None else dossier.evidence.heads
+        return next((head for head in heads if head.version in open_ and head.backward), None)
 
     # -- findings -------------------------------------------------------------------------------------------------
 
@@ -396,6 +513,11 @@ class Auditor:
     ) -> None:
         finding = self._finding(facts, dossier, check, Grade.PROOF, reason, version=version, sample=sample)
         self.note(dossier, Entry(finding))
+
+    def _shut(self, facts: RoundFacts, dossier: Dossier, head: WindowHead, reason: str) -> None:
+        """Something of a window was withheld: that counts once, and no more is asked of it."""
+        dossier.shut.add(head.version)
+        self._withhold(facts, dossier, reason, version=head.version)
 
     def _withhold(self, facts: RoundFacts, dossier: Dossier, reason: str, *, version: int | None = None) -> None:
         finding = self._finding(facts, dossier, Check.WITHHELD, Grade.WITHHELD, reason, version=version)

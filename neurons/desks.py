@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 
@@ -22,7 +23,7 @@ from subnet.messages import (
     Notice,
     RunSynapse,
     StatePart,
-    StatePiece,
+    StatePieces,
     StateRequest,
     Tensors,
     UnitRequest,
@@ -118,15 +119,18 @@ class EvidenceDesk:
 
     async def state(self, _caller: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         held, _, _ = self._closed(request)
-        vector = self._vector(held, request, request.part)
-        try:
-            data = vector.piece(request.piece)
-        except IndexError as error:
-            raise MalformedRequest(f"{request.part}: {error}", "take the sizes from the run's plan") from None
-        proof = (await asyncio.to_thread(vector.tree)).proof(request.piece)
-        return StatePiece(size=data.numel(), hashes=len(proof)), {
-            "data": data,
-            "proof": byte_tensor(b"".join(proof)).view(-1, HASH_BYTES),
+        data: list[torch.Tensor] = []
+        proofs: list[tuple[bytes, ...]] = []
+        for part, index in zip(request.parts, request.pieces, strict=True):
+            vector = self._vector(held, request, part)
+            try:
+                data.append(vector.piece(index))
+            except IndexError as error:
+                raise MalformedRequest(f"{part}: {error}", "take the sizes from the run's plan") from None
+            proofs.append((await asyncio.to_thread(vector.tree)).proof(index))
+        return StatePieces(sizes=[piece.numel() for piece in data], hashes=[len(proof) for proof in proofs]), {
+            "data": torch.cat(data, dim=1),
+            "proof": byte_tensor(b"".join(chain.from_iterable(proofs))).view(-1, HASH_BYTES),
         }
 
     async def unit(self, _caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:

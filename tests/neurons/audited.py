@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ from model.engine import Recompute, StageEngine
 from model.split import split
 from model.stage import build_stage, flatten
 from neurons.adopting import Adopter
+from neurons.archive import Vector
 from neurons.auditing import Auditor, Dossier, Entry, RoundFacts
 from neurons.bench import Bench
 from neurons.follower import RoundStart
@@ -32,7 +34,7 @@ from subnet.messages import (
     EvidenceRequest,
     EvidenceTables,
     RunSynapse,
-    StatePiece,
+    StatePieces,
     StateRequest,
     Tensors,
     UnitRequest,
@@ -51,7 +53,8 @@ from subnet.transport.synapse import Synapse, tensor_bytes
 from subnet.trust import delta
 from subnet.trust.audit import UnitTensors
 from subnet.trust.decision import Rule, Suspicion, tests_per_year
-from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, Statement, WindowHead, chain, statement_message
+from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, Statement, WindowHead, statement_message
+from subnet.trust.heads import chain as digests_of
 from subnet.trust.ledger import (
     CLOSING_BYTES,
     LEAF_BYTES,
@@ -74,19 +77,6 @@ NUMBER = 3
 """The round."""
 WINDOWS_PER_SLOT = 2
 NOW = time.time_ns
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def moments(engine: StageEngine) -> torch.Tensor:
-    """All exp_avg, then all exp_avg_sq, in name order; zeros before the first step."""
-    state = engine.state()
-    names = sorted(name for name, _ in engine.stage.named_parameters())
-    parts = []
-    for field_ in _MOMENTS:
-        for name in names:
-            weights = state[f"weights.{name}"]
-            parts.append(state.get(f"optimizer.{name}.{field_}", torch.zeros_like(weights)).reshape(-1))
-    return torch.cat(parts)
 
 
 @dataclass
@@ -99,6 +89,7 @@ class Work:
     units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
     states: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     """By (version, part)."""
+    vectors: dict[tuple[int, str], Vector] = field(default_factory=dict)
     heads: list[WindowHead] = field(default_factory=list)
     evidence: Evidence | None = None
     cheat: Callable[[Leaf, torch.Tensor], torch.Tensor] | None = None
@@ -107,6 +98,10 @@ class Work:
     @property
     def hotkey(self) -> str:
         return self.identity.hotkey
+
+    def vector(self, version: int, part: str) -> Vector:
+        """A state, hashed once."""
+        return self.vectors.setdefault((version, part), Vector(self.states[version, part]))
 
     @property
     def record(self) -> Record:
@@ -131,12 +126,14 @@ class ClosedRound:
         replicas: int = 2,
         samples: int = 24,
         cheats: Mapping[tuple[int, int], Callable[[Leaf, torch.Tensor], torch.Tensor]] | None = None,
+        bent: Mapping[tuple[int, int], Callable[[StageEngine], None]] | None = None,
+        steps: float = 0.5,
     ) -> None:
-        """`cheats` by (stage, replica) change what that replica sends on."""
+        """By (stage, replica): `cheats` change what that replica sends on, `bent` get its engine before the round."""
         entry = tokens_file(folder)
         config = tiny(boundary=BoundaryConfig(form=BoundaryForm.A, width=16))
         described = manifest(config, entry, stages=stages, replicas=replicas, wire="bfloat16", accumulation=2)
-        rules = described.audit.model_copy(update={"windows": 2, "share": 0.2, "tolerance": 0.02})
+        rules = described.audit.model_copy(update={"windows": 2, "share": 0.2, "steps": steps, "tolerance": 0.02})
         described = described.model_copy(
             update={"audit": rules, "merge": described.merge.model_copy(update={"codec": "topk2bit"})}
         )
@@ -163,6 +160,9 @@ class ClosedRound:
                 )
                 work = Work(by_hotkey[hotkey], engine)
                 work.cheat = (cheats or {}).get((stage, index))
+                bend = (bent or {}).get((stage, index))
+                if bend is not None:
+                    bend(engine)
                 self.works[hotkey] = work
         self.public = [flatten(build_stage(config, plan, described.run.seed)) for plan in self.plans]
         for work in self.works.values():
@@ -265,13 +265,13 @@ class ClosedRound:
     def _note_state(self, work: Work, weights: str, optimizer: str, *, version: int | None = None) -> None:
         at = work.engine.version if version is None else version
         work.states[at, weights] = flatten(work.engine.stage)
-        work.states[at, optimizer] = moments(work.engine)
+        work.states[at, optimizer] = work.engine.moments()
 
     def _head(self, work: Work, version: int, steps: int) -> None:
         leaves = work.ledger.window(version)
         backward = sum(leaf.direction is Direction.BACKWARD for leaf in leaves)
         roots = {
-            part: Tree.of(tensor_bytes(work.states[version, part])).root
+            part: work.vector(version, part).tree().root
             for part in ("weights", "optimizer", "next_weights", "next_optimizer")
         }
         head = WindowHead(
@@ -324,7 +324,7 @@ class ClosedRound:
 
     def statement(self, work: Work, count: int) -> Statement:
         """What an honest miner signed after so many windows."""
-        digest_ = chain(work.heads)[count]
+        digest_ = digests_of(work.heads)[count]
         message = statement_message(self.loaded.run_id, NUMBER, hotkey=work.hotkey, count=count, digest=digest_)
         return Statement(count, digest_, work.identity.sign(message))
 
@@ -384,11 +384,14 @@ class Show:
         return await self._answer(request, Tensors(), present)
 
     async def state(self, _: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        data = bytes(tensor_bytes(self.work.states[request.version, request.part]))
-        tree = Tree.of(data)
-        piece, proof = data[request.piece << 16 : (request.piece + 1) << 16], tree.proof(request.piece)
-        reply = StatePiece(size=len(piece), hashes=len(proof))
-        return await self._answer(request, reply, {"data": rows(piece, len(piece)), "proof": rows(b"".join(proof), 32)})
+        data, proofs = [], []
+        for part, index in zip(request.parts, request.pieces, strict=True):
+            vector = self.work.vector(request.version, part)
+            data.append(vector.piece(index))
+            proofs.append(vector.tree().proof(index))
+        reply = StatePieces(sizes=[piece.numel() for piece in data], hashes=[len(proof) for proof in proofs])
+        hashes = rows(b"".join(chain.from_iterable(proofs)), 32)
+        return await self._answer(request, reply, {"data": torch.cat(data, dim=1), "proof": hashes})
 
 
 def rows(data: bytes, width: int) -> torch.Tensor:

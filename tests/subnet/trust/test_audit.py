@@ -124,6 +124,28 @@ def test_scaled_gradient_fails() -> None:
     assert not audit(stage, Direction.BACKWARD, x, g, g.float() + 1.5 * (dx - g.float())).passed
 
 
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.BACKWARD])
+def test_who_sends_nothing_on_must_have_had_nothing_that_can_be_sent(direction: Direction) -> None:
+    stage, x, g = body_unit()
+    for scale, passes in ((1.0, False), (math.nan, True), (1e12, True)):
+        gradient = g if direction is Direction.FORWARD else g * scale
+        activation = x * scale if math.isnan(scale) else x
+        if direction is Direction.FORWARD and scale == 1e12:
+            continue  # a norm brings it back
+        (found,) = replay(
+            stage,
+            leaf(direction, stage=1, sample=5, version=2),
+            UnitTensors(activation, gradient, None),
+            targets=None,
+            accumulation=1,
+            tolerance=lambda _: TOLERANCE,
+            hotkey="miner",
+            number=4,
+        )
+        assert found.passed is passes
+        assert found.error == (0.0 if passes else math.inf)
+
+
 def test_a_tail_that_lies_about_its_loss_fails() -> None:
     tail = stages()[2]
     _, x, _ = body_unit()

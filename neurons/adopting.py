@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import replace
 
-from neurons.auditing import Auditor, Dossier, Entry, RoundFacts
+from neurons.auditing import Auditor
+from neurons.dossier import Dossier, Entry, RoundFacts
 from subnet.identity import verify
-from subnet.trust.finding import STEP_CHECKS, UNIT_CHECKS, Check, Grade
+from subnet.trust.finding import UNIT_CHECKS, Check, Grade
 from subnet.trust.heads import Statement, conflicting, statement_message
 from subnet.trust.ledger import Direction, Leaf
 from subnet.trust.report import FindingModel
@@ -62,20 +63,26 @@ class Adopter:
             await self.auditor.go_on(facts, dossier)
 
     async def _steps(self, facts: RoundFacts, dossier: Dossier, claims: Iterable[FindingModel], accuser: str) -> None:
-        """Look at steps where the accuser did: the same pieces, and whole gradients where it says that they failed."""
+        """Look at steps and at merges that were taken over where the accuser did, and replay whole gradients where it
+        says that they failed."""
         tried = 0
         for model in claims:
             head = None if model.version is None else dossier.head(model.version)
-            if model.check not in STEP_CHECKS or head is None or head.version not in dossier.picked:
+            if head is None or head.version not in dossier.picked or tried == STEPS_OF_A_REPORT:
                 continue
-            piece, whole = model.piece, model.check is Check.GRADIENT
-            place = (head.version, -1 if piece is None else piece)
-            known = head.version in dossier.stepped if whole else piece is None or place in dossier.pieces
-            if known or tried == STEPS_OF_A_REPORT or (piece or 0) >= self.auditor.pieces_at(dossier.stage):
+            pieces = [] if model.piece is None else [model.piece]
+            if any(piece >= self.auditor.pieces_at(dossier.stage) for piece in pieces):
+                continue
+            places = {(head.version, piece) for piece in pieces}
+            if model.check is Check.GRADIENT and head.version not in dossier.stepped:
+                await self.auditor.step(facts, dossier, head, whole=True, pieces=pieces, accuser=accuser)
+            elif model.check is Check.STEP and places - dossier.pieces:
+                await self.auditor.step(facts, dossier, head, whole=False, pieces=pieces, accuser=accuser)
+            elif model.check is Check.WEIGHTS and places - dossier.merges:
+                await self.auditor.taken_over(facts, dossier, head, pieces=pieces, accuser=accuser)
+            else:
                 continue
             tried += 1
-            pieces = [] if piece is None else [piece]
-            await self.auditor.step(facts, dossier, head, whole=whole, pieces=pieces, accuser=accuser)
         if tried:
             await self.auditor.go_on(facts, dossier)
 

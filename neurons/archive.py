@@ -19,6 +19,7 @@ import torch
 from model.engine import StageEngine
 from model.stage import flatten
 from neurons.exchange import Desk
+from neurons.quota import Audience
 from subnet.messages import StatePart
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import UnitTensors
@@ -78,12 +79,16 @@ class KeptWindow:
     """None while the window is open."""
     slot: int = 0
     units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
+    previous: Vector | None = None
+    """The weights that the window before ended with, where a merge was taken over in between."""
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Everything it holds."""
         for state in (self.opening, self.closing):
             if state is not None:
                 yield from (state.weights.values, state.moments.values)
+        if self.previous is not None:
+            yield self.previous.values
         for unit in self.units.values():
             yield from unit_tensors(unit)
 
@@ -142,12 +147,14 @@ class RoundArchive:
         """By version, oldest first."""
         self.picked: set[int] = set()
         """Versions that their slots' seeds picked, whether or not the windows are still here."""
-        self.settled = False
-        """Whether the seeds of all slots are known."""
+        self.audience: Audience | None = None
+        """Who may ask for how much, once that and all seeds are known."""
         self.cut = Cut()
         self.evidence: Evidence | None = None
         self.desk: Desk | None = None
         """What it has of the round's merge, once it takes part in that."""
+        self.packed: dict[tuple[int, int], int] = {}
+        """Bytes of deltas that were packed before, by version and rounds merged into what they are taken from."""
         self._tally = tally or Tally()
         self._grown = grown
         self._versions: dict[UnitKey, int] = {}
@@ -162,12 +169,13 @@ class RoundArchive:
 
     # -- as the round goes on ---------------------------------------------------------------------------------------
 
-    def open_window(self, version: int, state: State) -> None:
-        """Units of `version` come from here on. One that was open and has none is replaced."""
+    def open_window(self, version: int, state: State, previous: Vector | None = None) -> None:
+        """Units of `version` come from here on. One that was open and has none is replaced. `previous` are the weights
+        before a merge was taken over."""
         if self._open is not None:
             self._drop(self._open)
         self._open = version
-        self.windows[version] = KeptWindow(state)
+        self.windows[version] = KeptWindow(state, previous=previous)
         self._tally.take(self.windows[version].tensors())
         self._grown()
 
@@ -270,6 +278,8 @@ class RoundArchive:
         match part:
             case "closing" | "owed" | "still_owed":
                 return {"closing": self.cut.closing, "owed": self.cut.owed, "still_owed": self.cut.still_owed}[part]
+            case "previous_weights":
+                return None if window is None else window.previous
             case "weights" | "optimizer":
                 state = None if window is None else window.opening
             case "next_weights" | "next_optimizer":

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from subnet.quantities import QuantityError, parse_size
+from subnet.quantities import QuantityError, parse_bandwidth, parse_size
 from subnet.transport.shaping import Link
 
 
@@ -37,6 +37,8 @@ class NeuronConfig:
     port: int
     threads: int
     """Torch threads; 0 leaves torch's own choice."""
+    uplink: float
+    """Bits per second that the machine can send."""
     ring: int
     """Bytes of host memory for what a miner may have to show of its work."""
     link: Link | None = None
@@ -71,6 +73,12 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     network.add_argument("--host", default="0.0.0.0", help="address the axon listens on (default: all)")  # noqa: S104
     network.add_argument("--announce", default=None, help="address others reach it at (default: --host)")
     network.add_argument("--port", type=int, default=8091, help="axon port, 0 for any free one (default: 8091)")
+    network.add_argument(
+        "--uplink",
+        default="200mbit",
+        metavar="200mbit",
+        help="what this machine can send; a miner's evidence takes at most a tenth of it (default: 200mbit)",
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
     machine.add_argument(
@@ -86,7 +94,7 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     flags = parser.parse_args(argv)
     try:
         link = Link.parse(latency=flags.latency, bandwidth=flags.bandwidth, loss=flags.loss)
-        ring = parse_size("ring", flags.ring)
+        uplink, ring = parse_bandwidth("uplink", flags.uplink), parse_size("ring", flags.ring)
     except QuantityError as error:
         parser.error(str(error))
     return NeuronConfig(
@@ -105,6 +113,7 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
         announce=flags.announce or flags.host,
         port=flags.port,
         threads=flags.threads,
+        uplink=uplink,
         ring=ring,
         link=link,
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +15,7 @@ from neurons.exchange import Desk
 from neurons.library import Library
 from neurons.node import Node
 from neurons.pipeline import StageWorker
+from neurons.quota import Audience, Uplink
 from neurons.wire import MergeRoutes, byte_tensor
 from subnet.messages import (
     Backward,
@@ -34,18 +37,63 @@ from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
 from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Unavailable, UnknownRun
+from subnet.transport.synapse import Synapse
 from subnet.trust import delta
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES
 from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, Direction, Evidence, UnitKey
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """One caller's request for evidence of a closed round."""
+
+    caller: str
+    request: RunSynapse
+    held: RoundArchive
+    evidence: Evidence
+    desk: Desk
+    audience: Audience
+
+    def vector(self, version: int, part: StatePart) -> Vector:
+        found = self.held.vector(version, part)
+        if part in ("closing", "owed", "still_owed"):
+            if found is None:
+                raise Dropped(f"round {self.request.round} has no {part} here", "ask for what its closing names")
+            return found
+        self.require_picked(version)
+        return self.known(found, version)
+
+    def require_picked(self, version: int) -> None:
+        if version not in self.held.picked:
+            raise NotPicked(
+                f"window {version} of round {self.request.round} is none that its slot's seed picks",
+                "ask for windows that are picked",
+            )
+
+    def known(self, found: T | None, version: int) -> T:
+        if found is None:
+            raise Dropped(
+                f"window {version} of round {self.request.round} is not kept here: given up, or lost in a restart",
+                "ask for others",
+            )
+        return found
+
 
 class EvidenceDesk:
-    """Serves what the archive holds: a merge's pieces to siblings, evidence to validators and joiners."""
+    """Serves what the archive holds: a merge's pieces to siblings, evidence to validators and joiners.
 
-    def __init__(self, run: bytes, archive: Archive, library: Library) -> None:
+    Evidence is that of picked windows, once their round is closed and it is known who watches it, within quotas.
+    """
+
+    def __init__(self, run: bytes, archive: Archive, library: Library, uplink: Uplink) -> None:
         self._run = run.hex()
         self._archive = archive
         self._library = library
+        self._uplink = uplink
+        self._encoding = asyncio.Lock()
+        """A delta takes several times its weights while it is packed: one at a time."""
 
     def open(self, axon: Axon) -> None:
         """Put its routes on the axon."""
@@ -71,89 +119,99 @@ class EvidenceDesk:
             raise Unavailable(f"round {request.round} is still training here", "ask after CUT", retry_after=0.2)
         return desk
 
-    def _closed(self, request: RunSynapse) -> tuple[RoundArchive, Evidence, Desk]:
+    # -- who may have how much --------------------------------------------------------------------------------------
+
+    def _visit(self, caller: str, request: RunSynapse) -> _Visit:
         held = self._held(request)
         if held.evidence is None or held.desk is None:
             raise Unavailable(f"the ledger of round {request.round} is still open", "ask after CUT", retry_after=0.5)
-        if not held.settled:
+        if held.audience is None:
             raise Unavailable(f"a seed of round {request.round} is not known here", "ask again", retry_after=0.5)
-        return held, held.evidence, held.desk
+        self._uplink.share_out(request.round, held.audience.shares)
+        return _Visit(caller, request, held, held.evidence, held.desk, held.audience)
 
-    def _vector(self, held: RoundArchive, request: WindowRequest | StateRequest, part: StatePart) -> Vector:
-        found = held.vector(request.version, part)
-        if part in ("closing", "owed", "still_owed"):
-            if found is None:
-                raise Dropped(f"round {request.round} has no {part} here", "ask for what its closing names")
-            return found
-        self._require_picked(held, request, request.version)
-        if found is None:
-            raise _given_up(request, request.version)
-        return found
+    def _require(self, visit: _Visit, size: int) -> None:
+        """Raises `OverQuota` where `size` bytes are more than the caller may have."""
+        evidence = visit.evidence
+        picked = [head for head in evidence.heads if head.version in visit.held.picked]
+        visit.audience.require(
+            visit.caller, size, visit.audience.limit(visit.caller, picked, tables=evidence.tables().size)
+        )
 
-    def _require_picked(self, held: RoundArchive, request: RunSynapse, version: int) -> None:
-        if version not in held.picked:
-            raise NotPicked(
-                f"window {version} of round {request.round} is none that its slot's seed picks",
-                "ask for windows that are picked",
+    def _give(self, visit: _Visit, reply: Synapse, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        """Count what is sent, if the caller may have it."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self._require(visit, size)
+        visit.audience.take(visit.caller, size)
+        self._uplink.take(visit.caller, size)
+        return reply, tensors
+
+    # -- routes -----------------------------------------------------------------------------------------------------
+
+    async def tables(self, caller: str, request: EvidenceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        visit = self._visit(caller, request)
+        with self._uplink.working(caller):
+            evidence, tables = visit.evidence, visit.evidence.tables()
+            payload = visit.desk.payload_root.hex()
+            reply = EvidenceTables(payload=payload, heads=len(evidence.heads), acks=len(evidence.acks))
+            return self._give(
+                visit,
+                reply,
+                {
+                    "leaves": byte_tensor(tables.leaves).view(-1, LEAF_BYTES),
+                    "heads": byte_tensor(tables.heads).view(-1, HEAD_BYTES),
+                    "acks": byte_tensor(tables.acks).view(-1, ACK_BYTES),
+                    "closing": byte_tensor(tables.closing).view(-1, CLOSING_BYTES),
+                },
             )
 
-    async def tables(self, _caller: str, request: EvidenceRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        _, evidence, desk = self._closed(request)
-        tables = evidence.tables()
-        payload = desk.payload_root.hex()
-        return EvidenceTables(payload=payload, heads=len(evidence.heads), acks=len(evidence.acks)), {
-            "leaves": byte_tensor(tables.leaves).view(-1, LEAF_BYTES),
-            "heads": byte_tensor(tables.heads).view(-1, HEAD_BYTES),
-            "acks": byte_tensor(tables.acks).view(-1, ACK_BYTES),
-            "closing": byte_tensor(tables.closing).view(-1, CLOSING_BYTES),
-        }
+    async def window(self, caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        visit = self._visit(caller, request)
+        weights = visit.vector(request.version, "weights")
+        with self._uplink.working(caller):
+            base = self._library.theta(request.held)
+            if base is None:
+                raise Dropped(
+                    f"the state with {request.held} rounds merged is not kept here", "name the round's own state"
+                )
+            self._require(visit, visit.held.packed.get((request.version, request.held), 1))
+            async with self._encoding:
+                data = await asyncio.to_thread(delta.encode, weights.values, base)
+            visit.held.packed[request.version, request.held] = len(data)
+            return self._give(visit, WeightsDelta(size=len(data)), {"delta": byte_tensor(data).view(1, -1)})
 
-    async def window(self, _caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held, _, _ = self._closed(request)
-        weights = self._vector(held, request, "weights")
-        base = self._library.theta(request.held)
-        if base is None:
-            raise Dropped(f"the state with {request.held} rounds merged is not kept here", "name the round's own state")
-        data = await asyncio.to_thread(delta.encode, weights.values, base)
-        return WeightsDelta(size=len(data)), {"delta": byte_tensor(data).view(1, -1)}
-
-    async def state(self, _caller: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held, _, _ = self._closed(request)
+    async def state(self, caller: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        visit = self._visit(caller, request)
+        vectors = [visit.vector(request.version, part) for part in request.parts]
         data: list[torch.Tensor] = []
-        proofs: list[tuple[bytes, ...]] = []
-        for part, index in zip(request.parts, request.pieces, strict=True):
-            vector = self._vector(held, request, part)
+        for part, vector, index in zip(request.parts, vectors, request.pieces, strict=True):
             try:
                 data.append(vector.piece(index))
             except IndexError as error:
                 raise MalformedRequest(f"{part}: {error}", "take the sizes from the run's plan") from None
-            proofs.append((await asyncio.to_thread(vector.tree)).proof(index))
-        return StatePieces(sizes=[piece.numel() for piece in data], hashes=[len(proof) for proof in proofs]), {
-            "data": torch.cat(data, dim=1),
-            "proof": byte_tensor(b"".join(chain.from_iterable(proofs))).view(-1, HASH_BYTES),
-        }
+        with self._uplink.working(caller):
+            self._require(visit, sum(piece.numel() for piece in data))
+            trees = [await asyncio.to_thread(vector.tree) for vector in vectors]
+            proofs = [tree.proof(index) for tree, index in zip(trees, request.pieces, strict=True)]
+            reply = StatePieces(sizes=[piece.numel() for piece in data], hashes=[len(proof) for proof in proofs])
+            hashes = byte_tensor(b"".join(chain.from_iterable(proofs))).view(-1, HASH_BYTES)
+            return self._give(visit, reply, {"data": torch.cat(data, dim=1), "proof": hashes})
 
-    async def unit(self, _caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        held, evidence, _ = self._closed(request)
-        direction = Direction.BACKWARD if request.backward else Direction.FORWARD
-        key = UnitKey(request.sample, direction)
-        leaf = next((leaf for leaf in evidence.leaves if leaf.key == key), None)
+    async def unit(self, caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
+        visit = self._visit(caller, request)
+        key = UnitKey(request.sample, Direction.BACKWARD if request.backward else Direction.FORWARD)
+        leaf = next((leaf for leaf in visit.evidence.leaves if leaf.key == key), None)
         if leaf is None:
             raise Dropped(
                 f"sample {request.sample} of round {request.round} is not in the ledger", "ask for one that is"
             )
-        self._require_picked(held, request, leaf.version)
-        unit = held.unit(key)
-        if unit is None:
-            raise _given_up(request, leaf.version)
-        tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
-        return Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def _given_up(request: RunSynapse, version: int) -> Dropped:
-    return Dropped(
-        f"window {version} of round {request.round} is not kept here: given up, or lost in a restart", "ask for others"
-    )
+        visit.require_picked(leaf.version)
+        unit = visit.known(visit.held.unit(key), leaf.version)
+        with self._uplink.working(caller):
+            tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
+            return self._give(
+                visit, Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
+            )
 
 
 class PushDesk:

@@ -1,16 +1,18 @@
 """What a miner shows to one reader, asked for with patience and checked against what it committed to.
 
 Everything has a size known beforehand, so a giant reply is cut off at its header. Who is busy is asked again; who is
-slow has a budget of seconds for a whole round, which grows with what is asked for, so nobody's slowness costs a reader
-more than that. What does not come, or is not what the leaf or the root says, raises `Withheld`: it cannot be shown to
-anybody else, so it counts in the reader's own judgement only.
+slow has a budget of seconds for a whole round, which grows with what it shows at the rate that every miner owes the
+reader, so nobody's slowness costs a reader more than that. What does not come, or is not what the leaf or the root
+says, raises `Withheld`: it cannot be shown to anybody else, so it counts in the reader's own judgement only. Nor does a
+reader ask for more than its part: that raises `Spent`, and nothing is held against the miner.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +36,7 @@ from subnet.messages import (
 from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
 from subnet.swarm.record import Record, bind_roots
 from subnet.transport.dendrite import Dendrite
-from subnet.transport.errors import Busy, Refused, Silent, TransportError, Unavailable, Unreachable
+from subnet.transport.errors import Busy, OverQuota, Refused, Silent, TransportError, Unavailable, Unreachable
 from subnet.transport.synapse import HEADER_LIMIT, S, Specs, Synapse, tensor_bytes, wire_bytes
 from subnet.trust import delta
 from subnet.trust.audit import UnitTensors
@@ -51,14 +53,13 @@ from subnet.trust.ledger import (
     Tables,
     digest,
 )
+from subnet.trust.quota import RETRIES, Sizes, least_rate, validators_part
 from subnet.trust.tree import PIECE_BYTES, PROOF_LIMIT, pieces_of, proven
 
 log = logging.getLogger("orion.neurons.fetching")
 
 PATIENCE = 20.0
 """Seconds that a miner may take in sum for what one reader asks of it in a round, besides the transfers."""
-LEAST_RATE = 1e6
-"""Bytes per second that it must serve at: a tenth of a slow uplink."""
 CALL_DEADLINE = 10.0
 """Seconds for one call, besides the transfer. A call that gets no answer is tried again within `PATIENCE`."""
 PAUSE = 0.2
@@ -70,6 +71,10 @@ TRY_AGAIN = (Busy, Unavailable, Unreachable)
 
 class Withheld(Exception):  # noqa: N818 - what happened, as the transport's errors say it
     """A miner did not show what it must, or showed something else: one line."""
+
+
+class Spent(Exception):  # noqa: N818
+    """This reader has had its part of what the miner shows of the round: one line."""
 
 
 class Unsound(Exception):  # noqa: N818
@@ -109,7 +114,9 @@ class Source:
         parameters: int,
         shapes: Shapes,
         patience: float = PATIENCE,
+        share: float = 1.0,
     ) -> None:
+        """`share` is the reader's part of the stake at work."""
         self.hotkey = hotkey
         self.received = 0
         self._dendrite = dendrite
@@ -120,6 +127,12 @@ class Source:
         self._parameters = parameters
         self._shapes = shapes
         self._left = patience
+        self._patience = patience
+        self._rate = least_rate(share)
+        self._share = share
+        self._asked = 0
+        """Bytes that the miner may have sent, whether or not they arrived."""
+        self._part = math.inf
 
     async def tables(self, record: Record, *, samples: range) -> Evidence:
         """The closed ledger behind the record's root. Raises `Withheld`, and `Unsound` for one that contradicts itself.
@@ -144,6 +157,11 @@ class Source:
         except LedgerError as error:
             raise Unsound(str(error)) from error
         return evidence
+
+    def limit(self, evidence: Evidence, picked: Iterable[WindowHead]) -> None:
+        """From here on ask for no more than this reader's part of the picked windows."""
+        sizes = Sizes.of(self._plan, self._parameters, self._shapes)
+        self._part = validators_part(sizes, list(picked), tables=evidence.tables().size, share=self._share)
 
     async def weights(self, head: WindowHead, base: torch.Tensor, *, held: int) -> tuple[bytes, torch.Tensor]:
         """A window's weights, fp32 (n,), and before them what they differ by from the public state `base`, as
@@ -215,16 +233,18 @@ class Source:
     ) -> tuple[S, dict[str, torch.Tensor]]:
         """Ask until there is an answer or the miner's seconds are used up."""
         loop, turn = asyncio.get_running_loop(), 0
-        self._left += limit / LEAST_RATE
+        if self._asked + limit > self._part:
+            raise Spent(f"{limit} bytes after {self._asked} are more than this reader's part, {self._part}")
+        self._left += limit / self._rate
         while True:
             start = loop.time()
-            deadline = min(self._left, CALL_DEADLINE + limit / LEAST_RATE)
+            deadline = min(self._left, CALL_DEADLINE + limit / self._rate)
             endpoint = self._endpoint(self.hotkey)
             try:
                 if endpoint is None:
                     raise Unreachable(f"{self.hotkey} serves no axon")
                 if deadline <= 0:
-                    raise Silent(f"it has used up its {PATIENCE:g} seconds of the round")
+                    raise Silent(f"it has used up its {self._patience:g} seconds of the round")
                 fields, tensors = await self._dendrite.call(
                     endpoint,
                     self.hotkey,
@@ -238,16 +258,22 @@ class Source:
                 asked = error.retry_after if isinstance(error, Refused) else None
                 pause = min(LONGEST_PAUSE, asked or PAUSE * 2.0**turn)
                 self._left -= loop.time() - start + pause
+                self._asked += limit if isinstance(error, Unreachable) else 0
                 if self._left <= 0:
                     raise Withheld(f"{message.route}: {error}") from error
                 turn += 1
                 await asyncio.sleep(pause)
             except TransportError as error:
-                self._left -= max(loop.time() - start, limit / LEAST_RATE)
+                if isinstance(error, OverQuota) and self._asked + limit > RETRIES * self._part:
+                    raise Spent(f"{self._asked} bytes were asked for, of this reader's {self._part}") from error
+                self._left -= loop.time() - start + limit / self._rate
+                self._asked += limit
                 raise Withheld(f"{message.route}: {error}") from error
-            else:  # what is left of the transfer's seconds is not the miner's to keep
-                self._left -= max(loop.time() - start, limit / LEAST_RATE)
-                self.received += sum(tensor.nbytes for tensor in tensors.values())
+            else:  # a reply that came faster earns the miner time: its link sends at once what its quota pays later
+                size = sum(tensor.nbytes for tensor in tensors.values())
+                self._left -= loop.time() - start + (limit - size) / self._rate
+                self._asked += size
+                self.received += size
                 return fields, tensors
 
 

@@ -16,8 +16,8 @@ from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from neurons.auditing import Dossier, Entry
 from neurons.bench import forward_flops
+from neurons.dossier import Dossier, Entry
 from neurons.node import Node
 from neurons.telemetry import Checked, Convicted, MinerScored, Settled, WeightsSet
 from subnet.chain import ChainError

@@ -21,6 +21,7 @@ from neurons.joining import Joiner
 from neurons.keeper import Keeper
 from neurons.library import Library
 from neurons.node import Node, NodeError, main
+from neurons.quota import Uplink
 from neurons.ring import least_ring
 from neurons.rounds import BehindError, RoundMachine, traffic
 from neurons.telemetry import NodeFinished, StateChanged, WindowGivenUp
@@ -28,6 +29,7 @@ from neurons.vault import Vault
 from subnet.quantities import written
 from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import NO_WEIGHTS, Roster, Standing
+from subnet.trust.quota import LEAST_UPLINK
 
 log = logging.getLogger("orion.neurons.miner")
 
@@ -51,7 +53,13 @@ class Miner:
     async def run(self) -> None:
         """From the first roster to the last, or until it has left."""
         node = self._node
-        EvidenceDesk(node.loaded.run_id, self._archive, self._library).open(node.axon)
+        uplink = node.config.uplink
+        if uplink < LEAST_UPLINK:
+            raise NodeError(
+                f"--uplink {uplink / 1e6:g}mbit is less than the {LEAST_UPLINK / 1e6:g}mbit that validators count on: "
+                "give what the machine can send, or use another line"
+            )
+        EvidenceDesk(node.loaded.run_id, self._archive, self._library, Uplink(uplink)).open(node.axon)
         self._library.open(node.axon)
         self._pushes.open(node)
         await node.listen()

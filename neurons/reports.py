@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from neurons.adopting import Adopter
-from neurons.auditing import Dossier, RoundFacts
+from neurons.dossier import Dossier, RoundFacts
 from neurons.node import Node
 from neurons.telemetry import ReportPublished, ReportRead
 from neurons.wire import byte_tensor

@@ -7,17 +7,15 @@ of this size gives up some before their seed is known; one that holds all window
 
 from __future__ import annotations
 
+import math
+
 from model.split import StagePlan
 from neurons.archive import ROUNDS
 from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.slots import slots_of
 from subnet.manifest import Manifest
 from subnet.messages import Shapes
-from subnet.transport.synapse import wire_bytes
-
-VALUE_BYTES = 4
-VALUES_OF_A_STATE = 3
-"""Per parameter: itself and its two moments."""
+from subnet.trust.quota import Sizes
 
 
 def capacity_of(plan: StagePlan) -> int:
@@ -25,25 +23,18 @@ def capacity_of(plan: StagePlan) -> int:
     return 2 * DEPTH_LIMIT_PER_STAGE * plan.count
 
 
-def state_bytes(parameters: int) -> int:
-    """Of a stage's weights and moments."""
-    return VALUE_BYTES * VALUES_OF_A_STATE * parameters
-
-
-def window_bytes(manifest: Manifest, plan: StagePlan, parameters: int) -> int:
+def window_bytes(manifest: Manifest, plan: StagePlan, sizes: Sizes) -> int:
     """The most that one window holds: two states, the backward units of a step, and the forward units that can be
     computed meanwhile, those still open included."""
-    shapes, backward = Shapes.of(manifest), manifest.optimizer.accumulation
+    backward = manifest.optimizer.accumulation
     forward = 0 if plan.is_last else backward + capacity_of(plan)
-    return (
-        2 * state_bytes(parameters)
-        + forward * wire_bytes(shapes.unit(plan, backward=False))
-        + backward * wire_bytes(shapes.unit(plan, backward=True))
-    )
+    return 2 * sizes.state + forward * sizes.forward + backward * sizes.backward
 
 
 def least_ring(manifest: Manifest, plan: StagePlan, parameters: int) -> int:
     """Bytes below which a miner of this stage could not show what is picked."""
-    picked = ROUNDS * slots_of(manifest) * manifest.audit.windows
-    cuts = ROUNDS * VALUES_OF_A_STATE * VALUE_BYTES * parameters
-    return cuts + (picked + manifest.audit.windows + 1) * window_bytes(manifest, plan, parameters)
+    sizes = Sizes.of(plan, parameters, Shapes.of(manifest))
+    windows = math.ceil(manifest.audit.windows)
+    picked = ROUNDS * (slots_of(manifest) * windows + 1)  # and one before which a merge is taken over
+    cuts = ROUNDS * sizes.state  # of three vectors each
+    return cuts + ROUNDS * sizes.state // 3 + (picked + windows + 1) * window_bytes(manifest, plan, sizes)

@@ -45,6 +45,7 @@ from subnet.swarm.merge import Merged
 from subnet.swarm.record import Phase, Record
 from subnet.swarm.roster import NO_WEIGHTS, Roster, records_of
 from subnet.trust.ledger import Evidence
+from subnet.trust.quota import Sizes
 
 log = logging.getLogger("orion.neurons.rounds")
 
@@ -141,6 +142,7 @@ class RoundMachine:
         self._kept: KeptCut | None = None
         self._picking: set[asyncio.Task[None]] = set()
         """One a round: windows that no seed picks are dropped, until its last slot's seed is known."""
+        self._sizes = Sizes.of(node.plans[stage], node.parameters[stage], node.shapes)
         self._secret = secrets.token_bytes(32)
 
     @property
@@ -257,7 +259,7 @@ class RoundMachine:
         """Until the round is forgotten: without the seeds nothing of it may be shown."""
         while self._archive.get(roster.round) is held:
             try:
-                await keep_picked(self._node, roster, held, slot)
+                await keep_picked(self._node, roster, held, self._sizes, slot)
             except ChainError as error:
                 log.warning("round %d: seeds of slots cannot be read: %s", roster.round, error)
                 await asyncio.sleep(SEED_PAUSE)

@@ -7,10 +7,13 @@ from functools import partial
 
 from neurons.archive import RoundArchive
 from neurons.node import Node
+from neurons.quota import Audience
 from subnet.manifest import Manifest
+from subnet.swarm.observers import Observer, observers, shares
 from subnet.swarm.roster import Roster
 from subnet.trust.audit import select_windows
 from subnet.trust.heads import slot_end, slots_in
+from subnet.trust.quota import Sizes
 
 
 def slots_of(manifest: Manifest) -> int:
@@ -29,8 +32,18 @@ async def slot_seeds(node: Node, roster: Roster) -> list[bytes]:
     return [await slot_seed(node, roster, slot) for slot in range(slots_of(node.loaded.manifest))]
 
 
-async def keep_picked(node: Node, roster: Roster, held: RoundArchive, current_slot: Callable[[], int]) -> None:
-    """Leave of each slot only the windows that its seed picks, as soon as it is known. Ends with the last slot.
+async def watchers(node: Node, roster: Roster) -> dict[str, Observer]:
+    """Validators at work in a round: with overlap the next round's records follow before CUT."""
+    marks = node.loaded.manifest.round
+    state = await node.state(roster.block + min(marks.cut, marks.length - 1))
+    return observers(state, node.loaded.run_id)
+
+
+async def keep_picked(
+    node: Node, roster: Roster, held: RoundArchive, sizes: Sizes, current_slot: Callable[[], int]
+) -> None:
+    """Leave of each slot only the windows that its seed picks, as soon as it is known. Ends with the last slot, when
+    it is known too who may ask for them.
 
     `current_slot` is that of a window which closes now. Raises `ChainError`.
     """
@@ -39,4 +52,4 @@ async def keep_picked(node: Node, roster: Roster, held: RoundArchive, current_sl
         seed = await slot_seed(node, roster, slot)
         held.reach(current_slot())
         held.seeded(slot, partial(select_windows, seed=seed, hotkey=hotkey, slot=slot, count=count))
-    held.settled = True
+    held.audience = Audience(shares(await watchers(node, roster)), sizes)

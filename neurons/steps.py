@@ -1,8 +1,8 @@
 """The step that closes a picked window: what is fetched for it, and what comes of it on the bench.
 
-Two looks. The arithmetic (`subnet.trust.step`) needs a few pieces of weights and moments, so every picked window is
-looked at so, and what does not follow is a proof. The gradient needs all backward units of the window, so a share of
-the windows is looked at so, and what differs is a measurement: one test per window, whatever the pieces.
+Two looks. The arithmetic (`subnet.trust.step`) needs a piece of weights and moments, so whoever reads a window looks at
+it so, and what does not follow is a proof. The gradient needs all backward units of the window, so a share of the
+windows is looked at so, and what differs is a measurement: one test per window, whatever the pieces.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from model.optimizer import OptimizerConfig
 from model.stage import Stage, assign_flat
 from neurons.bench import Unit
 from neurons.fetching import PIECE_VALUES, NamedState, Source
+from subnet.swarm.merge import taken_over
 from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.heads import WindowHead
 from subnet.trust.step import Stretch, Values, entered, gradient_error, step_error
 
 PIECES = 2
-"""Looked at per window. A cheat that shows in few pieces changes few weights."""
+"""Looked at where the whole gradient is replayed, which costs far more than they do; else one is."""
 
 
 def span_of(piece: int, parameters: int) -> range:
@@ -55,6 +56,22 @@ async def show(source: Source, head: WindowHead, piece: int, *, stage: Stage, co
     wanted = [(weights, span), (moments, span), (moments, later), (after, span), (moved, span), (moved, later)]
     values = await source.values(head.version, wanted)
     return Shown(piece, Stretch.of(stage, span, config), Values(*values[:3]), Values(*values[3:]))
+
+
+async def moved(
+    source: Source, before: WindowHead, head: WindowHead, piece: int, *, start: torch.Tensor, target: torch.Tensor
+) -> bool:
+    """Whether a window begins with what its replica's weights became when the state that they started from, `start`,
+    became `target` (fp32 (n,) each), in one piece. `before` is the window before. Raises `Withheld`."""
+    count = target.numel()
+    span = span_of(piece, count)
+    named = [
+        NamedState("previous_weights", before.next_weights, count),
+        NamedState("weights", head.weights, count),
+    ]
+    held, begun = await source.values(head.version, [(state, span) for state in named])
+    part = slice(span.start, span.stop)
+    return torch.equal(begun, taken_over(held, start[part], target[part]))
 
 
 @dataclass(frozen=True, slots=True)

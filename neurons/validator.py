@@ -19,16 +19,18 @@ from collections.abc import Callable, Coroutine, Mapping
 
 from model.stage import build_stage
 from neurons.adopting import Adopter
-from neurons.auditing import Auditor, Dossier, RoundFacts, of_merge
+from neurons.auditing import Auditor
 from neurons.bench import Bench, forward_flops
+from neurons.dossier import Dossier, RoundFacts
+from neurons.faults import of_merge
 from neurons.follower import Fault, PublicStates, RoundStart
 from neurons.judgement import Closed, Judge, Suspicions
 from neurons.node import Node, main
 from neurons.notary import Notary
 from neurons.reports import ReportDesk, ReportReader, write_report
-from neurons.slots import slot_seeds, slots_of
+from neurons.slots import slot_seeds, slots_of, watchers
 from neurons.telemetry import AuditCost, NodeFinished, RoundStarted
-from subnet.swarm.observers import observers, stakes
+from subnet.swarm.observers import stakes
 from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import Roster, records_of
 from subnet.trust.decision import Rule, tests_per_year
@@ -171,9 +173,7 @@ class Validator:
         begun = await start
         if before is not None:
             await before
-        # Who watched the round, and what it committed to: with overlap the next round's records follow before CUT.
-        watched = await node.state(roster.block + min(marks.cut, marks.length - 1))
-        at_work = observers(watched, node.loaded.run_id)
+        at_work = await watchers(node, roster)
         cut = await node.state(roster.block + marks.cut)
         weights = stakes(at_work)
         facts = RoundFacts(

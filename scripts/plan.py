@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 
 from model.accounting import FORMULA, PEAK_FLOPS, total_parameters, training_flops_per_token
 from model.config import ConfigError, preset
-from subnet.transport.shaping import LinkError, parse_bandwidth
+from subnet.quantities import QuantityError, parse_bandwidth
 from subnet.trust.cost import HOUR, Cost, CostError, Rules, Shape, cost
+from subnet.trust.quota import UPLINK_SHARE
 
 GB = 1e9
-UPLINK_SHARE = 0.1
 """Of a miner's uplink, for evidence."""
 BLOCK_SECONDS = 12.0
 SENT = ("to train", "evidence", "weights")
@@ -81,7 +81,7 @@ class AuditPlan:
 
 
 def make_plan(options: PlanOptions) -> AuditPlan:
-    """Raises `PlanError`, `CostError`, `ConfigError`, `LinkError`."""
+    """Raises `PlanError`, `CostError`, `ConfigError`, `QuantityError`."""
     peak = PEAK_FLOPS.get(options.gpu.upper().partition("-")[0])
     if peak is None:
         raise PlanError(f"--gpu {options.gpu!r} is not known: one of {', '.join(name.lower() for name in PEAK_FLOPS)}")
@@ -90,7 +90,7 @@ def make_plan(options: PlanOptions) -> AuditPlan:
     if options.validators < 1:
         raise PlanError(f"--validators is {options.validators}; it must be at least 1: raise it")
     config = preset(options.model)
-    up, down = parse_bandwidth(options.up), parse_bandwidth(options.down)
+    up, down = parse_bandwidth("up", options.up), parse_bandwidth("down", options.down)
     flops = training_flops_per_token(config, stages=options.stages, tokens=options.sequence)
     per_pipeline = options.mfu * options.stages * peak / flops
     shape = Shape(
@@ -172,7 +172,7 @@ def show_plan(options: PlanOptions, *, as_json: bool) -> int:
     """Print it; 0 if everything fits, 1 if not or if it cannot be made."""
     try:
         plan = make_plan(options)
-    except (PlanError, CostError, ConfigError, LinkError) as error:
+    except (PlanError, CostError, ConfigError, QuantityError) as error:
         print(f"orion plan: {error}", file=sys.stderr)
         return 1
     print(json.dumps(facts(options, plan), indent=2) if as_json else "\n".join(text(options, plan)))

@@ -192,8 +192,11 @@ class WeightsDelta(Synapse):
         return {"delta": table(1, self.size)}
 
 
-StatePart = Literal["weights", "optimizer", "next_weights", "next_optimizer", "closing", "owed", "still_owed"]
-"""The states of a window that its head names, and of the cut that the closing names."""
+StatePart = Literal[
+    "weights", "optimizer", "next_weights", "next_optimizer", "previous_weights", "closing", "owed", "still_owed"
+]
+"""The states of a window that its head names, those that the window before ended with where a merge was taken over in
+between, and those of the cut that the closing names."""
 
 
 STATE_PIECES = 16

@@ -35,6 +35,12 @@ def observers(state: ChainState, run: bytes) -> dict[str, Observer]:
     return found
 
 
+def shares(found: dict[str, Observer]) -> dict[str, float]:
+    """Each one's part of the stake at work."""
+    weights = stakes(found)
+    return {hotkey: weight / sum(weights.values()) for hotkey, weight in weights.items()}
+
+
 def stakes(found: dict[str, Observer]) -> dict[str, float]:
     """What each one's word weighs. With no stake among them each weighs the same."""
     whole = sum(observer.stake for observer in found.values())

@@ -51,13 +51,17 @@ def select_windows(
 ) -> tuple[WindowHead, ...]:
     """`count` windows of `hotkey` in a slot by H(seed, hotkey, version); the same for the miner and all validators.
 
+    One that a merge was taken over before is picked besides: there is one in a round, and its weights may be anything
+    unless it is looked at.
+
     What `count` has beyond a whole number is the chance of one window more: short slots, whose windows need not be kept
     for long until their seed is known, need not all be looked into.
     """
     whole = math.floor(count)
     more = _share(_draw(seed, hotkey, "more", str(slot))) < count - whole
     inside = [head for head in heads if head.slot == slot]
-    return tuple(sorted(inside, key=lambda head: _draw(seed, hotkey, str(head.version)))[: whole + more])
+    order = sorted(inside, key=lambda head: _draw(seed, hotkey, str(head.version)))
+    return (*order[: whole + more], *(head for head in order[whole + more :] if head.merged))
 
 
 def pick_windows(

@@ -26,11 +26,15 @@ def breaks(heads: Sequence[WindowHead]) -> Iterator[Break]:
 
     A step adds one to the steps done, unless its gradient was not finite, which leaves everything as it was; a window
     without a backward unit ends as it began; moments are touched by steps alone; weights change between two windows
-    only where a merge was taken over.
+    only where a merge was taken over, which is once.
     """
+    merges = 0
     for head in heads:
         if not head.backward and not head.idle:
             yield Break(head.version, "ends in another state than it began with, without a backward unit")
+        merges += head.merged > 0
+        if head.merged and merges > 1:
+            yield Break(head.version, "begins with a merge taken over, the second one in its round")
     for before, head in pairwise(heads):
         dropped = before.idle and head.steps == before.steps
         if head.steps != before.steps + (before.backward > 0) and not dropped:

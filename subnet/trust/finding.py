@@ -39,9 +39,6 @@ class Check(StrEnum):
 UNIT_CHECKS = frozenset({Check.FORWARD, Check.BACKWARD, Check.LOSS})
 """Checks of one replayed unit each."""
 
-STEP_CHECKS = frozenset({Check.STEP, Check.GRADIENT})
-"""Checks of what closed a window."""
-
 
 class Grade(StrEnum):
     PROOF = "proof"

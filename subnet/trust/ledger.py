@@ -139,6 +139,11 @@ class Tables:
     closing: bytes
 
     @property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return len(self.leaves) + len(self.heads) + len(self.acks) + len(self.closing)
+
+    @property
     def root(self) -> bytes:
         """The hash a record's root binds (32 bytes)."""
         tables = (self.leaves, self.heads, self.acks, self.closing)

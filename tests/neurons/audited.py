@@ -25,8 +25,9 @@ from model.split import split
 from model.stage import build_stage, flatten
 from neurons.adopting import Adopter
 from neurons.archive import Vector
-from neurons.auditing import Auditor, Dossier, Entry, RoundFacts
+from neurons.auditing import Auditor
 from neurons.bench import Bench
+from neurons.dossier import Dossier, Entry, RoundFacts
 from neurons.follower import RoundStart
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
@@ -92,6 +93,10 @@ class Work:
     vectors: dict[tuple[int, str], Vector] = field(default_factory=dict)
     heads: list[WindowHead] = field(default_factory=list)
     evidence: Evidence | None = None
+    behind: bool = False
+    """Whether a merge is to be taken over at the next step boundary."""
+    merged: int = 0
+    """Version of the window before which one was."""
     cheat: Callable[[Leaf, torch.Tensor], torch.Tensor] | None = None
     """What it sends on in place of an output, fp32."""
 
@@ -128,8 +133,12 @@ class ClosedRound:
         cheats: Mapping[tuple[int, int], Callable[[Leaf, torch.Tensor], torch.Tensor]] | None = None,
         bent: Mapping[tuple[int, int], Callable[[StageEngine], None]] | None = None,
         steps: float = 0.5,
+        merge: Callable[[Work, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        """By (stage, replica): `cheats` change what that replica sends on, `bent` get its engine before the round."""
+        """By (stage, replica): `cheats` change what that replica sends on, `bent` get its engine before the round.
+
+        `merge` says what a replica makes of its weights when a merge comes half-way: it moves the public state.
+        """
         entry = tokens_file(folder)
         config = tiny(boundary=BoundaryConfig(form=BoundaryForm.A, width=16))
         described = manifest(config, entry, stages=stages, replicas=replicas, wire="bfloat16", accumulation=2)
@@ -164,12 +173,19 @@ class ClosedRound:
                 if bend is not None:
                     bend(engine)
                 self.works[hotkey] = work
-        self.public = [flatten(build_stage(config, plan, described.run.seed)) for plan in self.plans]
+        self.base = [flatten(build_stage(config, plan, described.run.seed)) for plan in self.plans]
+        generator = torch.Generator().manual_seed(4)
+        moved = [theta + 1e-3 * torch.randn(theta.shape, generator=generator) for theta in self.base]
+        self.public = self.base if merge is None else moved
+        """θ with all rounds before this one merged."""
+        self._merge = merge
         for work in self.works.values():
             self._note_state(work, "weights", "optimizer")
         first = NUMBER * described.data.samples_per_round
         for sample in range(first, first + samples):
             self._microbatch(sample, first)
+            for work in self.works.values():
+                work.behind = merge is not None and sample >= first + samples // 2 and not work.merged
         for work in self.works.values():
             self._close(work)
 
@@ -260,6 +276,11 @@ class ClosedRound:
         work.engine.step()
         self._note_state(work, "next_weights", "next_optimizer", version=version)
         self._head(work, version, steps)
+        if work.behind:
+            assert self._merge is not None
+            work.behind, work.merged = False, work.engine.version
+            work.states[work.merged, "previous_weights"] = flatten(work.engine.stage)
+            work.engine.replace_weights(self._merge(work, flatten(work.engine.stage)))
         self._note_state(work, "weights", "optimizer")
 
     def _note_state(self, work: Work, weights: str, optimizer: str, *, version: int | None = None) -> None:
@@ -280,7 +301,7 @@ class ClosedRound:
             slot=len(work.heads) // WINDOWS_PER_SLOT,
             forward=len(leaves) - backward,
             backward=backward,
-            merged=0,
+            merged=NUMBER if work.merged and work.merged == version else 0,
             units=units_hash(leaves),
             **roots,
         )
@@ -308,9 +329,9 @@ class ClosedRound:
         return max(head.slot for work in self.works.values() for head in work.heads) + 1
 
     def facts(self, secret: bytes, *, stake_share: float = 1.0) -> RoundFacts:
-        public = dict(enumerate(self.public))
+        public, base = dict(enumerate(self.public)), dict(enumerate(self.base))
         start = RoundStart(
-            self.roster, public, public, {}, self.roster.members, codec_of(self.loaded.manifest.merge.codec)
+            self.roster, public, base, {}, self.roster.members, codec_of(self.loaded.manifest.merge.codec)
         )
         return RoundFacts(
             roster=self.roster,

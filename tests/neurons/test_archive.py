@@ -17,13 +17,16 @@ from model.split import split
 from neurons.archive import ROUNDS, Archive, Cut, Pick, RoundArchive, State, Vector
 from neurons.miner import Miner
 from neurons.node import Node, NodeError
-from neurons.ring import least_ring, state_bytes, window_bytes
+from neurons.ring import least_ring
 from neurons.slots import keep_picked, slot_seeds, slots_of
+from subnet.metagraph import ChainState
 from subnet.quantities import parse_size, written
+from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import Roster
 from subnet.trust.audit import UnitTensors, pick_windows, select_windows
 from subnet.trust.heads import WindowHead, slot_end
 from subnet.trust.ledger import Direction, UnitKey
+from subnet.trust.quota import Sizes
 from tests.neurons.swarm import Swarm, manifest, open_corpus, tiny, tokens_file
 from tests.virtual import run
 
@@ -31,7 +34,9 @@ VALUES = 1000
 STATE = 12 * VALUES
 UNIT = 2 * 256
 """An input and an output."""
-HOTKEY = "5Miner"
+HOTKEY, VALIDATOR = "5Miner", "5Validator"
+RUN = b"a run id"
+SIZES = Sizes(weights=4 * VALUES, state=STATE, forward=UNIT, backward=UNIT)
 
 
 def state() -> State:
@@ -199,12 +204,17 @@ class Chain:
         await asyncio.sleep(max(0.0, block - now))
         return f"{purpose} {block}".encode()
 
+    async def state(self, _block: int) -> ChainState:
+        record = Record(run=RUN, round=0, phase=Phase.READY, flags=Flags.OBSERVER).encode()
+        neuron = SimpleNamespace(hotkey=VALIDATOR, stake=2.0, validator_permit=True, record=record, shards=b"")
+        return cast("ChainState", SimpleNamespace(neurons=(neuron,)))
+
 
 def test_the_miner_keeps_what_every_validator_picks(tmp_path: Path) -> None:
     described = manifest(tiny(), tokens_file(tmp_path, count=2000), stages=2)
     rules = described.audit.model_copy(update={"slot": 5, "windows": 2, "seed_delay": 2})
     described = described.model_copy(update={"audit": rules})
-    node = cast("Node", Chain(SimpleNamespace(manifest=described)))
+    node = cast("Node", Chain(SimpleNamespace(manifest=described, run_id=RUN)))
     roster = replace(Roster.of([[HOTKEY], ["5Other"]]), block=100)
     slots = slots_of(described)
     assert slots == 3
@@ -212,7 +222,7 @@ def test_the_miner_keeps_what_every_validator_picks(tmp_path: Path) -> None:
     async def play() -> None:
         training, current, loop = Training(RoundArchive()), 0, asyncio.get_running_loop()
         heads: list[WindowHead] = []
-        keeping = asyncio.create_task(keep_picked(node, roster, training.held, lambda: current))
+        keeping = asyncio.create_task(keep_picked(node, roster, training.held, SIZES, lambda: current))
         for slot in range(slots):
             heads += [training.window(slot) for _ in range(7)]
             await asyncio.sleep(100 + slot_end(slot, 5) + 1.5 - loop.time())
@@ -222,7 +232,8 @@ def test_the_miner_keeps_what_every_validator_picks(tmp_path: Path) -> None:
             assert len(training.held.windows) == 2 * (slot + 1) + 1, "and then what it picks, and the open one"
         training.held.end(training.now.weights)
         await keeping
-        assert training.held.settled
+        assert training.held.audience is not None
+        assert training.held.audience.shares == {VALIDATOR: 1.0}
         seeds = await slot_seeds(node, roster)
         chosen = {entry.version for entry, _ in pick_windows(heads, seeds=seeds, hotkey=HOTKEY, count=2)}
         assert set(training.held.windows) == chosen
@@ -238,8 +249,7 @@ def test_a_ring_that_cannot_hold_what_is_picked_is_refused_by_its_option(tmp_pat
     described = manifest(tiny(), tokens_file(tmp_path, count=2000), stages=2)
     plan = split(described.model.config(), 2)[0]
     least = least_ring(described, plan, VALUES)
-    assert least > 2 * slots_of(described) * (2 * state_bytes(VALUES))
-    assert window_bytes(described, plan, VALUES) > 2 * STATE
+    assert least > 2 * slots_of(described) * 2 * STATE
 
     def miner(ring: int) -> Miner:
         node = SimpleNamespace(

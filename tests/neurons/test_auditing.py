@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from neurons.auditing import Dossier, of_merge
+from neurons.dossier import Dossier
+from neurons.faults import of_merge
 from neurons.fetching import NamedState, Source, Withheld
 from neurons.follower import Fault
 from subnet.messages import (
@@ -25,7 +26,7 @@ from subnet.messages import (
     WindowRequest,
 )
 from subnet.transport.axon import Reply
-from subnet.transport.errors import Busy, Dropped, Unavailable
+from subnet.transport.errors import Busy, Dropped, OverQuota, Unavailable
 from subnet.transport.synapse import Synapse
 from subnet.trust.audit import select_units, select_windows
 from subnet.trust.finding import Check, Grade
@@ -97,7 +98,8 @@ async def test_only_picked_windows_and_drawn_units_are_asked_for(closed: ClosedR
             backward = sum(head.backward for head in heads if head.version in dossiers[hotkey].stepped)
             assert len(units) == len(dossiers[hotkey].replayed) + backward
             states = [request for request in show.asked if isinstance(request, StateRequest)]
-            assert {request.version for request in states} == picked
+            assert {request.version for request in states} == {version for version, _ in dossiers[hotkey].pieces}
+            assert len(states) == len(dossiers[hotkey].pieces)
 
 
 async def test_little_stake_fetches_few_windows(closed: ClosedRound) -> None:
@@ -293,6 +295,7 @@ SILENCES = {
     "giant tensors": when(UnitRequest, replaced(output=GIANT)),
     "wrong shape": when(UnitRequest, replaced(input=torch.zeros(1, dtype=torch.bfloat16))),
     "dropped units": when(UnitRequest, refuse(Dropped("no", "no"))),
+    "over quota at once": when(UnitRequest, refuse(OverQuota("no", "no"))),
     "busy for ever": when(UnitRequest, refuse(Busy("no", "no", retry_after=0.3))),
     "a fault": when(UnitRequest, refuse(RuntimeError("a bug of theirs"))),
     "garbage delta": when(WindowRequest, lambda _, __: (WeightsDelta(size=100), {"delta": rows(b"x" * 100, 100)})),

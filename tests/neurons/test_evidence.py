@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -20,11 +21,14 @@ from neurons.desks import EvidenceDesk
 from neurons.exchange import Desk
 from neurons.fetching import NamedState, Source, Withheld
 from neurons.library import Library
+from neurons.quota import Audience, Uplink
 from subnet.messages import Shapes, StatePart, StatePieces, StateRequest, UnitRequest
+from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Refused, Unavailable, UnknownRun
 from subnet.transport.synapse import HEADER_LIMIT
 from subnet.trust.audit import pick_windows, select_windows
 from subnet.trust.ledger import Evidence
+from subnet.trust.quota import Sizes
 from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
 from tests.neurons.swarm import SEED, Member, Swarm, manifest, open_corpus, tiny, tokens_file
 
@@ -36,6 +40,8 @@ class Shown:
     swarm: Swarm
     miner: Member
     asker: Member
+    shares: dict[str, float]
+    """Of the stake at work: the asker has all of it."""
 
     @property
     def held(self) -> RoundArchive:
@@ -45,6 +51,11 @@ class Shown:
     def values(self) -> int:
         return sum(parameter.numel() for parameter in self.miner.worker.engine.stage.parameters())
 
+    @property
+    def sizes(self) -> Sizes:
+        manifest = self.swarm.loaded.manifest
+        return Sizes.of(self.miner.worker.plan, self.values, Shapes.of(manifest))
+
     async def close(self, *, count: int = 8, settled: bool = True) -> Evidence:
         """As a cut does, with error feedback. The slot's seed picks `count` windows."""
         _, evidence = await self.miner.worker.close()
@@ -53,17 +64,18 @@ class Shown:
         closing = replace(evidence.closing, owed=owed.tree().root, still_owed=still.tree().root)
         evidence = replace(evidence, closing=closing)
         self.held.seeded(0, partial(select_windows, seed=SEED, hotkey=self.miner.identity.hotkey, slot=0, count=count))
-        self.held.settled = settled
+        if settled:
+            self.held.audience = Audience(self.shares, self.sizes)
         self.held.evidence = evidence
         self.held.desk = Desk(self.miner.identity.hotkey, [b"payload"], evidence=evidence.root)
         return evidence
 
-    def source(self, *, patience: float = 5.0) -> Source:
+    def source(self, *, patience: float = 5.0, share: float = 1.0, dendrite: Dendrite | None = None) -> Source:
         loaded, hotkey = self.swarm.loaded, self.miner.identity.hotkey
         stage = self.swarm.roster.stage_of(hotkey)
         assert stage is not None
         return Source(
-            dendrite=self.asker.dendrite,
+            dendrite=dendrite or self.asker.dendrite,
             endpoint=self.swarm.endpoints.get,
             run=loaded.run_id,
             number=0,
@@ -72,6 +84,7 @@ class Shown:
             parameters=self.values,
             shapes=Shapes.of(loaded.manifest),
             patience=patience,
+            share=share,
         )
 
     async def refused(self, *, unit: int | None = None, **fields: object) -> Refused:
@@ -95,16 +108,16 @@ class Shown:
 
 
 @asynccontextmanager
-async def shown(folder: Path) -> AsyncIterator[Shown]:
+async def shown(folder: Path, *, uplink: float = 1e9) -> AsyncIterator[Shown]:
     entry = tokens_file(folder)
     boundary = BoundaryConfig(form=BoundaryForm.A, width=8)
     described = manifest(tiny(boundary=boundary), entry, stages=2, wire="bfloat16")
     loaded = described.write(folder / "manifest.toml")
     async with Swarm(loaded, open_corpus(folder, described, entry)) as swarm:
         miner, asker = swarm.stage(1)[0], swarm.stage(0)[0]
-        EvidenceDesk(loaded.run_id, miner.archive, Library(loaded.run_id)).open(miner.axon)
+        EvidenceDesk(loaded.run_id, miner.archive, Library(loaded.run_id), Uplink(uplink)).open(miner.axon)
         await asker.worker.drive(limit=10)
-        yield Shown(swarm, miner, asker)
+        yield Shown(swarm, miner, asker, {asker.identity.hotkey: 1.0})
 
 
 async def test_every_part_of_every_window_and_of_the_cut_is_shown_in_proven_pieces(tmp_path: Path) -> None:
@@ -114,6 +127,7 @@ async def test_every_part_of_every_window_and_of_the_cut_is_shown_in_proven_piec
         assert 4 * values > PIECE_BYTES, "else a proof has no hashes"
         assert len(evidence.heads) == 3
         parts = dict.fromkeys(get_args(StatePart), values) | {"optimizer": 2 * values, "next_optimizer": 2 * values}
+        del parts["previous_weights"]  # no merge came
         for head in evidence.heads:
             cut = {"closing": evidence.closing.weights}
             cut |= {"owed": evidence.closing.owed, "still_owed": evidence.closing.still_owed}
@@ -124,6 +138,25 @@ async def test_every_part_of_every_window_and_of_the_cut_is_shown_in_proven_piec
                 assert Tree.of(b"".join(pieces)).root == root
         with pytest.raises(Withheld):
             await source.pieces(0, [(NamedState("weights", evidence.heads[0].next_weights, values), 0)])
+
+
+async def test_a_window_before_which_a_merge_was_taken_over_shows_the_weights_before_it(tmp_path: Path) -> None:
+    async with shown(tmp_path) as show:
+        changing = asyncio.create_task(show.miner.worker.change_weights(lambda weights: 0.99 * weights, held=1))
+        await show.asker.worker.drive(limit=20)
+        await changing
+        evidence, values = await show.close(), show.values
+        (after,) = (head for head in evidence.heads if head.merged)
+        before = evidence.heads[evidence.heads.index(after) - 1]
+        assert after.weights != before.next_weights
+        state = NamedState("previous_weights", before.next_weights, values)
+        pieces = [(state, index) for index in range(pieces_of(4 * values))]
+        weights = torch.frombuffer(
+            bytearray(b"".join(await show.source().pieces(after.version, pieces))), dtype=torch.float32
+        )
+        assert torch.equal(0.99 * weights, show.held.windows[after.version].opening.weights.values)
+        with pytest.raises(Withheld):
+            await show.source().pieces(before.version, pieces)
 
 
 async def test_windows_that_follow_each_other_share_their_states(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ async def publish_run(url: str, folder: Path) -> tuple[NeuronConfig, LoadedManif
         announce="127.0.0.1",
         port=0,
         threads=1,
+        uplink=200e6,
         ring=10**9,
     )
     return config, loaded

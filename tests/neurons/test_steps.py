@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model.engine import StageEngine, StepReport
-from neurons.auditing import RoundFacts
+from neurons.dossier import RoundFacts
+from subnet.swarm.merge import taken_over
 from subnet.trust.audit import pick_windows
 from subnet.trust.finding import Check, Grade
 from subnet.trust.heads import WindowHead
@@ -162,3 +163,66 @@ async def test_a_gradient_that_another_says_is_wrong_is_replayed_and_nothing_els
 
 def picked(closed: ClosedRound, facts: RoundFacts, work: Work) -> list[tuple[WindowHead, bytes]]:
     return pick_windows(work.heads, seeds=facts.seeds, hotkey=work.hotkey, count=closed.loaded.manifest.audit.windows)
+
+
+# -- merges that are taken over -------------------------------------------------------------------------------------
+
+
+def with_merge(folder: Path, cheat: Callable[[torch.Tensor], torch.Tensor] | None = None) -> ClosedRound:
+    """A round in which a merge comes; the second tail makes something else of it."""
+    held: list[ClosedRound] = []
+
+    def merge(work: Work, weights: torch.Tensor) -> torch.Tensor:
+        closed, stage = held[0], work.engine.plan.index
+        after = taken_over(weights, closed.base[stage], closed.public[stage])
+        return cheat(after) if cheat is not None and work is closed.stage(1)[1] else after
+
+    class Held(ClosedRound):
+        def __init__(self) -> None:
+            held.append(self)
+            super().__init__(folder, merge=merge)
+
+    return Held()
+
+
+async def test_a_merge_that_is_taken_over_honestly_follows_from_public_state(tmp_path: Path) -> None:
+    closed = with_merge(tmp_path)
+    async with Court(closed) as court:
+        judge = court.validators["one"]
+        dossiers = await judge.audit(closed.facts(SECRET))
+    assert not judge.failed()
+    for hotkey, work in closed.works.items():
+        assert work.merged in dossiers[hotkey].picked, "whatever the seed says"
+        found = [one for one in dossiers[hotkey].findings if one.check is Check.WEIGHTS and one.piece is not None]
+        assert {one.version for one in found} == {work.merged}
+        assert len(found) == len(dossiers[hotkey].merges) == 1
+
+
+@pytest.mark.parametrize(
+    "cheat", [lambda w: w + 1e-3, lambda w: w.nextafter(w + 1), lambda w: w.flip(0)], ids=["moved", "rounded", "others"]
+)
+async def test_who_makes_something_else_of_a_merge_is_proven(
+    tmp_path: Path, cheat: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    closed = with_merge(tmp_path, cheat)
+    liar = closed.stage(1)[1]
+    async with Court(closed, validators=("one", "two")) as court:
+        one, two = court.validators.values()
+        facts = closed.facts(SECRET)
+        await one.audit(facts)
+        assert {entry.finding.hotkey for entry in one.failed()} == {liar.hotkey}
+        assert failed_checks(one, liar.hotkey) == {(Check.WEIGHTS, Grade.PROOF)}
+        dossier = two.auditor.open(facts)[liar.hotkey]
+        dossier.evidence = liar.evidence
+        dossier.picked = {head.version: seed for head, seed in picked(closed, facts, liar)}
+        model = FindingModel.of(one.failed()[0].finding)
+        assert await two.adopter.reproduce(facts, dossier, [model, model], accuser="one") == 1
+        assert two.of(liar.hotkey).convicted_round == NUMBER
+
+
+async def test_nothing_is_said_of_a_merge_where_public_state_is_not_known(tmp_path: Path) -> None:
+    closed = with_merge(tmp_path, lambda w: w + 1)
+    async with Court(closed) as court:
+        judge, facts = court.validators["one"], closed.facts(SECRET)
+        await judge.audit(replace(facts, start=replace(facts.start, known=frozenset())))
+    assert not judge.failed()

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -314,3 +315,15 @@ def test_units_are_spread_over_windows(count: int, windows: list[int]) -> None:
     assert all(got <= size for got, size in zip(given_, windows, strict=True))
     full = [got for got, size in zip(given_, windows, strict=True) if got < size]
     assert not full or max(given_, default=0) - min(full) <= 1
+
+
+def test_a_window_with_a_merge_is_picked_besides() -> None:
+    heads = [head(version, version // 8) for version in range(16)]
+    heads[5] = replace(heads[5], merged=3)
+    for seed in range(40):
+        without = select_windows(heads[:5] + heads[6:], seed=bytes([seed]), hotkey="m", slot=0, count=2)
+        chosen = select_windows(heads, seed=bytes([seed]), hotkey="m", slot=0, count=2)
+        assert heads[5] in chosen
+        assert len(chosen) in (2, 3)
+        assert set(chosen) - {heads[5]} <= set(without)
+        assert heads[5] not in select_windows(heads, seed=bytes([seed]), hotkey="m", slot=1, count=2)

@@ -132,11 +132,9 @@ class EvidenceDesk:
 
     def _require(self, visit: _Visit, size: int) -> None:
         """Raises `OverQuota` where `size` bytes are more than the caller may have."""
-        evidence = visit.evidence
-        picked = [head for head in evidence.heads if head.version in visit.held.picked]
-        visit.audience.require(
-            visit.caller, size, visit.audience.limit(visit.caller, picked, tables=evidence.tables().size)
-        )
+        picked = [head for head in visit.evidence.heads if head.version in visit.held.picked]
+        limit = visit.audience.limit(visit.caller, picked, tables=visit.evidence.size)
+        visit.audience.require(visit.caller, size, limit)
 
     def _give(self, visit: _Visit, reply: Synapse, tensors: Mapping[str, torch.Tensor]) -> Reply:
         """Count what is sent, if the caller may have it."""

@@ -53,7 +53,7 @@ from subnet.trust.ledger import (
     Tables,
     digest,
 )
-from subnet.trust.quota import RETRIES, Sizes, least_rate, validators_part
+from subnet.trust.quota import RETRIES, Sizes, joiners_part, least_rate, validators_part
 from subnet.trust.tree import PIECE_BYTES, PROOF_LIMIT, pieces_of, proven
 
 log = logging.getLogger("orion.neurons.fetching")
@@ -159,9 +159,13 @@ class Source:
         return evidence
 
     def limit(self, evidence: Evidence, picked: Iterable[WindowHead]) -> None:
-        """From here on ask for no more than this reader's part of the picked windows."""
+        """From here on ask for no more than this reader's part of the picked windows; without stake at work it is one
+        of those who only compare."""
         sizes = Sizes.of(self._plan, self._parameters, self._shapes)
-        self._part = validators_part(sizes, list(picked), tables=evidence.tables().size, share=self._share)
+        if self._share > 0:
+            self._part = validators_part(sizes, list(picked), tables=evidence.size, share=self._share)
+        else:
+            self._part = joiners_part(sizes, tables=evidence.size)
 
     async def weights(self, head: WindowHead, base: torch.Tensor, *, held: int) -> tuple[bytes, torch.Tensor]:
         """A window's weights, fp32 (n,), and before them what they differ by from the public state `base`, as

@@ -10,30 +10,30 @@ import asyncio
 import logging
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from neurons.bench import forward_flops
 from neurons.dossier import Dossier, Entry
 from neurons.node import Node
-from neurons.telemetry import Checked, Convicted, MinerScored, Settled, WeightsSet
+from neurons.slots import slots_of
+from neurons.telemetry import Checked, Convicted, Settled, WeightsSet
+from neurons.verdict import Closed, Verdict
 from subnet.chain import ChainError
-from subnet.identity import verify
+from subnet.manifest import Manifest
 from subnet.metagraph import ChainState
-from subnet.swarm.roster import Roster, records_of
+from subnet.swarm.roster import Roster
 from subnet.trust.attribution import Attribution, trust
-from subnet.trust.decision import Rule, Suspicion
+from subnet.trust.decision import Rule, Suspicion, tests_per_year
 from subnet.trust.finding import Check, Finding
-from subnet.trust.heads import ack_message, acknowledged, chain
-from subnet.trust.ledger import Evidence
-from subnet.trust.scoring import History, Past, due, marks_kept, scarcity, score, weights
-from subnet.trust.settlement import NOTHING, Settlement, settle
+from subnet.trust.scoring import History, Past, due, weights
+from subnet.trust.settlement import Settlement
 
 log = logging.getLogger("orion.neurons.judgement")
 
+BLOCK_SECONDS = 12.0
+"""Of the chain that the bound on false convictions is stated for; a faster local one has more rounds in its years."""
 TRUSTED_LOSSES = 60
 """A tail's word is weighed by so many of its replayed losses, the newest."""
 _SUSPICIONS = TypeAdapter(dict[str, Suspicion])
@@ -95,20 +95,6 @@ class Suspicions:
         self._memory.keep(self._held)
 
 
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """What the chain says of a round that is over."""
-
-    roster: Roster
-    cut: ChainState
-    have: ChainState
-    route_seed: bytes
-    """Of the routing lottery."""
-    stakes: Mapping[str, float]
-    """Of the validators at work."""
-    slots: int
-
-
 class Judge:
     """Scores round after round and sets weights. `history` is the file of the scores that weights are means of."""
 
@@ -148,19 +134,12 @@ class Judge:
 
     async def close(self, closed: Closed, dossiers: Mapping[str, Dossier]) -> None:
         """Settle, score, and set weights."""
-        roster, node, manifest = closed.roster, self._node, self._node.loaded.manifest
+        roster, node, rules = closed.roster, self._node, self._node.loaded.manifest.score
         evidence = {hotkey: dossier.evidence for hotkey, dossier in dossiers.items() if dossier.evidence is not None}
-        payable = await asyncio.to_thread(self._payable, closed, evidence)
-        settlement = await asyncio.to_thread(
-            settle,
-            node.loaded.run_id,
-            roster,
-            evidence,
-            verify,
-            first_sample=manifest.samples(roster.round).start,
-            seed=closed.route_seed,
-            windows=payable,
+        verdict = await asyncio.to_thread(
+            Verdict.of, node.loaded, node.plans, closed, evidence, me=node.identity.hotkey
         )
+        settlement = verdict.settlement
         for finding in settlement.findings:
             entry = Entry(finding)
             if finding.hotkey in dossiers:
@@ -170,51 +149,19 @@ class Judge:
             Settled(round=roster.round, microbatches=len(settlement.pathways), miners=len(settlement.paid))
         )
         self._attribute(roster, settlement, dossiers)
-        at_cut = records_of(closed.cut)
-        marks = marks_kept(roster, at_cut, records_of(closed.have), served=evidence)
-        flops = {hotkey: forward_flops(manifest, node.plans[dossier.stage]) for hotkey, dossier in dossiers.items()}
-        entries = score(
-            settlement,
-            forward_flops=flops,
-            correctness={hotkey: 0.0 if self.suspicions.of(hotkey).convicted else 1.0 for hotkey in flops},
-            timeliness={hotkey: mark.share for hotkey, mark in marks.items()},
-            scarcity=scarcity(roster, cap=manifest.score.scarcity),
-        )
-        convicted = [hotkey for hotkey in flops if self._fell(hotkey, roster.round)]
-        counted = self._history.close(entries, convicted)
+        active = verdict.forward_flops.keys()
+        correctness = {hotkey: 0.0 if self.suspicions.of(hotkey).convicted else 1.0 for hotkey in active}
+        entries = verdict.scores(correctness, cap=rules.scarcity)
+        counted = self._history.close(entries, [hotkey for hotkey in active if self._fell(hotkey, roster.round)])
         shares = self._history.shares()
         uids = {neuron.hotkey: neuron.uid for neuron in closed.cut.neurons}
-        by_uid = weights(shares, uids=uids, burn=manifest.score.burn, owner=closed.cut.owner_hotkey)
+        by_uid = weights(shares, uids=uids, burn=rules.burn, owner=closed.cut.owner_hotkey)
         for hotkey, scored in counted.items():
             if hotkey in uids:
-                paid, record, kept = settlement.paid.get(hotkey, NOTHING), at_cut.get(hotkey), marks[hotkey]
-                mean = self._history.mean(hotkey)
+                uid = uids[hotkey]
+                weight = by_uid.get(uid, 0.0)
                 node.telemetry.emit(
-                    MinerScored(
-                        round=roster.round,
-                        uid=uids[hotkey],
-                        hotkey=hotkey,
-                        stage=roster.stage_of(hotkey) or 0,
-                        root=record.root.hex() if record is not None and kept.root else "",
-                        cut=closed.cut.head.number,
-                        claimed=paid.claimed,
-                        units=paid.units,
-                        forward=paid.forward,
-                        backward=paid.backward,
-                        unpaid={reason.value: count for reason, count in paid.unpaid.items()},
-                        forward_flops=flops[hotkey],
-                        flops=scored.flops,
-                        correctness=scored.correctness,
-                        timeliness=scored.timeliness,
-                        missed=[name for name in ("root", "evidence", "bitmap") if not getattr(kept, name)],
-                        scarcity=scored.scarcity,
-                        score=scored.value,
-                        mean=mean.value,
-                        rounds=mean.rounds,
-                        share=round(shares.get(hotkey, 0.0), 6),
-                        burn=manifest.score.burn,
-                        weight=round(by_uid.get(uids[hotkey], 0.0), 6),
-                    )
+                    verdict.explained(scored, self._history, shares, uid=uid, burn=rules.burn, weight=weight)
                 )
         await asyncio.to_thread(self.suspicions.keep)
         await asyncio.to_thread(self._memory.keep, self._history.past)
@@ -223,39 +170,6 @@ class Judge:
     def _fell(self, hotkey: str, number: int) -> bool:
         held = self.suspicions.of(hotkey)
         return number in _fallen(held)
-
-    def _payable(self, closed: Closed, evidence: Mapping[str, Evidence]) -> dict[str, set[int]]:
-        """Windows of each miner that most of the stake at work acknowledged in time, or this validator."""
-        found = {}
-        for hotkey, table in evidence.items():
-            digests = chain(table.heads)
-            sound = [
-                ack
-                for ack in table.acks
-                if ack.validator in closed.stakes
-                and ack.count < len(digests)
-                and verify(
-                    ack.validator,
-                    ack_message(
-                        self._node.loaded.run_id,
-                        closed.roster.round,
-                        hotkey=hotkey,
-                        count=ack.count,
-                        digest=digests[ack.count],
-                        slot=ack.slot,
-                    ),
-                    ack.signature,
-                )
-            ]
-            most = acknowledged(table.heads, sound, closed.stakes)
-            me = self._node.identity.hotkey
-            mine = acknowledged(table.heads, [ack for ack in sound if ack.validator == me], {me: 1.0})
-            found[hotkey] = {
-                head.version
-                for head, theirs, own in zip(table.heads, most, mine, strict=True)
-                if (theirs or own) and head.slot < closed.slots
-            }
-        return found
 
     def _attribute(self, roster: Roster, settlement: Settlement, dossiers: Mapping[str, Dossier]) -> None:
         """What pathways' losses say of the miners on them."""
@@ -321,6 +235,19 @@ class Judge:
         waiting = await self._drop_waiting()
         if waiting is not None:
             await self._set_at(0, *waiting)
+
+
+def rule_of(manifest: Manifest, *, validators: int) -> Rule:
+    """The sequential test of a run, for so many validators at work."""
+    return Rule.of(
+        tests_per_year=tests_per_year(
+            windows=slots_of(manifest) * manifest.audit.windows,
+            round_seconds=manifest.round.length * BLOCK_SECONDS,
+            validators=max(1, validators),
+        ),
+        false_convictions=manifest.audit.false_convictions,
+        rounds=manifest.score.rounds,
+    )
 
 
 def _fallen(held: Suspicion) -> tuple[int | None, int | None]:

@@ -37,10 +37,18 @@ STATES = {Standing.WAIT: "waiting", Standing.JOIN: "joining", Standing.ACTIVE: "
 
 
 class Miner:
-    """A miner's whole life in one run."""
+    """A miner's whole life in one run. It answers for its work through a `desk` and plays rounds with a `machine`."""
 
-    def __init__(self, node: Node, keeper: Keeper) -> None:
+    def __init__(
+        self,
+        node: Node,
+        keeper: Keeper,
+        *,
+        desk: type[EvidenceDesk] = EvidenceDesk,
+        machine: type[RoundMachine] = RoundMachine,
+    ) -> None:
         self._node = node
+        self._desk_type, self._machine_type = desk, machine
         self._keeper = keeper
         self._archive = Archive(limit=node.config.ring, given_up=self._give_up)
         self._library = Library(node.loaded.run_id)
@@ -59,7 +67,7 @@ class Miner:
                 f"--uplink {uplink / 1e6:g}mbit is less than the {LEAST_UPLINK / 1e6:g}mbit that validators count on: "
                 "give what the machine can send, or use another line"
             )
-        EvidenceDesk(node.loaded.run_id, self._archive, self._library, Uplink(uplink)).open(node.axon)
+        self._desk_type(node.loaded.run_id, self._archive, self._library, Uplink(uplink)).open(node.axon)
         self._library.open(node.axon)
         self._pushes.open(node)
         await node.listen()
@@ -158,7 +166,7 @@ class Miner:
                 await self._machine.settle_all()
                 await self._machine.shut_down()
                 self._library.clear()
-            self._machine = RoundMachine(
+            self._machine = self._machine_type(
                 self._node, stage, archive=self._archive, library=self._library, keeper=self._keeper
             )
             self._joiner = Joiner(self._node, self._machine, self._keeper)
@@ -201,10 +209,12 @@ class Miner:
         node.telemetry.emit(NodeFinished(rounds=roster.round))
 
 
-async def mine(node: Node) -> None:
+async def mine(
+    node: Node, *, desk: type[EvidenceDesk] = EvidenceDesk, machine: type[RoundMachine] = RoundMachine
+) -> None:
     """A miner's whole life in one run."""
     vault = await Vault.open(node.config.checkpoints, manifest_hash=node.loaded.digest.hex())
-    await Miner(node, Keeper(node, vault)).run()
+    await Miner(node, Keeper(node, vault), desk=desk, machine=machine).run()
 
 
 def run(argv: list[str]) -> int:

@@ -226,10 +226,9 @@ class Node:
         return state
 
     async def seed(self, block: int, purpose: str) -> bytes:
-        """A seed nobody knew before `block` was made: H(purpose ‖ its hash)."""
+        """A seed nobody knew before `block` was made."""
         await self.wait(block)
-        block_hash = await self.chain.block_hash(block)
-        return hashlib.sha256(purpose.encode() + bytes.fromhex(block_hash.removeprefix("0x"))).digest()
+        return seed_of(await self.chain.block_hash(block), purpose)
 
     async def publish(self, record: Record, *, until: int | None = None) -> int | None:
         """Put a record on chain, with what each of them says: the newest roster, and what this node wants.
@@ -319,6 +318,11 @@ class Node:
     @property
     def _rosters_folder(self) -> Path:
         return self.config.out / "rosters" / self.loaded.run_id.hex() / self.config.name
+
+
+def seed_of(block_hash: str, purpose: str) -> bytes:
+    """H(purpose ‖ block hash)."""
+    return hashlib.sha256(purpose.encode() + bytes.fromhex(block_hash.removeprefix("0x"))).digest()
 
 
 def open_link(link: Link, hotkey: str) -> Shaper:

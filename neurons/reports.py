@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from subnet.identity import verify
 from subnet.messages import REPORT_LIMIT, ReportReply, ReportRequest
 from subnet.swarm.observers import Observer
 from subnet.transport.axon import Reply
-from subnet.transport.dendrite import NO_SPECS
+from subnet.transport.dendrite import NO_SPECS, Dendrite
 from subnet.transport.errors import Busy, Dropped, Refused, TransportError, Unavailable, UnknownRun, Unreachable
 from subnet.transport.synapse import HEADER_LIMIT, tensor_bytes
 from subnet.trust.finding import UNIT_CHECKS, Check, Grade
@@ -129,10 +129,17 @@ class ReportReader:
         )
 
     async def _read(self, facts: RoundFacts, dossiers: Mapping[str, Dossier], observer: Observer) -> None:
-        number = facts.roster.round
+        node, number = self.node, facts.roster.round
         report, refused = None, ""
         try:
-            report = await self._fetch(observer.hotkey, number)
+            report = await fetch_report(
+                node.dendrite,
+                node.neighbours.endpoint,
+                observer.hotkey,
+                run=node.loaded.run_id,
+                number=number,
+                patience=self.patience,
+            )
             refused = _reason_to_refuse(report, self.node.loaded.run_id, number, observer)
         except (TransportError, ReportError) as error:
             refused = str(error)
@@ -155,35 +162,6 @@ class ReportReader:
                 refused=refused,
             )
         )
-
-    async def _fetch(self, hotkey: str, number: int) -> Report:
-        """Raises `TransportError` and `ReportError`."""
-        node, loop = self.node, asyncio.get_running_loop()
-        until = loop.time() + self.patience
-        while True:
-            try:
-                endpoint = node.neighbours.endpoint(hotkey)
-                if endpoint is None:
-                    raise Unreachable(f"{hotkey} serves no axon")
-                reply, tensors = await node.dendrite.call(
-                    endpoint,
-                    hotkey,
-                    ReportRequest(run=node.loaded.run_id.hex(), round=number),
-                    reply=ReportReply,
-                    reply_specs=lambda fields: fields.specs(),
-                    max_reply_bytes=HEADER_LIMIT + REPORT_LIMIT,
-                    deadline=CALL_DEADLINE,
-                )
-            except (Busy, Unavailable, Unreachable) as error:
-                pause = (error.retry_after if isinstance(error, Refused) else None) or PAUSE
-                if loop.time() + pause >= until:
-                    raise
-                await asyncio.sleep(pause)
-                continue
-            data = bytes(tensor_bytes(tensors["report"]))
-            if not verify(hotkey, report_message(data), bytes.fromhex(reply.signature)):
-                raise ReportError("it is not signed by whom it was asked of")
-            return await asyncio.to_thread(Report.parse, data)
 
     async def _replay(self, facts: RoundFacts, dossiers: Mapping[str, Dossier], report: Report) -> tuple[int, int]:
         """(units, pieces and gradients looked at, failures) because of a report."""
@@ -216,6 +194,47 @@ class ReportReader:
             direction = Direction.FORWARD if model.check is Check.FORWARD else Direction.BACKWARD
             strays += (model.sample, direction) not in {(leaf.sample, leaf.direction) for leaf in drawn}
         return strays
+
+
+async def fetch_report(
+    dendrite: Dendrite,
+    endpoint_of: Callable[[str], str | None],
+    hotkey: str,
+    *,
+    run: bytes,
+    number: int,
+    patience: float = PATIENCE,
+) -> Report:
+    """A validator's signed report of a round, waited for while it says that it is not ready.
+
+    Raises `TransportError` and `ReportError`.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + patience
+    while True:
+        try:
+            endpoint = endpoint_of(hotkey)
+            if endpoint is None:
+                raise Unreachable(f"{hotkey} serves no axon")
+            reply, tensors = await dendrite.call(
+                endpoint,
+                hotkey,
+                ReportRequest(run=run.hex(), round=number),
+                reply=ReportReply,
+                reply_specs=lambda fields: fields.specs(),
+                max_reply_bytes=HEADER_LIMIT + REPORT_LIMIT,
+                deadline=CALL_DEADLINE,
+            )
+        except (Busy, Unavailable, Unreachable) as error:
+            pause = (error.retry_after if isinstance(error, Refused) else None) or PAUSE
+            if loop.time() + pause >= until:
+                raise
+            await asyncio.sleep(pause)
+            continue
+        data = bytes(tensor_bytes(tensors["report"]))
+        if not verify(hotkey, report_message(data), bytes.fromhex(reply.signature)):
+            raise ReportError("it is not signed by whom it was asked of")
+        return await asyncio.to_thread(Report.parse, data)
 
 
 def _reason_to_refuse(report: Report, run: bytes, number: int, observer: Observer) -> str:

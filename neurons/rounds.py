@@ -128,7 +128,7 @@ class RoundMachine:
         self._keeper = keeper
         self.codec = codec_of(self._manifest.merge.codec)
         self.stage = stage
-        self.worker = build_worker(node, stage)
+        self.worker = self._build()
         theta = flatten(self.engine.stage)
         momentum = torch.empty(0) if self.codec.error_feedback else torch.zeros_like(theta)
         feedback = no_residual(self.codec, theta.numel(), self._manifest.merge.decay)
@@ -144,6 +144,9 @@ class RoundMachine:
         """One a round: windows that no seed picks are dropped, until its last slot's seed is known."""
         self._sizes = Sizes.of(node.plans[stage], node.parameters[stage], node.shapes)
         self._secret = secrets.token_bytes(32)
+
+    def _build(self) -> StageWorker:
+        return build_worker(self._node, self.stage)
 
     @property
     def engine(self) -> StageEngine:
@@ -441,12 +444,18 @@ class RoundMachine:
         self.worker.shut_down()
 
 
-def build_worker(node: Node, stage: int) -> StageWorker:
-    """A stage's worker, with the weights every replica starts from."""
+def build_worker(
+    node: Node,
+    stage: int,
+    *,
+    engine: Callable[..., StageEngine] = StageEngine,
+    worker: Callable[..., StageWorker] = StageWorker,
+) -> StageWorker:
+    """A stage's worker, with the weights every replica starts from. Both parts are built as their classes are."""
     manifest = node.loaded.manifest
     config = manifest.model.config()
     plan = node.plans[stage]
-    engine = StageEngine(
+    built = engine(
         build_stage(config, plan, manifest.run.seed),
         manifest.optimizer.inner(),
         plan,
@@ -455,10 +464,10 @@ def build_worker(node: Node, stage: int) -> StageWorker:
         recompute=Recompute.KEEP,
         capacity=capacity_of(plan),
     )
-    return StageWorker(
+    return worker(
         identity=node.identity,
         loaded=node.loaded,
-        engine=engine,
+        engine=built,
         corpus=node.corpus,
         dendrite=node.dendrite,
         endpoint_of=node.neighbours.endpoint,

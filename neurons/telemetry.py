@@ -358,6 +358,7 @@ class Intervention:
     """What `orion localnet` did to a node: kill, leave, freeze, thaw, join (first start), restart (start after a kill).
 
     Or to the whole run: resume, with no node. `fault` is the option that asked for it, empty for what follows from it.
+    A node that was started to cheat says so itself: cheat, once it knows its place.
     """
 
     action: str

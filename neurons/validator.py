@@ -24,25 +24,21 @@ from neurons.bench import Bench, forward_flops
 from neurons.dossier import Dossier, RoundFacts
 from neurons.faults import of_merge
 from neurons.follower import Fault, PublicStates, RoundStart
-from neurons.judgement import Closed, Judge, Suspicions
+from neurons.judgement import Judge, Suspicions, rule_of
 from neurons.node import Node, main
 from neurons.notary import Notary
 from neurons.reports import ReportDesk, ReportReader, write_report
-from neurons.slots import slot_seeds, slots_of, watchers
+from neurons.slots import slot_seeds, watchers
 from neurons.telemetry import AuditCost, NodeFinished, RoundStarted
+from neurons.verdict import Closed
 from subnet.swarm.observers import stakes
 from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import Roster, records_of
-from subnet.trust.decision import Rule, tests_per_year
 from subnet.trust.finding import Grade
 from subnet.trust.ledger import Direction
 from subnet.trust.report import SECRET_BYTES, FindingModel, commit
 
 log = logging.getLogger("orion.neurons.validator")
-
-BLOCK_SECONDS = 12.0
-"""Of the chain that the bound on false convictions is stated for; a faster local one has more rounds in its years."""
-
 
 MARGIN = 4
 """Blocks before the next round's CUT by which a round's audit ends."""
@@ -60,7 +56,7 @@ class Validator:
         self._new_secret = new_secret
         self._bench = Bench([build_stage(config, plan, manifest.run.seed) for plan in node.plans])
         self._states = PublicStates(node, self._bench)
-        rule = rule_of(node, validators=1)
+        rule = rule_of(manifest, validators=1)
         kept = node.config.out / "judgement" / node.loaded.run_id.hex()
         self._suspicions = Suspicions(kept / f"{node.config.name}-suspicions.json", rule)
         self._judge = Judge(node, self._suspicions, kept / f"{node.config.name}-scores.json")
@@ -185,7 +181,7 @@ class Validator:
             stake_share=weights.get(node.identity.hotkey, 0.0) / (sum(weights.values()) or 1.0),
             statements={hotkey: self._notary.statements(roster.round, hotkey) for hotkey in roster.members},
         )
-        self._suspicions.rule = rule_of(node, validators=len(at_work))
+        self._suspicions.rule = rule_of(node.loaded.manifest, validators=len(at_work))
         self._suspicions.begin(roster.round, roster.members, anomaly=self._judge.anomalies())
         dossiers = self._auditor.open(facts)
         end = roster.block + marks.cut + marks.length - MARGIN
@@ -255,20 +251,6 @@ class _Rounds:
     @property
     def tasks(self) -> list[asyncio.Task[object]]:
         return [task for task in (self.start, self.merge, self.verdict) if task is not None]
-
-
-def rule_of(node: Node, *, validators: int) -> Rule:
-    """The sequential test of this run, for so many validators at work."""
-    manifest = node.loaded.manifest
-    return Rule.of(
-        tests_per_year=tests_per_year(
-            windows=slots_of(manifest) * manifest.audit.windows,
-            round_seconds=manifest.round.length * BLOCK_SECONDS,
-            validators=max(1, validators),
-        ),
-        false_convictions=manifest.audit.false_convictions,
-        rounds=manifest.score.rounds,
-    )
 
 
 async def validate(node: Node) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from neurons.telemetry import Intervention, Telemetry
+from scripts.adversaries import Casting
 from scripts.faults import FaultPlan, Strike
 from scripts.locks import COMMAND, lock_path
 from scripts.nodes import NodeProcess, start_node
@@ -38,12 +39,19 @@ class Churn:
     """Starts nodes, and does to them what a plan says."""
 
     def __init__(
-        self, out: Path, plan: FaultPlan, *, flags: Callable[[str], list[str]], now: Callable[[], float]
+        self,
+        out: Path,
+        plan: FaultPlan,
+        *,
+        flags: Callable[[str], list[str]],
+        now: Callable[[], float],
+        casting: Casting | None = None,
     ) -> None:
-        """`flags` gives the flags of a node by its name, `now` seconds since the epoch."""
+        """`flags` gives the flags of a node by its name, `now` seconds since the epoch, `casting` who cheats."""
         self._out = out
         self._plan = plan
         self._flags = flags
+        self._casting = casting or Casting({})
         self._telemetry = Telemetry.open(out / "events" / f"{COMMAND}.jsonl", now=now)
         self._nodes: dict[str, NodeProcess] = {}
 
@@ -64,7 +72,11 @@ class Churn:
 
     def start(self, name: str, role: str) -> None:
         log = self._out / "logs" / f"{name}.log"
-        self._nodes[name] = start_node(name, role, self._flags(name), log=log, lock=lock_path(self._out, name))
+        cheat = self._casting.arguments.get(name, [])
+        flags = [*cheat, *self._flags(name)]
+        self._nodes[name] = start_node(
+            name, "adversary" if cheat else role, flags, log=log, lock=lock_path(self._out, name)
+        )
 
     def resumed(self, number: int) -> None:
         """Note that the run goes on after everything had died, in round `number`."""

@@ -56,11 +56,19 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     explain = actions.add_parser(
         "explain",
         help="print every term of a miner's score and the evidence behind it",
-        description="Print, per validator and round, every term of a miner's score and the evidence behind it.",
+        description="Print every term of a miner's score and the evidence behind it: per validator and round from the "
+        "logs of a run, or of the newest closed round recomputed from the chain and what miners and validators serve.",
     )
     explain.add_argument("--uid", type=int, required=True, help="the miner's uid")
-    explain.add_argument("--run", type=Path, required=True, help="folder of a run: events/ of its validators")
-    explain.add_argument("--round", type=int, default=None, help="only this round (default: all)")
+    logs = explain.add_argument_group("from logs")
+    logs.add_argument("--run", type=Path, default=None, help="folder of a run: events/ of its validators")
+    logs.add_argument("--round", type=int, default=None, help="only this round (default: all)")
+    live = explain.add_argument_group("from the network")
+    live.add_argument("--network", default=None, help="network name or ws:// URL")
+    live.add_argument("--manifest", type=Path, default=None, help="manifest.toml of the run")
+    live.add_argument("--wallet", default=None, help="wallet whose hotkey asks: a member of the run, or a validator")
+    live.add_argument("--hotkey", default=None, help="hotkey name within the wallet")
+    live.add_argument("--wallet-path", type=Path, default=Path("~/.bittensor/wallets"), help="folder of wallets")
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -142,6 +150,15 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         ("join", "N@ROUND", "N miners more"),
     ):
         churn.add_argument(f"--{action}", action="append", default=[], metavar=form, help=text)
+    trust = localnet.add_argument_group("who cheats (in a checkout)")
+    trust.add_argument(
+        "--adversary",
+        action="append",
+        default=[],
+        metavar="KIND[:UID]",
+        help="start a node that cheats, for example sign-flip or sign-flip:3; without UID the first that fits; repeat "
+        "for more",
+    )
     network = localnet.add_argument_group("the network between nodes")
     network.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
     network.add_argument("--bandwidth", default=None, metavar="200mbit", help="of every node (default: no limit)")
@@ -201,9 +218,7 @@ def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per comma
             archive=flags.archive,
         )
     if flags.command == "score":
-        from scripts.score import explain_score  # noqa: PLC0415 - reads only, but pulls in the event types
-
-        return explain_score(uid=flags.uid, run=flags.run, number=flags.round)
+        return _explain(flags)
     if flags.command == "plan":
         from scripts.plan import PlanOptions, show_plan  # noqa: PLC0415 - only for this command
 
@@ -212,8 +227,27 @@ def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per comma
     return _localnet(flags)
 
 
+def _explain(flags: argparse.Namespace) -> int:
+    live = (flags.network, flags.manifest, flags.wallet, flags.hotkey)
+    if flags.run is not None and not any(live):
+        from scripts.score import explain_score  # noqa: PLC0415 - reads only, but pulls in the event types
+
+        return explain_score(uid=flags.uid, run=flags.run, number=flags.round)
+    if flags.run is None and all(live) and flags.round is None:
+        from scripts.recompute import Doubter, recompute_score  # noqa: PLC0415 - heavy, and only for this command
+
+        return recompute_score(Doubter(*live, flags.wallet_path), uid=flags.uid)
+    print(
+        "orion score explain: give either --run, or --network with --manifest, --wallet and --hotkey (which explains "
+        "the newest closed round: leave out --round)",
+        file=sys.stderr,
+    )
+    return 2
+
+
 def _localnet(flags: argparse.Namespace) -> int:
-    from scripts.faults import ACTIONS, FaultError, parse_faults  # noqa: PLC0415 - heavy, and only for this command
+    from scripts.adversaries import Adversary, AdversaryOptionError  # noqa: PLC0415 - heavy, only for this command
+    from scripts.faults import ACTIONS, FaultError, parse_faults  # noqa: PLC0415
     from scripts.localnet import localnet, resume  # noqa: PLC0415
     from scripts.options import CODECS, DEFAULT_CODEC, LocalnetOptions  # noqa: PLC0415
 
@@ -231,7 +265,8 @@ def _localnet(flags: argparse.Namespace) -> int:
         return resume(flags.resume, plain=flags.plain)
     try:
         faults = parse_faults({action: getattr(flags, action) for action in ACTIONS})
-    except FaultError as error:
+        adversaries = tuple(Adversary.parse(text) for text in flags.adversary)
+    except (FaultError, AdversaryOptionError) as error:
         print(f"orion localnet: {error}", file=sys.stderr)
         return 1
     options = LocalnetOptions(
@@ -249,6 +284,7 @@ def _localnet(flags: argparse.Namespace) -> int:
         bandwidth=flags.bandwidth,
         loss=flags.loss,
         faults=faults,
+        adversaries=adversaries,
     )
     return localnet(options, out=flags.out, plain=flags.plain)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from scripts.adversaries import AdversaryOptionError, lines, outcome
 from scripts.churn import Churn, Named, to_start
 from scripts.faults import FaultError, FaultPlan
 from scripts.live import View, grid, weights
@@ -65,7 +66,7 @@ def _managed(make: Callable[[], _Run]) -> int:
     console = Console(soft_wrap=True, markup=False)
     try:
         run = make()
-    except (LocalnetError, FaultError, StillRunning) as error:
+    except (LocalnetError, FaultError, AdversaryOptionError, StillRunning) as error:
         console.print(f"orion localnet: {error}", style="red", highlight=False)
         return 1
 
@@ -280,7 +281,13 @@ class _Run:
             first_joiner=options.first_miners,
             done=tally.struck,
         )
-        return Churn(self.out, plan, flags=lambda name: self._flags(name, data), now=time.time)
+        return Churn(
+            self.out,
+            plan,
+            flags=lambda name: self._flags(name, data),
+            now=time.time,
+            casting=options.casting,
+        )
 
     def _first(self) -> list[Named]:
         """The nodes that are there from the start."""
@@ -384,6 +391,8 @@ class _Run:
             console.print(grid(self.tally, self.options.stages))
             console.print(weights(self.tally))
         console.print(_result_lines(content), highlight=False)
+        for line in lines(outcome(self.tally)):
+            console.print(line, highlight=False)
         console.print(f"summary: {self.out / 'summary.json'}", highlight=False)
         if not good:
             console.print(f"not good: {', '.join(sorted(failed)) or 'a validator has set no weights'}", style="red")

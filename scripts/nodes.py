@@ -20,6 +20,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from pathlib import Path
 
+from scripts.adversaries import program
 from scripts.locks import Lock
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -143,6 +144,8 @@ def _entry(role: str) -> Callable[[list[str]], int]:
         from neurons.miner import run as miner  # noqa: PLC0415 - imported by the fork server already
 
         return miner
+    if role == "adversary":
+        return program().run
     from neurons.validator import run as validator  # noqa: PLC0415 - imported by the fork server already
 
     return validator

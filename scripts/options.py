@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from scripts.adversaries import Adversary, Casting
 from scripts.faults import Fault, check_faults, joiners
 from subnet.quantities import QuantityError
 from subnet.transport.shaping import Link
@@ -56,6 +57,7 @@ class LocalnetOptions:
     bandwidth: str | None = None
     loss: str | None = None
     faults: tuple[Fault, ...] = field(default=())
+    adversaries: tuple[Adversary, ...] = field(default=())
 
     @property
     def joiners(self) -> int:
@@ -76,6 +78,17 @@ class LocalnetOptions:
         return max(SHORTEST_PHASE, round(PHASE_SECONDS / self.block_time))
 
     @property
+    def casting(self) -> Casting:
+        """Who cheats. Raises `AdversaryOptionError`."""
+        return Casting.of(
+            self.adversaries,
+            stages=self.stages,
+            replicas=self.replicas,
+            validators=self.validators,
+            gathers=self.codec == "topk2bit",
+        )
+
+    @property
     def network_flags(self) -> list[str]:
         """What a node is told of the network it is to imitate."""
         given = {name: getattr(self, name) for name in NETWORK}
@@ -83,7 +96,7 @@ class LocalnetOptions:
 
 
 def check_options(options: LocalnetOptions) -> None:
-    """Raises `LocalnetError`, or `FaultError` for a fault that can never come."""
+    """Raises `LocalnetError`, `FaultError` for a fault that can never come, or `AdversaryOptionError`."""
     for name, (least, most) in LIMITS.items():
         value = getattr(options, name)
         if not least <= value <= most or math.isnan(value):
@@ -103,6 +116,7 @@ def check_options(options: LocalnetOptions) -> None:
     except QuantityError as error:
         raise LocalnetError(str(error)) from None
     check_faults(options.faults, stages=options.stages, miners=miners, rounds=options.rounds)
+    _ = options.casting
 
 
 def claim_folder(out: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from scripts.adversaries import Adversary, AdversaryOptionError
 from scripts.faults import FaultError, parse_faults
 from scripts.options import Codec, LocalnetError, LocalnetOptions, check_options
 
@@ -52,6 +53,7 @@ class RunFile(BaseModel):
     loss: str | None
     faults: dict[str, list[str]]
     """Texts by action."""
+    adversaries: list[str]
 
     @classmethod
     def of(cls, options: LocalnetOptions, *, started_at: float, manifest: str, data: Path) -> Self:
@@ -59,12 +61,15 @@ class RunFile(BaseModel):
         plain["faults"] = {}
         for fault in options.faults:
             plain["faults"].setdefault(fault.action, []).append(fault.text)
+        plain["adversaries"] = [adversary.text for adversary in options.adversaries]
         return cls(started_at=started_at, manifest=manifest, data=str(data.absolute()), **plain)
 
     def options(self) -> LocalnetOptions:
-        """Raises `LocalnetError` or `FaultError` for values that `orion localnet` would not have taken."""
-        plain = self.model_dump(exclude={"version", "started_at", "manifest", "data", "faults"})
-        options = LocalnetOptions(**plain, faults=parse_faults(self.faults))
+        """Raises `LocalnetError`, `FaultError` or `AdversaryOptionError` for values that `orion localnet` would not
+        have taken."""
+        plain = self.model_dump(exclude={"version", "started_at", "manifest", "data", "faults", "adversaries"})
+        adversaries = tuple(Adversary.parse(text) for text in self.adversaries)
+        options = LocalnetOptions(**plain, faults=parse_faults(self.faults), adversaries=adversaries)
         check_options(options)
         return options
 
@@ -99,7 +104,7 @@ def read_run(folder: Path) -> RunFile:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ResumeError(f"{path}: {where}: {first['msg']}; it must be as orion localnet wrote it") from error
-    except (LocalnetError, FaultError) as error:
+    except (LocalnetError, FaultError, AdversaryOptionError) as error:
         raise ResumeError(f"{path}: {error}; it must be as orion localnet wrote it") from error
     _check_files(folder, run)
     return run

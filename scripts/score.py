@@ -34,6 +34,8 @@ class RoundExplained:
     convicted: Convicted | None = None
     weights: WeightsSet | None = None
     """The weights it set after this round."""
+    on_chain: str = ""
+    """What to say instead, where several validators' weights were read from the chain."""
 
 
 @dataclass
@@ -169,7 +171,7 @@ def _terms(entry: RoundExplained) -> Iterator[tuple[str, str]]:
     yield "mean", f"{scored.mean:.4g} over {scored.rounds} round{'s' * (scored.rounds != 1)}"
     yield "share", f"{scored.share:.6f}"
     yield "burn", f"{scored.burn:g}"
-    yield "weight", f"{scored.weight:.6f}; {_on_chain(scored.uid, entry.weights)}"
+    yield "weight", f"{scored.weight:.6f}; {entry.on_chain or _on_chain(scored.uid, entry.weights)}"
     yield "event", entry.source
 
 

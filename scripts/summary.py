@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from scripts.adversaries import outcome
 from scripts.tally import MinerTally, Span, Tally
 
 ENDS = 8
@@ -85,6 +86,7 @@ def summary(
             "bytes_share": _rounded(tally.audit_bytes_share, 5),
             "convictions": [asdict(conviction) for conviction in tally.convictions],
         },
+        "adversaries": outcome(tally),
         "records": {
             "published": tally.records,
             "epoch_space_used": tally.record_space.epoch_used,

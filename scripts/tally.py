@@ -176,6 +176,12 @@ class Tally:
     scores: dict[str, MinerScored] = field(default_factory=dict)
     """Last score by hotkey."""
     weights_set: int = 0
+    weights_history: list[tuple[int, str, dict[int, float]]] = field(default_factory=list)
+    """Round, validator's name and weights by uid, as they came onto the chain."""
+    hotkeys: dict[str, str] = field(default_factory=dict)
+    """By node name."""
+    adversaries: dict[str, str] = field(default_factory=dict)
+    """Kind by node name, of those that were started to cheat and do."""
     first_step: float | None = None
     last_merge: float | None = None
     last_event: float | None = None
@@ -281,6 +287,7 @@ class Tally:
             case WeightsSet(round=number, block=block, weights=weights):
                 self.weights[name] = weights
                 self.weights_set += 1
+                self.weights_history.append((number, name, weights))
                 self.news.append(f"{name} set weights for round {number} at block {block}: {len(weights)} miners")
             case Validated(round=number, loss=loss):
                 if number not in self.validation:
@@ -291,6 +298,9 @@ class Tally:
             case NodeFailed(message=message):
                 self.failures[name] = message
                 self.news.append(f"{name} failed: {message}")
+            case Intervention(action="cheat") as event:
+                self.adversaries[event.node] = event.fault.removeprefix("--adversary ")
+                self.news.append(f"{event.node} cheats from round {event.round} on, as asked: {event.fault}")
             case Intervention() as event:
                 self._intervened(stamped.time, event)
             case _:
@@ -300,6 +310,7 @@ class Tally:
     # -- nodes ----------------------------------------------------------------------------------------------------
 
     def _node_started(self, name: str, event: NodeStarted) -> None:
+        self.hotkeys[name] = event.hotkey
         self.failures.pop(name, None)
         self.finished.discard(name)
         self.returning.discard(name)

@@ -132,10 +132,12 @@ class ClosedRound:
         samples: int = 24,
         cheats: Mapping[tuple[int, int], Callable[[Leaf, torch.Tensor], torch.Tensor]] | None = None,
         bent: Mapping[tuple[int, int], Callable[[StageEngine], None]] | None = None,
+        engines: Mapping[tuple[int, int], Callable[..., StageEngine]] | None = None,
         steps: float = 0.5,
         merge: Callable[[Work, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        """By (stage, replica): `cheats` change what that replica sends on, `bent` get its engine before the round.
+        """By (stage, replica): `cheats` change what that replica sends on, `bent` get its engine before the round;
+        `engines` are built as `StageEngine` is.
 
         `merge` says what a replica makes of its weights when a merge comes half-way: it moves the public state.
         """
@@ -158,7 +160,7 @@ class ClosedRound:
         self.works: dict[str, Work] = {}
         for stage, plan in enumerate(self.plans):
             for index, hotkey in enumerate(self.roster.stages[stage]):
-                engine = StageEngine(
+                engine = (engines or {}).get((stage, index), StageEngine)(
                     build_stage(config, plan, described.run.seed),
                     described.optimizer.inner(),
                     plan,

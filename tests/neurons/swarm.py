@@ -159,6 +159,8 @@ class Swarm:
         self.roster = Roster.of([hotkeys[s * replicas : (s + 1) * replicas] for s in range(stages)])
         self.endpoints: dict[str, str] = {}
         self.rounds: dict[str, RoundArchive] = {}
+        self.workers: dict[str, type[StageWorker]] = {}
+        """Other workers than the real one, by hotkey."""
         self._synchronous = synchronous
         self._stack = AsyncExitStack()
 
@@ -191,7 +193,7 @@ class Swarm:
             recompute=Recompute.KEEP,
             capacity=32,
         )
-        member.worker = StageWorker(
+        member.worker = self.workers.get(hotkey, StageWorker)(
             identity=member.identity,
             loaded=self.loaded,
             engine=engine,

@@ -23,11 +23,13 @@ from neurons.fetching import NamedState, Source, Withheld
 from neurons.library import Library
 from neurons.quota import Audience, Uplink
 from subnet.messages import Shapes, StatePart, StatePieces, StateRequest, UnitRequest
+from subnet.swarm.merge import Merged
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Refused, Unavailable, UnknownRun
 from subnet.transport.synapse import HEADER_LIMIT
+from subnet.trust import delta
 from subnet.trust.audit import pick_windows, select_windows
-from subnet.trust.ledger import Evidence
+from subnet.trust.ledger import TABLES, Evidence
 from subnet.trust.quota import Sizes
 from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
 from tests.neurons.swarm import SEED, Member, Swarm, manifest, open_corpus, tiny, tokens_file
@@ -40,6 +42,7 @@ class Shown:
     swarm: Swarm
     miner: Member
     asker: Member
+    library: Library
     shares: dict[str, float]
     """Of the stake at work: the asker has all of it."""
 
@@ -115,15 +118,17 @@ async def shown(folder: Path, *, uplink: float = 1e9) -> AsyncIterator[Shown]:
     loaded = described.write(folder / "manifest.toml")
     async with Swarm(loaded, open_corpus(folder, described, entry)) as swarm:
         miner, asker = swarm.stage(1)[0], swarm.stage(0)[0]
-        EvidenceDesk(loaded.run_id, miner.archive, Library(loaded.run_id), Uplink(uplink)).open(miner.axon)
+        library = Library(loaded.run_id)
+        EvidenceDesk(loaded.run_id, miner.archive, library, Uplink(uplink)).open(miner.axon)
         await asker.worker.drive(limit=10)
-        yield Shown(swarm, miner, asker, {asker.identity.hotkey: 1.0})
+        yield Shown(swarm, miner, asker, library, {asker.identity.hotkey: 1.0})
 
 
 async def test_every_part_of_every_window_and_of_the_cut_is_shown_in_proven_pieces(tmp_path: Path) -> None:
     async with shown(tmp_path) as show:
         evidence = await show.close()
         source, values = show.source(), show.values
+        assert evidence.size == sum(len(getattr(evidence.tables(), name)) for name in TABLES)
         assert 4 * values > PIECE_BYTES, "else a proof has no hashes"
         assert len(evidence.heads) == 3
         parts = dict.fromkeys(get_args(StatePart), values) | {"optimizer": 2 * values, "next_optimizer": 2 * values}
@@ -157,6 +162,29 @@ async def test_a_window_before_which_a_merge_was_taken_over_shows_the_weights_be
         assert torch.equal(0.99 * weights, show.held.windows[after.version].opening.weights.values)
         with pytest.raises(Withheld):
             await show.source().pieces(before.version, pieces)
+
+
+async def test_weights_travel_as_deltas_and_are_not_packed_for_who_may_not_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shown(tmp_path) as show:
+        evidence, base = await show.close(), show.held.windows[0].opening.weights.values
+        await show.library.put(0, Merged(base, torch.empty(0)))
+        head = evidence.heads[1]
+        data, theta = await show.source().weights(head, base, held=0)
+        assert torch.equal(theta, show.held.windows[head.version].opening.weights.values)
+        assert len(data) < 4 * show.values
+        audience = show.held.audience
+        assert audience is not None
+        limit = audience.limit(show.asker.identity.hotkey, evidence.heads, tables=evidence.size)
+        audience.take(show.asker.identity.hotkey, limit - 2 * len(data) + 1)
+
+        def again(*_: object) -> bytes:
+            raise AssertionError("it was packed before it was refused")
+
+        monkeypatch.setattr(delta, "encode", again)
+        with pytest.raises(Withheld, match=f"{len(data)} bytes after .* limit {limit}"):
+            await show.source().weights(head, base, held=0)
 
 
 async def test_windows_that_follow_each_other_share_their_states(tmp_path: Path) -> None:

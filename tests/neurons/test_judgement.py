@@ -12,9 +12,10 @@ from typing import cast
 import pytest
 
 from neurons.dossier import Dossier, Entry
-from neurons.judgement import Closed, Judge, Suspicions
+from neurons.judgement import Judge, Suspicions
 from neurons.node import Node
 from neurons.telemetry import Checked, Convicted, MinerScored, Telemetry, WeightsSet, read_events
+from neurons.verdict import Closed
 from subnet.identity import Identity
 from subnet.metagraph import ChainState, Head, Neuron
 from subnet.swarm.record import Phase

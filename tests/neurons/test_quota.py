@@ -88,6 +88,12 @@ def test_a_quota_is_exact_to_the_byte() -> None:
     audience.require("two", limit, limit)
 
 
+def test_who_has_no_stake_asks_for_no_more_than_anybody_gets() -> None:
+    picked = [head(0)]
+    nobody, idle = (Audience(shares, SIZES).limit("v", picked, tables=7) for shares in ({}, {"v": 0.0, "w": 1.0}))
+    assert joiners_part(SIZES, tables=7) * RETRIES <= min(nobody, idle)
+
+
 # -- how fast ------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +204,7 @@ async def test_who_asks_without_end_gets_its_quota_and_no_byte_more(tmp_path: Pa
         limit = RETRIES * validators_part(
             show.sizes,
             [entry for entry in evidence.heads if entry.version == version],
-            tables=evidence.tables().size,
+            tables=evidence.size,
             share=1.0,
         )
         sizes: list[int] = []
@@ -253,7 +259,7 @@ async def test_two_validators_under_a_tight_quota_get_their_parts_and_accuse_nob
                 return loop.time() - start
 
         took = await asyncio.gather(reader(ONE), reader(TWO))
-        picked, tables = list(evidence.heads), evidence.tables().size
+        picked, tables = list(evidence.heads), evidence.size
         for source, share in zip(sources, show.shares.values(), strict=True):
             part = validators_part(show.sizes, picked, tables=tables, share=share)
             assert part - 70_000 < source.received <= part

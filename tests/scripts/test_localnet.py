@@ -41,6 +41,7 @@ DOCUMENTED = {
     "microbatches",
     "bytes",
     "chain",
+    "adversaries",
     "audits",
     "miners",
     "complete",
@@ -205,6 +206,8 @@ def test_ctrl_c_leaves_a_summary_and_no_process(tmp_path: Path) -> None:
         (["--latency", "50"], 1, "--latency '50' is not of the form 50ms"),
         (["--bandwidth", "fast"], 1, "200mbit"),
         (["--loss", "0.5"], 1, "0.5%"),
+        (["--adversary", "signflip"], 1, "did you mean 'sign-flip'"),
+        (["--adversary", "noise:9"], 1, "uid 9 is no miner"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, flags: list[str], status: int, words: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from neurons.telemetry import Intervention, NodeFinished, NodeStarted, Stamped, StateChanged
+from scripts.adversaries import Adversary
 from scripts.churn import to_start
 from scripts.cli import main
 from scripts.faults import parse_faults
@@ -29,6 +30,7 @@ OPTIONS = LocalnetOptions(
     overlap=False,
     codec="int8",
     latency="50ms",
+    adversaries=(Adversary("noise", 3),),
     faults=parse_faults({"kill": ["miner:3@round1+0.95", "stage:0@round2"], "join": ["1@round2"]}),
 )
 

@@ -10,7 +10,7 @@ import pytest
 
 import neurons.quota
 import subnet.trust.quota
-from neurons.fetching import Source, Spent, Withheld
+from neurons.fetching import NamedState, Source, Spent, Withheld
 from neurons.node import Neighbourhood
 from neurons.quota import BURST, IN_WORK, Audience, Bucket, Uplink
 from subnet.identity import Identity
@@ -212,7 +212,7 @@ async def test_who_asks_without_end_gets_its_quota_and_no_byte_more(tmp_path: Pa
         async def take() -> None:
             while True:
                 before = source.received
-                await source.piece(version, "weights", 0, root=root, values=show.values)
+                await source.pieces(version, [(NamedState("weights", root, show.values), 0)])
                 sizes.append(source.received - before)
 
         with pytest.raises(Withheld, match=rf"limit {limit} for {show.asker.identity.hotkey}"):
@@ -228,7 +228,8 @@ async def read_all(show: Shown, source: Source, evidence: Evidence) -> None:
             for part, count in (("weights", values), ("optimizer", 2 * values), ("next_optimizer", 2 * values)):
                 for index in range(pieces_of(4 * count)):
                     root = getattr(entry, part)
-                    await source.piece(entry.version, part, index, root=root, values=count)  # type: ignore[arg-type]
+                    state = NamedState(part, root, count)  # type: ignore[arg-type]
+                    await source.pieces(entry.version, [(state, index)])
             for leaf in evidence.window(entry.version):
                 await source.unit(leaf)
 

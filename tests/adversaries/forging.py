@@ -33,10 +33,11 @@ class ForgingWorker(StageWorker):
         index = current.roster.stages[self.plan.index + 1].index(identity.hotkey)
         for leaf in current.ledger.window(version):
             sample = self._unused(current, leaf)
-            unit = current.archive.unit(leaf.key)
-            if leaf.direction is Direction.FORWARD and sample is not None and unit is not None:
+            if leaf.direction is Direction.FORWARD and sample is not None:
                 copy = replace(leaf, sample=sample)
                 current.ledger.add(copy)
+                unit = current.archive.unit(leaf.key)
+                assert unit is not None, "its window is open"
                 current.archive.add(version, copy.key, unit)
                 message = receipt_message(
                     self._run,
@@ -51,12 +52,12 @@ class ForgingWorker(StageWorker):
     def _unused(self, current: TrainingRound, leaf: Leaf) -> int | None:
         """A sample of the round that has no unit here: the first from the end, which is reached last."""
         samples = self._manifest.samples(current.number)
-        own = current.ledger._leaves
+        own = current.archive
         return next(
             (
                 sample
                 for sample in reversed(samples)
-                if UnitKey(sample, leaf.direction) not in own and sample not in current.open
+                if own.unit(UnitKey(sample, leaf.direction)) is None and sample not in current.open
             ),
             None,
         )

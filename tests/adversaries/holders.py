@@ -6,7 +6,7 @@ is contested and does not move, so in a stage of more than two they are found so
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -54,14 +54,5 @@ def lying(terms: Terms) -> Terms:
     """The same terms with a lie about every shard that is held. An all-gather has no holders: nothing changes."""
     if terms.gathers:
         return terms
-    return LyingTerms(
-        number=terms.number,
-        replicas=terms.replicas,
-        count=terms.count,
-        marks=terms.marks,
-        codec=LyingCodec(terms.codec),
-        outer=terms.outer,
-        limit=terms.limit,
-        secret=terms.secret,
-        piece_bytes=terms.piece_bytes,
-    )
+    kept = {part.name: getattr(terms, part.name) for part in fields(terms)}
+    return LyingTerms(**kept | {"codec": LyingCodec(terms.codec)})

@@ -12,6 +12,8 @@ from model.engine import Recompute
 from model.optimizer import OptimizerConfig, OuterConfig
 from model.split import split
 from model.stage import build_stage
+from neurons.archive import Archive
+from neurons.library import Library
 from neurons.quota import Uplink
 from neurons.terms import Marks, Terms
 from subnet.identity import verify
@@ -19,7 +21,7 @@ from subnet.messages import UnitRequest
 from subnet.swarm.butterfly import reduce
 from subnet.swarm.codec import codec_of, no_residual
 from subnet.swarm.merge import Merged
-from subnet.transport.errors import Dropped
+from subnet.transport.errors import Dropped, Unavailable
 from subnet.trust.ledger import Direction, UnitKey
 from subnet.trust.settlement import Unpaid, settle
 from tests.adversaries.copier import mean_row
@@ -31,7 +33,6 @@ from tests.adversaries.kinds import PROFILES, AdversaryError, Kind, Role
 from tests.adversaries.places import accomplice, check, choose, fits, role_of
 from tests.adversaries.program import run
 from tests.neurons.swarm import SEED, Swarm, manifest, open_corpus, tiny, tokens_file
-from tests.neurons.test_evidence import shown
 
 STAGES = [["a", "b"], ["c", "d"], ["e", "f"]]
 
@@ -135,14 +136,14 @@ async def test_forged_receipts_are_sound_and_pay_nothing(tmp_path: Path) -> None
         for head in swarm.stage(0):
             await head.worker.drive(limit=12)
         evidence = {hotkey: (await member.worker.close())[1] for hotkey, member in swarm.members.items()}
-        held = swarm.rounds[forger]
+        archive = swarm.rounds[forger]
     samples = loaded.manifest.samples(0)
     for hotkey, table in evidence.items():
         table.check(stage=swarm.roster.stage_of(hotkey) or 0, samples=samples)
     real = {leaf.sample for leaf in evidence[forger].leaves if leaf.direction is Direction.BACKWARD}
     forged = [leaf for leaf in evidence[forger].leaves if leaf.sample not in real]
     assert len(forged) >= 4
-    assert all(held.unit(UnitKey(leaf.sample, leaf.direction)) is not None for leaf in forged)
+    assert all(archive.unit(UnitKey(leaf.sample, leaf.direction)) is not None for leaf in forged)
     settlement = settle(
         loaded.run_id,
         swarm.roster,
@@ -197,20 +198,19 @@ def test_a_kind_is_a_miners_or_a_validators() -> None:
 
 
 async def test_a_silent_desk_refuses_units_while_it_is_silent(tmp_path: Path) -> None:
+    loaded = manifest(tiny(), tokens_file(tmp_path), stages=2).write(tmp_path / "manifest.toml")
     shows = [True]
 
     class Desk(SilentDesk):
         silent = staticmethod(lambda: not shows[0])
 
-    async with shown(tmp_path) as show:
-        leaf, run_id = (await show.close()).leaves[0], show.swarm.loaded.run_id
-        desk = Desk(run_id, show.miner.archive, show.library, Uplink(1e9))
-        request = UnitRequest(run=run_id.hex(), round=0, sample=leaf.sample, backward=bool(leaf.direction))
-        _, tensors = await desk.unit(show.asker.identity.hotkey, request, {})
-        assert set(tensors) == {"input", "output"}
-        shows[0] = False
-        with pytest.raises(Dropped, match=f"sample {leaf.sample} of round 0 is not shown"):
-            await desk.unit(show.asker.identity.hotkey, request, {})
+    desk = Desk(loaded.run_id, Archive(), Library(loaded.run_id), Uplink(1e9))
+    request = UnitRequest(run=loaded.run_id.hex(), round=0, sample=3, backward=False)
+    with pytest.raises(Unavailable, match="round 0 has not begun here"):
+        await desk.unit("a", request, {})
+    shows[0] = False
+    with pytest.raises(Dropped, match="sample 3 of round 0 is not shown"):
+        await desk.unit("a", request, {})
 
 
 def test_two_identities_on_one_device_take_turns(tmp_path: Path) -> None:

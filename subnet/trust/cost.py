@@ -25,8 +25,8 @@ from subnet.trust.ledger import LEAF_BYTES
 from subnet.trust.tree import PIECE_BYTES
 
 HOUR = 3600.0
-PIECE_PARTS = 5
-"""Of one piece of weights: both moments before and after, and the weights after; those before are there already."""
+PIECE_PARTS = 8
+"""Of one piece of weights: they and both moments before and after; second moments lie across two pieces."""
 
 
 class CostError(ValueError):

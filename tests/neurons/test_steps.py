@@ -88,7 +88,7 @@ def failed_checks(judge: Judging, hotkey: str) -> set[tuple[Check, Grade]]:
 
 
 async def test_every_step_of_an_honest_round_passes(closed: ClosedRound) -> None:
-    async with Court(closed) as court:
+    async with Court(closed, patience=30.0) as court:
         judge = court.validators["one"]
         dossiers = await judge.audit(closed.facts(SECRET))
     assert not judge.failed()
@@ -108,7 +108,7 @@ async def test_a_head_that_steps_on_another_gradient_is_convicted_in_its_first_r
     """Its backward sends nothing on, so nothing else would tell."""
     closed = ClosedRound(tmp_path, samples=32, bent={(0, 1): WRONG_GRADIENTS[kind]}, steps=1.0)
     cheat = closed.stage(0)[1]
-    async with Court(closed) as court:
+    async with Court(closed, patience=30.0) as court:
         judge = court.validators["one"]
         dossiers = await judge.audit(closed.facts(SECRET))
     assert {entry.finding.hotkey for entry in judge.failed()} == {cheat.hotkey}
@@ -121,7 +121,7 @@ async def test_a_head_that_steps_on_another_gradient_is_convicted_in_its_first_r
 async def test_a_step_that_does_not_follow_is_a_proof_that_others_repeat(tmp_path: Path, kind: str) -> None:
     closed = ClosedRound(tmp_path, bent={(1, 0): WRONG_STEPS[kind]}, steps=1e-9)
     cheat = closed.stage(1)[0]
-    async with Court(closed, validators=("one", "two")) as court:
+    async with Court(closed, validators=("one", "two"), patience=30.0) as court:
         one, two = court.validators.values()
         facts = closed.facts(SECRET)
         await one.audit(facts)
@@ -144,7 +144,7 @@ async def test_a_step_that_does_not_follow_is_a_proof_that_others_repeat(tmp_pat
 async def test_a_gradient_that_another_says_is_wrong_is_replayed_and_nothing_else_believed(tmp_path: Path) -> None:
     closed = ClosedRound(tmp_path, bent={(0, 0): WRONG_GRADIENTS["none"]}, steps=1.0)
     cheat, honest = closed.stage(0)
-    async with Court(closed, validators=("one", "two")) as court:
+    async with Court(closed, validators=("one", "two"), patience=30.0) as court:
         one, two = court.validators.values()
         facts = closed.facts(SECRET)
         await one.audit(facts)
@@ -187,7 +187,7 @@ def with_merge(folder: Path, cheat: Callable[[torch.Tensor], torch.Tensor] | Non
 
 async def test_a_merge_that_is_taken_over_honestly_follows_from_public_state(tmp_path: Path) -> None:
     closed = with_merge(tmp_path)
-    async with Court(closed) as court:
+    async with Court(closed, patience=30.0) as court:
         judge = court.validators["one"]
         dossiers = await judge.audit(closed.facts(SECRET))
     assert not judge.failed()
@@ -206,7 +206,7 @@ async def test_who_makes_something_else_of_a_merge_is_proven(
 ) -> None:
     closed = with_merge(tmp_path, cheat)
     liar = closed.stage(1)[1]
-    async with Court(closed, validators=("one", "two")) as court:
+    async with Court(closed, validators=("one", "two"), patience=30.0) as court:
         one, two = court.validators.values()
         facts = closed.facts(SECRET)
         await one.audit(facts)
@@ -222,7 +222,7 @@ async def test_who_makes_something_else_of_a_merge_is_proven(
 
 async def test_nothing_is_said_of_a_merge_where_public_state_is_not_known(tmp_path: Path) -> None:
     closed = with_merge(tmp_path, lambda w: w + 1)
-    async with Court(closed) as court:
+    async with Court(closed, patience=30.0) as court:
         judge, facts = court.validators["one"], closed.facts(SECRET)
         await judge.audit(replace(facts, start=replace(facts.start, known=frozenset())))
     assert not judge.failed()

@@ -10,11 +10,13 @@ import torch
 from neurons.desks import EvidenceDesk
 from neurons.fetching import Source, Unsound, Withheld
 from neurons.node import Node
+from neurons.slots import slot_seeds
 from subnet.chain import ChainError
 from subnet.messages import UnitRequest
 from subnet.swarm.roster import Roster, records_of
 from subnet.transport.axon import Reply
 from subnet.transport.errors import Dropped
+from subnet.trust.audit import pick_windows
 from subnet.trust.ledger import Direction
 from tests.adversaries.engine import Memory
 
@@ -34,7 +36,7 @@ class SilentDesk(EvidenceDesk):
 
 
 async def copy_sibling(node: Node, memory: Callable[[], Memory | None]) -> None:
-    """After each round's CUT take one unit of each direction of a sibling into the memory of who copies. Until
+    """After each round's CUT take one unit of each direction that a sibling shows into the memory of who copies. Until
     cancelled."""
     while True:
         roster = node.history.newest
@@ -74,8 +76,11 @@ async def _take(node: Node, roster: Roster, memory: Memory) -> None:
             shapes=node.shapes,
         )
         evidence = await source.tables(record, samples=manifest.samples(roster.round))
+        seeds = await slot_seeds(node, roster)
+        picked = pick_windows(evidence.heads, seeds=seeds, hotkey=sibling, count=manifest.audit.windows)
+        shown = [leaf for head, _ in picked for leaf in evidence.window(head.version)]
         for direction in Direction:
-            leaf = next((leaf for leaf in evidence.leaves if leaf.direction is direction), None)
+            leaf = next((leaf for leaf in shown if leaf.direction is direction), None)
             if leaf is not None:
                 unit = await source.unit(leaf)
                 output = None if unit.output is None else unit.output.to(torch.float32)

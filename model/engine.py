@@ -10,14 +10,14 @@ callers serialise their calls.
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from model.optimizer import OptimizerConfig, build_optimizer, clip_bound, gradient_norm, learning_rate
+from model.optimizer import OptimizerConfig, build_optimizer, clip_bound, clip_gradients, learning_rate
 from model.split import StagePlan
 from model.stage import Stage, assign_flat
 
@@ -208,17 +208,13 @@ class StageEngine:
         if self._accumulated == 0:
             raise EngineError("no unit has been accumulated since the last step: run a backward first")
         gradients = [p.grad for p in self.stage.parameters() if p.grad is not None]
-        norm = gradient_norm(gradients)
+        norm, clipped = clip_gradients(gradients, self._clip)
         lr = learning_rate(self._config, self._steps)
         if not math.isfinite(norm):
             self.discard_gradients()
             self._version += 1
             self._used = False
             return StepReport(version=self._version, lr=lr, grad_norm=norm, clipped=False, finite=False)
-        clipped = 0 < self._clip < norm
-        if clipped:
-            for gradient in gradients:
-                gradient.mul_(self._clip / norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -329,17 +325,48 @@ def replay_forward(stage: Stage, x: Tensor) -> Tensor:
 
 def replay_backward(stage: Stage, x: Tensor, g: Tensor) -> Tensor | None:
     """What an honest `StageEngine.backward` returns for (`x`, `g`); leaves no gradients in the stage."""
-    leaf = _leaf(x)
-    torch.autograd.backward(stage(leaf), g)
+    dx = _backward(stage, x, g)
     stage.zero_grad(set_to_none=True)
-    return leaf.grad
+    return dx
 
 
 def replay_tail(stage: Stage, x: Tensor, targets: Tensor, *, accumulation: int) -> tuple[float, Tensor | None]:
     """What an honest `StageEngine.tail` returns; leaves no gradients in the stage."""
+    loss, dx = _tail_backward(stage, x, targets, accumulation)
+    stage.zero_grad(set_to_none=True)
+    return loss, dx
+
+
+def replay_gradient(
+    stage: Stage, units: Iterable[tuple[Tensor, Tensor]], *, accumulation: int, clip: float
+) -> tuple[Tensor, float]:
+    """What an honest `StageEngine.step` gives its optimizer after the backwards of these units, in their order: the
+    clipped gradient, fp32 (n,) in the order of `flatten`, and its norm before. Leaves no gradients in the stage.
+
+    Args:
+        units: input and gradient of the output of each; at the last stage input and targets.
+        clip: the stage's bound, see `clip_bound`.
+    """
+    for x, target in units:
+        if stage.plan.is_last:
+            _tail_backward(stage, x, target, accumulation)
+        else:
+            _backward(stage, x, target)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in sorted(stage.named_parameters())]
+    norm, _ = clip_gradients(gradients, clip)
+    stage.zero_grad(set_to_none=True)
+    return torch.cat([gradient.float().reshape(-1) for gradient in gradients]), norm
+
+
+def _backward(stage: Stage, x: Tensor, g: Tensor) -> Tensor | None:
+    leaf = _leaf(x)
+    torch.autograd.backward(stage(leaf), g)
+    return leaf.grad
+
+
+def _tail_backward(stage: Stage, x: Tensor, targets: Tensor, accumulation: int) -> tuple[float, Tensor | None]:
     loss, leaf = _tail_forward(stage, x, targets)
     torch.autograd.backward(loss / accumulation)
-    stage.zero_grad(set_to_none=True)
     return float(loss.detach()), leaf.grad
 
 

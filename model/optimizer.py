@@ -7,7 +7,7 @@ for the outer step, on every GPU, because replicas and auditors recompute it.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from model.config import ConfigError
 from model.split import StagePlan
 from model.stage import Stage
+
+MOMENTUM_DECAY = 1.0
+"""How fast NAdam's momentum comes to its full value: half of the way after 17 steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,21 +69,28 @@ class OuterConfig:
 
 
 def build_optimizer(config: OptimizerConfig, stage: Stage, plan: StagePlan) -> torch.optim.Optimizer:
-    """The torch optimizer of a stage; weight decay acts on matrices only, never on norms."""
+    """The torch optimizer of a stage."""
     matrices = [p for p in stage.parameters() if p.dim() > 1]
     vectors = [p for p in stage.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"params": group, "weight_decay": decay_of(config, group[0])} for group in (matrices, vectors) if group]
     foreach = matrices[0].is_cuda
     betas = (first_momentum(config, plan), config.betas[1])
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, config.lr, betas, config.eps, foreach=foreach, fused=False)
     return torch.optim.NAdam(
-        groups, config.lr, betas, config.eps, momentum_decay=1.0, decoupled_weight_decay=True, foreach=foreach
+        groups,
+        config.lr,
+        betas,
+        config.eps,
+        momentum_decay=MOMENTUM_DECAY,
+        decoupled_weight_decay=True,
+        foreach=foreach,
     )
+
+
+def decay_of(config: OptimizerConfig, parameter: Tensor) -> float:
+    """Weight decay acts on matrices only, never on norms."""
+    return config.weight_decay if parameter.dim() > 1 else 0.0
 
 
 def first_momentum(config: OptimizerConfig, plan: StagePlan) -> float:
@@ -104,6 +114,17 @@ def clip_bound(config: OptimizerConfig, n_stage: int, n_total: int) -> float:
     """A stage's share of the model's clip, clip·sqrt(n_stage / n_total): gradients' squares add up over
     parameters."""
     return config.clip * math.sqrt(n_stage / n_total)
+
+
+def clip_gradients(gradients: Sequence[Tensor], bound: float) -> tuple[float, bool]:
+    """Scales gradients in place to the norm `bound` if theirs is larger and `bound` not 0; the norm before, and
+    whether they were. What is not finite stays as it is."""
+    norm = gradient_norm(gradients)
+    clipped = 0 < bound < norm < math.inf
+    if clipped:
+        for gradient in gradients:
+            gradient.mul_(bound / norm)
+    return norm, clipped
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import replace
 
-from neurons.auditing import Auditor, Dossier, Entry, RoundFacts
+from neurons.auditing import Auditor
+from neurons.dossier import Dossier, Entry, RoundFacts
 from subnet.identity import verify
 from subnet.trust.finding import UNIT_CHECKS, Check, Grade
 from subnet.trust.heads import Statement, conflicting, statement_message
@@ -18,6 +19,8 @@ from subnet.trust.report import FindingModel
 
 UNITS_OF_A_REPORT = 8
 """Units of one miner that are replayed because one other validator says they failed."""
+STEPS_OF_A_REPORT = 2
+"""Steps of one miner that are looked at because one other validator says they failed: a verdict takes two windows."""
 SHARDS_OF_A_REPORT = 2
 """Merged shards that are computed again because one other validator says a miner lied about them."""
 
@@ -43,6 +46,7 @@ class Adopter:
         now = [model for model in claims if model.round == facts.roster.round]
         self._statements(facts, dossier, now, accuser)
         await self._units(facts, dossier, now, accuser)
+        await self._steps(facts, dossier, now, accuser)
         return _failures(dossier) - before
 
     async def _units(self, facts: RoundFacts, dossier: Dossier, claims: Iterable[FindingModel], accuser: str) -> None:
@@ -56,6 +60,30 @@ class Adopter:
             if head is not None:
                 await self.auditor.window(facts, dossier, head, [leaf], accuser=accuser)
         if leaves:
+            await self.auditor.go_on(facts, dossier)
+
+    async def _steps(self, facts: RoundFacts, dossier: Dossier, claims: Iterable[FindingModel], accuser: str) -> None:
+        """Look at steps and at merges that were taken over where the accuser did, and replay whole gradients where it
+        says that they failed."""
+        tried = 0
+        for model in claims:
+            head = None if model.version is None else dossier.head(model.version)
+            if head is None or head.version not in dossier.picked or tried == STEPS_OF_A_REPORT:
+                continue
+            pieces = [] if model.piece is None else [model.piece]
+            if any(piece >= self.auditor.pieces_at(dossier.stage) for piece in pieces):
+                continue
+            places = {(head.version, piece) for piece in pieces}
+            if model.check is Check.GRADIENT and head.version not in dossier.stepped:
+                await self.auditor.step(facts, dossier, head, whole=True, pieces=pieces, accuser=accuser)
+            elif model.check is Check.STEP and places - dossier.pieces:
+                await self.auditor.step(facts, dossier, head, whole=False, pieces=pieces, accuser=accuser)
+            elif model.check is Check.WEIGHTS and places - dossier.merges:
+                await self.auditor.taken_over(facts, dossier, head, pieces=pieces, accuser=accuser)
+            else:
+                continue
+            tried += 1
+        if tried:
             await self.auditor.go_on(facts, dossier)
 
     def _named(self, dossier: Dossier, model: FindingModel) -> Leaf | None:

@@ -79,12 +79,16 @@ class KeptWindow:
     """None while the window is open."""
     slot: int = 0
     units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
+    previous: Vector | None = None
+    """The weights that the window before ended with, where a merge was taken over in between."""
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Everything it holds."""
         for state in (self.opening, self.closing):
             if state is not None:
                 yield from (state.weights.values, state.moments.values)
+        if self.previous is not None:
+            yield self.previous.values
         for unit in self.units.values():
             yield from unit_tensors(unit)
 
@@ -165,12 +169,13 @@ class RoundArchive:
 
     # -- as the round goes on ---------------------------------------------------------------------------------------
 
-    def open_window(self, version: int, state: State) -> None:
-        """Units of `version` come from here on. One that was open and has none is replaced."""
+    def open_window(self, version: int, state: State, previous: Vector | None = None) -> None:
+        """Units of `version` come from here on. One that was open and has none is replaced. `previous` are the weights
+        before a merge was taken over."""
         if self._open is not None:
             self._drop(self._open)
         self._open = version
-        self.windows[version] = KeptWindow(state)
+        self.windows[version] = KeptWindow(state, previous=previous)
         self._tally.take(self.windows[version].tensors())
         self._grown()
 
@@ -273,6 +278,8 @@ class RoundArchive:
         match part:
             case "closing" | "owed" | "still_owed":
                 return {"closing": self.cut.closing, "owed": self.cut.owed, "still_owed": self.cut.still_owed}[part]
+            case "previous_weights":
+                return None if window is None else window.previous
             case "weights" | "optimizer":
                 state = None if window is None else window.opening
             case "next_weights" | "next_optimizer":

@@ -3,6 +3,7 @@
     plan      slots' seeds pick windows; the secret, committed on chain before the round, picks units inside
     fetch     tables, weights of picked windows as deltas, tensors of picked units
     replay    on the bench, one window's units at a time
+    step      what closed a picked window: its arithmetic on a few pieces, for a share of them the whole gradient
     go on     while a failed unit leaves it open whether its miner cheats, in the windows already picked
 
 What a miner signed or committed to and anybody can recompute is a proof; floating-point results are measurements; what
@@ -15,21 +16,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
+from model.accounting import total_parameters
 from model.data import Corpus
+from model.optimizer import clip_bound
 from model.split import StagePlan
 from neurons.bench import Bench, forward_flops, other_data, replay_flops, replay_units
+from neurons.dossier import Dossier, Entry, RoundFacts
 from neurons.fetching import PATIENCE, Source, Spent, Unsound, Withheld, open_delta
-from neurons.follower import Fault, RoundStart
+from neurons.steps import PIECES, StepJudge, moved, show
 from neurons.windows import root_of
 from subnet.manifest import LoadedManifest
 from subnet.messages import Shapes
-from subnet.swarm.record import Phase, Record
-from subnet.swarm.roster import Roster
+from subnet.swarm.record import Phase
 from subnet.transport.dendrite import Dendrite
 from subnet.trust.audit import (
     Tolerance,
@@ -37,6 +41,8 @@ from subnet.trust.audit import (
     comparable,
     pick_windows,
     reads_window,
+    replays_step,
+    select_pieces,
     select_units,
     spread,
 )
@@ -44,7 +50,8 @@ from subnet.trust.continuity import breaks
 from subnet.trust.decision import Rule, Suspicion
 from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.heads import Statement, WindowHead, conflicting
-from subnet.trust.ledger import Evidence, Leaf, UnitKey
+from subnet.trust.ledger import Direction, Evidence, Leaf
+from subnet.trust.tree import pieces_of
 
 log = logging.getLogger("orion.neurons.auditing")
 
@@ -54,65 +61,6 @@ MEMORY = 8 << 30
 """Bytes for the weights of windows that are in memory or on their way, and as many for deltas that are kept."""
 WINDOWS_AT_ONCE = 8
 """So many windows in any case, over all miners: else one that is slow would hold up the others."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoundFacts:
-    """What everybody knows of a round when its audit begins, and this validator's secret."""
-
-    roster: Roster
-    records: Mapping[str, Record | None]
-    """At CUT."""
-    start: RoundStart
-    seeds: Sequence[bytes]
-    """By slot."""
-    secret: bytes
-    stake_share: float
-    """This validator's part of the stake at work."""
-    statements: Mapping[str, Sequence[Statement]]
-    """What miners signed during the round, by hotkey."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A finding as this validator came by it."""
-
-    finding: Finding
-    accuser: str = ""
-    """Hotkey of the validator whose finding was replayed; empty for an own one."""
-    statement: Statement | None = None
-    """Of a proof by what the miner signed."""
-
-
-@dataclass
-class Dossier:
-    """One miner in one round."""
-
-    hotkey: str
-    stage: int
-    source: Source
-    evidence: Evidence | None = None
-    picked: dict[int, bytes] = field(default_factory=dict)
-    """Slot seed of the picked windows, by version, in the ledger's order."""
-    entries: list[Entry] = field(default_factory=list)
-    replayed: set[UnitKey] = field(default_factory=set)
-    shut: set[int] = field(default_factory=set)
-    """Windows of which something was withheld: no more is asked of them."""
-    first: torch.Tensor | None = None
-    """Weights of the round's first window, fp32 (n,), if they follow from public state and it is picked."""
-    deltas: dict[int, bytes] = field(default_factory=dict)
-    """By version: what the weights of picked windows differ by from public state."""
-    flops: float = 0.0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by who replays because of another's report."""
-
-    @property
-    def findings(self) -> list[Finding]:
-        return [entry.finding for entry in self.entries]
-
-    def head(self, version: int) -> WindowHead | None:
-        heads = () if self.evidence is None else self.evidence.heads
-        return next((head for head in heads if head.version == version), None)
 
 
 class Auditor:
@@ -157,6 +105,8 @@ class Auditor:
         self._rule = rule
         self._patience = patience
         self._shapes = Shapes.of(loaded.manifest)
+        self._optimizer = loaded.manifest.optimizer.inner()
+        self._total = total_parameters(loaded.manifest.model.config(), len(plans))
         self._gate = asyncio.Semaphore(max(WINDOWS_AT_ONCE, MEMORY // (4 * max(parameters))))
         self._kept = 0
         """Bytes of deltas that are kept in case that more units of their windows are replayed."""
@@ -216,6 +166,8 @@ class Auditor:
         await self._examine(facts, dossier, dossier.evidence)
         await self._first_pass(facts, dossier, dossier.evidence)
         await self.go_on(facts, dossier)
+        await self._steps(facts, dossier, dossier.evidence)
+        await self.go_on(facts, dossier)
 
     # -- what the tables say --------------------------------------------------------------------------------------
 
@@ -250,16 +202,50 @@ class Auditor:
             return
         head = evidence.heads[0]
         known = False
-        for theta in facts.start.weights(dossier.hotkey):
+        for place, theta in enumerate(facts.start.weights(dossier.hotkey)):
             known = True
             if await asyncio.to_thread(root_of, theta) == head.weights:
                 dossier.first = theta if head.version in dossier.picked else None
+                dossier.moved = place > 0
                 found = self._finding(facts, dossier, Check.WEIGHTS, Grade.PROOF, "", version=head.version)
                 self.note(dossier, Entry(replace(found, passed=True, error=0.0)))
                 return
         if known:
             reason = f"window {head.version}, the round's first, does not begin with the public weights"
             self._prove(facts, dossier, Check.WEIGHTS, reason, version=head.version)
+
+    async def taken_over(
+        self,
+        facts: RoundFacts,
+        dossier: Dossier,
+        head: WindowHead,
+        *,
+        pieces: Sequence[int] | None = None,
+        accuser: str = "",
+    ) -> None:
+        """Where a merge was taken over before a picked window: whether the weights that it begins with follow from
+        those before and from public state, on some `pieces`, this validator's own if none are named."""
+        heads = () if dossier.evidence is None else dossier.evidence.heads
+        before = next((before for before, after in pairwise(heads) if after == head), None)
+        if not head.merged or before is None or head.version in dossier.shut:
+            return
+        chosen = self._pieces(facts, dossier, head, "merge", 1) if pieces is None else pieces
+        async with self._gate:
+            states = await asyncio.to_thread(lambda: tuple(facts.start.weights(dossier.hotkey)))
+            if not states:
+                return
+            start, target = states[-1 if dossier.moved else 0], states[-1]
+            for piece in chosen:
+                try:
+                    follows = await moved(dossier.source, before, head, piece, start=start, target=target)
+                except (Withheld, Spent) as error:
+                    self._shut(facts, dossier, head, error)
+                    return
+                dossier.merges.add((head.version, piece))
+                reason = "" if follows else f"window {head.version} does not begin with what its merge led to"
+                found = self._finding(facts, dossier, Check.WEIGHTS, Grade.PROOF, reason, version=head.version)
+                error_ = 0.0 if follows else math.inf
+                self.note(dossier, Entry(replace(found, passed=follows, error=error_, piece=piece), accuser))
 
     # -- replays --------------------------------------------------------------------------------------------------
 
@@ -272,20 +258,30 @@ class Auditor:
             stake_share=facts.stake_share,
             risk=self._risk(dossier.hotkey),
         )
-        heads = [
-            head for head in evidence.heads if head.version in dossier.picked and self._reads(facts, dossier, head)
-        ]
+        heads = self._read(facts, dossier, evidence)
         sizes = [sum(map(self.comparable(dossier), evidence.window(head.version))) for head in heads]
         for head, count in zip(heads, spread(units, sizes), strict=True):
             if count:
                 await self.window(facts, dossier, head, self._choose(facts, dossier, head, count))
 
-    def _reads(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> bool:
-        """Whether this validator looks into a picked window before there is a suspicion."""
+    def _read(self, facts: RoundFacts, dossier: Dossier, evidence: Evidence) -> list[WindowHead]:
+        """The picked windows that this validator looks into before there is a suspicion."""
         share = self._loaded.manifest.audit.readers * facts.stake_share
-        seed = dossier.picked[head.version]
-        known = dossier.first is not None and dossier.evidence is not None and head == dossier.evidence.heads[0]
-        return known or reads_window(head, secret=facts.secret, seed=seed, hotkey=dossier.hotkey, share=share)
+        return [
+            head
+            for head in evidence.heads
+            if head.version in dossier.picked
+            and (
+                (dossier.first is not None and head == evidence.heads[0])
+                or reads_window(
+                    head,
+                    secret=facts.secret,
+                    seed=dossier.picked[head.version],
+                    hotkey=dossier.hotkey,
+                    share=share,
+                )
+            )
+        ]
 
     def comparable(self, dossier: Dossier) -> Callable[[Leaf], bool]:
         plan = self._plans[dossier.stage]
@@ -321,13 +317,8 @@ class Auditor:
                 if theta is None:
                     return
                 units = [(leaf, await dossier.source.unit(leaf)) for leaf in leaves]
-            except Withheld as error:
-                dossier.shut.add(head.version)
-                self._withhold(facts, dossier, str(error), version=head.version)
-                return
-            except Spent as error:
-                dossier.shut.add(head.version)
-                log.info("no more of %s is looked into: %s", dossier.hotkey, error)
+            except (Withheld, Spent) as error:
+                self._shut(facts, dossier, head, error)
                 return
             found = await self._bench.compute(
                 lambda: replay_units(
@@ -346,6 +337,94 @@ class Auditor:
         dossier.flops += sum(replay_flops(leaf, forward) for leaf in leaves)
         for finding in found:
             self.note(dossier, Entry(finding, accuser))
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    async def _steps(self, facts: RoundFacts, dossier: Dossier, evidence: Evidence) -> None:
+        """How the windows that this validator reads began and ended. After the units: what a suspicion asks for of
+        these comes first, where a reader's part is small."""
+        for head in self._read(facts, dossier, evidence):
+            await self.taken_over(facts, dossier, head)
+            await self.step(facts, dossier, head, whole=self._whole(facts, dossier, head))
+
+    def _whole(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> bool:
+        """Whether this validator replays the gradient of a window that it reads."""
+        rules, seed = self._loaded.manifest.audit, dossier.picked[head.version]
+        read = min(1.0, rules.readers * facts.stake_share)
+        share = rules.steps * facts.stake_share * self._risk(dossier.hotkey) / read
+        return replays_step(head, secret=facts.secret, seed=seed, hotkey=dossier.hotkey, share=share)
+
+    async def step(
+        self,
+        facts: RoundFacts,
+        dossier: Dossier,
+        head: WindowHead,
+        *,
+        whole: bool,
+        pieces: Sequence[int] | None = None,
+        accuser: str = "",
+    ) -> None:
+        """Look at the step that closed a picked window: at some `pieces` of the state around it, this validator's own
+        if none are named, and, if `whole`, at its gradient, by replaying all the units that gave it.
+
+        Who ends a window as it began says that its gradient was not finite: that is always looked at.
+        """
+        if not head.backward or head.version in dossier.shut:
+            return
+        assert dossier.evidence is not None  # noqa: S101 - the head is from there
+        backward = [leaf for leaf in dossier.evidence.window(head.version) if leaf.direction is Direction.BACKWARD]
+        whole = (whole or head.idle) and head.version not in dossier.stepped
+        chosen = self._pieces(facts, dossier, head, "step", PIECES if whole else 1) if pieces is None else pieces
+        stage = self._bench.stages[dossier.stage]
+        async with self._gate:
+            try:
+                theta = await self._theta(facts, dossier, head) if whole else None
+                shown = [
+                    await show(dossier.source, head, piece, stage=stage, config=self._optimizer)
+                    for piece in ([] if head.idle else chosen)
+                ]
+                units = [(leaf, await dossier.source.unit(leaf)) for leaf in ([] if theta is None else backward)]
+            except (Withheld, Spent) as error:
+                self._shut(facts, dossier, head, error)
+                return
+            judge = self._judge(facts, dossier)
+            found = await asyncio.to_thread(judge.arithmetic, head, shown)
+            if theta is not None:
+                weights = theta
+                gradient = await self._bench.compute(lambda: judge.gradient(head, shown, units, weights, self._corpus))
+                found.append(gradient)
+        dossier.pieces.update((head.version, one.piece) for one in shown)
+        if theta is not None:
+            dossier.stepped.add(head.version)
+            forward = forward_flops(self._loaded.manifest, self._plans[dossier.stage])
+            dossier.flops += sum(replay_flops(leaf, forward) for leaf in backward)
+        for finding in found:
+            self.note(dossier, Entry(finding, accuser))
+
+    def _pieces(self, facts: RoundFacts, dossier: Dossier, head: WindowHead, what: str, count: int) -> tuple[int, ...]:
+        return select_pieces(
+            self.pieces_at(dossier.stage),
+            secret=facts.secret,
+            seed=dossier.picked[head.version],
+            hotkey=dossier.hotkey,
+            label=f"{what}/{head.version}",
+            count=count,
+        )
+
+    def pieces_at(self, stage: int) -> int:
+        """Pieces of a stage's weights."""
+        return pieces_of(4 * self._parameters[stage])
+
+    def _judge(self, facts: RoundFacts, dossier: Dossier) -> StepJudge:
+        return StepJudge(
+            hotkey=dossier.hotkey,
+            number=facts.roster.round,
+            stage=self._bench.stages[dossier.stage],
+            config=self._optimizer,
+            clip=clip_bound(self._optimizer, self._parameters[dossier.stage], self._total),
+            accumulation=self._loaded.manifest.optimizer.accumulation,
+            tolerance=self._tolerance(dossier.hotkey)(Check.GRADIENT),
+        )
 
     async def _theta(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> torch.Tensor | None:
         """A picked window's weights, fp32 (n,); None if the public state they differ from is not known here.
@@ -367,8 +446,15 @@ class Auditor:
         return theta
 
     async def go_on(self, facts: RoundFacts, dossier: Dossier) -> None:
-        """Replay more units of the picked windows while the sequential test asks for it."""
+        """Replay more of the picked windows while the sequential test asks for it: whole steps where the gradient of
+        one failed, then units."""
         while self._held(dossier.hotkey).goes_on(self._rule()):
+            step = self._next_step(dossier)
+            if step is not None:
+                await self.step(facts, dossier, step, whole=True)
+                if step.version not in dossier.stepped | dossier.shut:
+                    return
+                continue
             left = {
                 head.version: head
                 for version in dossier.picked
@@ -383,6 +469,14 @@ class Auditor:
             await self.window(facts, dossier, head, self._choose(facts, dossier, head, BATCH))
             if len(dossier.replayed) == before:
                 return
+
+    def _next_step(self, dossier: Dossier) -> WindowHead | None:
+        """Of the picked windows, the next one whose gradient was not replayed, if that of another one failed."""
+        if not any(one.check is Check.GRADIENT and not one.passed for one in dossier.findings):
+            return None
+        open_ = dossier.picked.keys() - dossier.stepped - dossier.shut
+        heads = () if dossier.evidence is None else dossier.evidence.heads
+        return next((head for head in heads if head.version in open_ and head.backward), None)
 
     # -- findings -------------------------------------------------------------------------------------------------
 
@@ -402,6 +496,15 @@ class Auditor:
     ) -> None:
         finding = self._finding(facts, dossier, check, Grade.PROOF, reason, version=version, sample=sample)
         self.note(dossier, Entry(finding))
+
+    def _shut(self, facts: RoundFacts, dossier: Dossier, head: WindowHead, error: Withheld | Spent) -> None:
+        """No more is asked of a window: something of it was withheld, which counts once, or this reader's part is
+        used up, which is nobody's fault."""
+        dossier.shut.add(head.version)
+        if isinstance(error, Withheld):
+            self._withhold(facts, dossier, str(error), version=head.version)
+        else:
+            log.info("no more of %s is looked into: %s", dossier.hotkey, error)
 
     def _withhold(self, facts: RoundFacts, dossier: Dossier, reason: str, *, version: int | None = None) -> None:
         finding = self._finding(facts, dossier, Check.WITHHELD, Grade.WITHHELD, reason, version=version)
@@ -430,34 +533,3 @@ class Auditor:
             sample=sample,
             reason=reason,
         )
-
-
-def of_merge(faults: Iterable[Fault], number: int) -> list[Entry]:
-    """What watching a round's merge found wrong, as findings.
-
-    A digest that is not the recomputed one and a payload that is no valid content are on chain, so they are proofs;
-    bytes that do not hash to what they should are seen by who asked alone.
-    """
-    entries = []
-    for fault in faults:
-        check, grade = _FAULTS[fault.kind]
-        finding = Finding(
-            hotkey=fault.hotkey,
-            round=number,
-            stage=fault.stage,
-            check=check,
-            grade=grade,
-            passed=False,
-            error=math.inf,
-            piece=fault.shards[0] if fault.shards else None,
-            reason=fault.reason,
-        )
-        entries.append(Entry(finding))
-    return entries
-
-
-_FAULTS = {
-    "refused": (Check.PAYLOAD, Grade.PROOF),
-    "forged": (Check.WITHHELD, Grade.WITHHELD),
-    "liar": (Check.SHARD, Grade.PROOF),
-}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from subnet.messages import (
     Notice,
     RunSynapse,
     StatePart,
-    StatePiece,
+    StatePieces,
     StateRequest,
     Tensors,
     UnitRequest,
@@ -131,11 +132,9 @@ class EvidenceDesk:
 
     def _require(self, visit: _Visit, size: int) -> None:
         """Raises `OverQuota` where `size` bytes are more than the caller may have."""
-        evidence = visit.evidence
-        picked = [head for head in evidence.heads if head.version in visit.held.picked]
-        visit.audience.require(
-            visit.caller, size, visit.audience.limit(visit.caller, picked, tables=evidence.tables().size)
-        )
+        picked = [head for head in visit.evidence.heads if head.version in visit.held.picked]
+        limit = visit.audience.limit(visit.caller, picked, tables=visit.evidence.size)
+        visit.audience.require(visit.caller, size, limit)
 
     def _give(self, visit: _Visit, reply: Synapse, tensors: Mapping[str, torch.Tensor]) -> Reply:
         """Count what is sent, if the caller may have it."""
@@ -181,16 +180,20 @@ class EvidenceDesk:
 
     async def state(self, caller: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         visit = self._visit(caller, request)
-        vector = visit.vector(request.version, request.part)
-        try:
-            data = vector.piece(request.piece)
-        except IndexError as error:
-            raise MalformedRequest(f"{request.part}: {error}", "take the sizes from the run's plan") from None
+        vectors = [visit.vector(request.version, part) for part in request.parts]
+        data: list[torch.Tensor] = []
+        for part, vector, index in zip(request.parts, vectors, request.pieces, strict=True):
+            try:
+                data.append(vector.piece(index))
+            except IndexError as error:
+                raise MalformedRequest(f"{part}: {error}", "take the sizes from the run's plan") from None
         with self._uplink.working(caller):
-            self._require(visit, data.numel())
-            proof = (await asyncio.to_thread(vector.tree)).proof(request.piece)
-            reply = StatePiece(size=data.numel(), hashes=len(proof))
-            return self._give(visit, reply, {"data": data, "proof": byte_tensor(b"".join(proof)).view(-1, HASH_BYTES)})
+            self._require(visit, sum(piece.numel() for piece in data))
+            trees = [await asyncio.to_thread(vector.tree) for vector in vectors]
+            proofs = [tree.proof(index) for tree, index in zip(trees, request.pieces, strict=True)]
+            reply = StatePieces(sizes=[piece.numel() for piece in data], hashes=[len(proof) for proof in proofs])
+            hashes = byte_tensor(b"".join(chain.from_iterable(proofs))).view(-1, HASH_BYTES)
+            return self._give(visit, reply, {"data": torch.cat(data, dim=1), "proof": hashes})
 
     async def unit(self, caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         visit = self._visit(caller, request)

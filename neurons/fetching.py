@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +25,7 @@ from subnet.messages import (
     EvidenceTables,
     Shapes,
     StatePart,
-    StatePiece,
+    StatePieces,
     StateRequest,
     Tensors,
     UnitRequest,
@@ -43,6 +44,7 @@ from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, WindowHead
 from subnet.trust.ledger import (
     CLOSING_BYTES,
     LEAF_BYTES,
+    NO_DIGEST,
     TABLES,
     Direction,
     Evidence,
@@ -51,7 +53,7 @@ from subnet.trust.ledger import (
     Tables,
     digest,
 )
-from subnet.trust.quota import RETRIES, Sizes, least_rate, validators_part
+from subnet.trust.quota import RETRIES, Sizes, joiners_part, least_rate, validators_part
 from subnet.trust.tree import PIECE_BYTES, PROOF_LIMIT, pieces_of, proven
 
 log = logging.getLogger("orion.neurons.fetching")
@@ -62,6 +64,8 @@ CALL_DEADLINE = 10.0
 """Seconds for one call, besides the transfer. A call that gets no answer is tried again within `PATIENCE`."""
 PAUSE = 0.2
 LONGEST_PAUSE = 5.0
+PIECE_VALUES = PIECE_BYTES // 4
+"""fp32 values in a piece of a state."""
 TRY_AGAIN = (Busy, Unavailable, Unreachable)
 
 
@@ -75,6 +79,24 @@ class Spent(Exception):  # noqa: N818
 
 class Unsound(Exception):  # noqa: N818
     """What a miner showed is what its root on chain fixes, and no honest one can have written it: one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedState:
+    """A flat fp32 vector of so many values that a head or the closing names by its root."""
+
+    part: StatePart
+    root: bytes
+    values: int
+
+    def size(self, index: int) -> int:
+        """Bytes of piece `index`."""
+        return min(PIECE_BYTES, 4 * self.values - index * PIECE_BYTES)
+
+
+def pieces_in(span: range) -> range:
+    """The pieces in which values lie."""
+    return range(span.start // PIECE_VALUES, (span.stop - 1) // PIECE_VALUES + 1)
 
 
 class Source:
@@ -137,9 +159,13 @@ class Source:
         return evidence
 
     def limit(self, evidence: Evidence, picked: Iterable[WindowHead]) -> None:
-        """From here on ask for no more than this reader's part of the picked windows."""
+        """From here on ask for no more than this reader's part of the picked windows; without stake at work it is one
+        of those who only compare."""
         sizes = Sizes.of(self._plan, self._parameters, self._shapes)
-        self._part = validators_part(sizes, list(picked), tables=evidence.tables().size, share=self._share)
+        if self._share > 0:
+            self._part = validators_part(sizes, list(picked), tables=evidence.size, share=self._share)
+        else:
+            self._part = joiners_part(sizes, tables=evidence.size)
 
     async def weights(self, head: WindowHead, base: torch.Tensor, *, held: int) -> tuple[bytes, torch.Tensor]:
         """A window's weights, fp32 (n,), and before them what they differ by from the public state `base`, as
@@ -159,7 +185,7 @@ class Source:
     async def unit(self, leaf: Leaf) -> UnitTensors:
         """A unit's tensors, each checked against its leaf."""
         backward = leaf.direction is Direction.BACKWARD
-        specs = self._shapes.unit(self._plan, backward=backward)
+        specs = self._shapes.unit(self._plan, backward=backward, sent=leaf.output != NO_DIGEST)
         _, tensors = await self._call(
             UnitRequest(run=self._run, round=self._number, sample=leaf.sample, backward=backward),
             Tensors,
@@ -171,21 +197,40 @@ class Source:
                 raise Withheld(f"the {name} of sample {leaf.sample} does not hash to its leaf")
         return UnitTensors(tensors["input"], tensors.get("gradient"), tensors.get("output"))
 
-    async def piece(self, version: int, part: StatePart, index: int, *, root: bytes, values: int) -> bytes:
-        """One piece of a state of `values` fp32, proven by the root that a head or the closing names."""
-        count = pieces_of(4 * values)
-        size = min(PIECE_BYTES, 4 * values - index * PIECE_BYTES)
-        _, tensors = await self._call(
-            StateRequest(run=self._run, round=self._number, version=version, part=part, piece=index),
-            StatePiece,
-            lambda fields: fields.specs(),
-            PIECE_BYTES + PROOF_LIMIT * HASH_BYTES,
+    async def pieces(self, version: int, wanted: Sequence[tuple[NamedState, int]]) -> list[bytes]:
+        """Pieces of a window's states, or of the cut's, by number, each proven by its root; in one call."""
+        message = StateRequest(
+            run=self._run,
+            round=self._number,
+            version=version,
+            parts=[state.part for state, _ in wanted],
+            pieces=[index for _, index in wanted],
         )
+        sizes = [state.size(index) for state, index in wanted]
+        limit = sum(sizes) + len(wanted) * PROOF_LIMIT * HASH_BYTES
+        fields, tensors = await self._call(message, StatePieces, lambda reply: reply.specs(), limit)
+        if fields.sizes != sizes or len(fields.hashes) != len(wanted):
+            raise Withheld(f"pieces of window {version} have other sizes than they must")
         data, hashes = bytes(tensor_bytes(tensors["data"])), bytes(tensor_bytes(tensors["proof"]))
-        proof = [hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES)]
-        if len(data) != size or not proven(root, count=count, index=index, piece=data, proof=proof):
-            raise Withheld(f"piece {index} of {part} of window {version} does not lead to its root")
-        return data
+        found, start, used = [], 0, 0
+        for (state, index), size, count in zip(wanted, sizes, fields.hashes, strict=True):
+            proof = [hashes[HASH_BYTES * at : HASH_BYTES * (at + 1)] for at in range(used, used + count)]
+            found.append(data[start : start + size])
+            if not proven(state.root, count=pieces_of(4 * state.values), index=index, piece=found[-1], proof=proof):
+                raise Withheld(f"piece {index} of {state.part} of window {version} does not lead to its root")
+            start, used = start + size, used + count
+        return found
+
+    async def values(self, version: int, wanted: Sequence[tuple[NamedState, range]]) -> list[torch.Tensor]:
+        """Stretches of a window's states, or of the cut's, fp32 (k,) each, proven like their pieces; in one call."""
+        places = [(state, span, pieces_in(span)) for state, span in wanted]
+        flat = await self.pieces(version, [(state, index) for state, _, pieces in places for index in pieces])
+        data, found = iter(flat), []
+        for _, span, pieces in places:
+            joined = torch.frombuffer(bytearray(b"".join(next(data) for _ in pieces)), dtype=torch.float32)
+            start = span.start - pieces.start * PIECE_VALUES
+            found.append(joined[start : start + len(span)])
+        return found
 
     async def _call(
         self, message: Synapse, reply: type[S], specs: Specs | Callable[[S], Specs], limit: int

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from neurons.auditing import Dossier, Entry
+from neurons.dossier import Dossier, Entry
 from neurons.node import Node
 from neurons.slots import slots_of
 from neurons.telemetry import Checked, Convicted, Settled, WeightsSet

@@ -48,7 +48,7 @@ from subnet.messages import (
 )
 from subnet.swarm.roster import Roster
 from subnet.transport.dendrite import Dendrite
-from subnet.transport.errors import Busy, Dropped
+from subnet.transport.errors import Busy, Dropped, NotFinite
 from subnet.transport.synapse import require_finite, tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import (
@@ -399,7 +399,7 @@ class StageWorker:
         def job() -> tuple[int, float, torch.Tensor | None, Stepped | None]:
             version = self.engine.version
             loss, dx = self.engine.tail(push.sample, inputs, targets)
-            return version, loss, None if dx is None else self._sendable(dx), self._maybe_step()
+            return version, loss, self._returnable(push.sample, dx), self._maybe_step()
 
         version, loss, dx, stepped = await self._timed(Lane.FORWARD, push.index, job)
         self._finish_backward(current, push, held, version, loss=loss, gradient=None, source=held.source_index, dx=dx)
@@ -419,7 +419,7 @@ class StageWorker:
             if adopted:
                 self.engine.forward(push.sample, x)
             dx = self.engine.backward(push.sample, gradient)
-            return adopted, version, None if dx is None else self._sendable(dx), self._maybe_step()
+            return adopted, version, self._returnable(push.sample, dx), self._maybe_step()
 
         adopted, version, dx, stepped = await self._timed(Lane.BACKWARD, push.index, job)
         current.adopted += adopted or held.taken_over
@@ -459,8 +459,9 @@ class StageWorker:
         tensors = UnitTensors(held.tensor, None if gradient is None else gradient[0], dx)
         current.archive.add(version, leaf.key, tensors)
         current.outputs.pop(push.sample, None)
-        if dx is None:
+        if self.plan.is_first:
             self._driver.complete(current, push, loss)
+        if dx is None:
             return
         current.pass_on(push.sample, dx)
         backward = Backward(
@@ -534,6 +535,15 @@ class StageWorker:
         wired = tensor.to(self._wire)
         require_finite({"output": wired}, limit=WIRE_LIMIT)
         return wired
+
+    def _returnable(self, sample: int, dx: torch.Tensor | None) -> torch.Tensor | None:
+        """What goes back of a unit, if anything can. Its weight gradients are in the next step in any case, so it has a
+        leaf in any case: an auditor who replays the step misses nothing."""
+        try:
+            return None if dx is None else self._sendable(dx)
+        except NotFinite as error:
+            log.error("sample %d ends at stage %d: %s", sample, self.plan.index, error)  # noqa: TRY400 - for a person
+            return None
 
     async def _guarded(self, current: TrainingRound, sample: int, unit: Coroutine[object, object, None]) -> None:
         """A unit that fails is lost, but neither its slot here nor its flight stays taken."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from subnet.swarm.codec import Feedback
-from subnet.swarm.merge import Merged
+from subnet.swarm.merge import Merged, taken_over
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From a replica's weights to others (fp32 (n,))."""
@@ -64,8 +64,7 @@ class Replica:
     def merged(self, after: Merged, taken: Sequence[range]) -> Change:
         """Take over the next public state; `taken` are the ranges of this replica's contribution that are in it.
 
-        Returns what to do to the weights at the next step boundary. Weights that have not moved since the cut land on
-        the new public state exactly, not on a sum that rounds to it.
+        Returns what to do to the weights at the next step boundary, see `subnet.swarm.merge.taken_over`.
         """
         start, contribution = self.base, self.pending
         self.public, self.held, self.pending = after, self.held + 1, None
@@ -78,12 +77,7 @@ class Replica:
                 self.feedback = Feedback(self.feedback.residual + left, self.feedback.decay)
             else:
                 target = target - left
-        shift = target - start
-
-        def change(weights: torch.Tensor) -> torch.Tensor:
-            return torch.where(weights == start, target, weights + shift)
-
-        return change
+        return lambda weights: taken_over(weights, start, target)
 
     def replaced(self, public: Merged, held: int) -> None:
         """A public state from elsewhere; what this replica had sent belongs to another one and is forgotten."""

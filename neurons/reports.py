@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from neurons.adopting import Adopter
-from neurons.auditing import Dossier, RoundFacts
+from neurons.dossier import Dossier, RoundFacts
 from neurons.node import Node
 from neurons.telemetry import ReportPublished, ReportRead
 from neurons.wire import byte_tensor
@@ -164,16 +164,16 @@ class ReportReader:
         )
 
     async def _replay(self, facts: RoundFacts, dossiers: Mapping[str, Dossier], report: Report) -> tuple[int, int]:
-        """(units replayed, failures) because of a report."""
+        """(units, pieces and gradients looked at, failures) because of a report."""
         replayed = reproduced = unconfirmed = 0
         for hotkey, models in report.by_miner().items():
             dossier = dossiers.get(hotkey)
             if dossier is None or unconfirmed == FALSE_ACCUSATIONS:
                 continue
             async with dossier.lock:
-                before = len(dossier.replayed)
+                before = dossier.looks
                 failed = await self.adopter.reproduce(facts, dossier, models, accuser=report.validator)
-                tried = len(dossier.replayed) - before
+                tried = dossier.looks - before
             replayed, reproduced = replayed + tried, reproduced + failed
             unconfirmed += bool(tried) and not failed
         return replayed, reproduced

@@ -35,6 +35,6 @@ def least_ring(manifest: Manifest, plan: StagePlan, parameters: int) -> int:
     """Bytes below which a miner of this stage could not show what is picked."""
     sizes = Sizes.of(plan, parameters, Shapes.of(manifest))
     windows = math.ceil(manifest.audit.windows)
-    picked = ROUNDS * slots_of(manifest) * windows
+    picked = ROUNDS * (slots_of(manifest) * windows + 1)  # and one before which a merge is taken over
     cuts = ROUNDS * sizes.state  # of three vectors each
-    return cuts + (picked + windows + 1) * window_bytes(manifest, plan, sizes)
+    return cuts + ROUNDS * sizes.state // 3 + (picked + windows + 1) * window_bytes(manifest, plan, sizes)

@@ -19,8 +19,10 @@ from collections.abc import Callable, Coroutine, Mapping
 
 from model.stage import build_stage
 from neurons.adopting import Adopter
-from neurons.auditing import Auditor, Dossier, RoundFacts, of_merge
+from neurons.auditing import Auditor
 from neurons.bench import Bench, forward_flops
+from neurons.dossier import Dossier, RoundFacts
+from neurons.faults import of_merge
 from neurons.follower import Fault, PublicStates, RoundStart
 from neurons.judgement import Judge, Suspicions, rule_of
 from neurons.node import Node, main

@@ -152,18 +152,19 @@ class Windows:
         self._archive = archive
         self._current = first
         self._hashing: asyncio.Task[None] | None = None
-        self._begin(first)
+        self._begin(first, first.state)
 
     def stepped(self, step: Stepped) -> None:
         """A step closes the window and opens the next; after one without a finite gradient it ends as it began."""
-        self._close(step.after if step.report.finite else self._current.state)
-        self._begin(step.opened)
+        after = step.after if step.report.finite else self._current.state
+        self._close(after)
+        self._begin(step.opened, after)
 
     def changed(self, opened: Opened) -> None:
         """Other weights without a step: a window that has units already ends with what it began with."""
         if opened.version != self._current.version:
             self._close(self._current.state)
-        self._begin(opened)
+        self._begin(opened, self._current.state)
 
     async def finish(self) -> bytes:
         """Close what is open and wait until every head is in the ledger; the root of the weights now."""
@@ -174,9 +175,9 @@ class Windows:
         self._archive.end(closing)
         return (await asyncio.to_thread(closing.tree)).root
 
-    def _begin(self, opened: Opened) -> None:
+    def _begin(self, opened: Opened, before: State) -> None:
         self._current = opened
-        self._archive.open_window(opened.version, opened.state)
+        self._archive.open_window(opened.version, opened.state, before.weights if opened.merged else None)
 
     def _close(self, after: State) -> None:
         leaves = self._ledger.window(self._current.version)

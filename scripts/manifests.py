@@ -98,6 +98,7 @@ def local_manifest(
             windows=1.0,
             readers=2.0,
             share=0.03,
+            steps=0.5,
             tolerance=0.02,
             report=2 * phase_blocks,
             false_convictions=1e-3,

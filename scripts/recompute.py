@@ -16,8 +16,8 @@ from pathlib import Path
 
 from model.accounting import stage_parameters
 from model.split import split
-from neurons.auditing import Entry
 from neurons.bootstrap import BootstrapError, join_history
+from neurons.dossier import Entry
 from neurons.fetching import Source, Unsound, Withheld
 from neurons.history import History, HistoryError
 from neurons.judgement import checked, rule_of

@@ -226,8 +226,11 @@ class AuditSection(_Section):
     share: Fraction
     """Units replayed, in sum over validators, as a share of a miner's units of the round; each validator replays its
     stake's part of that, and at least one per miner and round."""
+    steps: Fraction
+    """Of a miner's picked windows, those whose whole gradient is replayed, in sum over validators."""
     tolerance: Fraction
-    """Largest accepted error of a token's increment, relative to the increment (99th percentile over tokens)."""
+    """Largest accepted error of a token's increment, relative to the increment (99th percentile over tokens), and of a
+    step's gradient."""
     report: Positive
     """Blocks after CUT by which validators serve their reports of the round."""
     false_convictions: Fraction

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from model.config import ModelConfig
 from model.split import StagePlan
@@ -192,27 +192,42 @@ class WeightsDelta(Synapse):
         return {"delta": table(1, self.size)}
 
 
-StatePart = Literal["weights", "optimizer", "next_weights", "next_optimizer", "closing", "owed", "still_owed"]
-"""The states of a window that its head names, and of the cut that the closing names."""
+StatePart = Literal[
+    "weights", "optimizer", "next_weights", "next_optimizer", "previous_weights", "closing", "owed", "still_owed"
+]
+"""The states of a window that its head names, those that the window before ended with where a merge was taken over in
+between, and those of the cut that the closing names."""
+
+
+STATE_PIECES = 16
+"""In one request."""
 
 
 class StateRequest(RunSynapse):
-    """One piece of a state, with its proof. `version` is the window's, any for the states of the cut."""
+    """Pieces of a window's states, with their proofs: `pieces[i]` of `parts[i]`. `version` is the window's, any for the
+    states of the cut."""
 
     route: ClassVar[str] = "state"
     version: Annotated[int, Field(ge=0, lt=2**32)]
-    part: StatePart
-    piece: Annotated[int, Field(ge=0, lt=2**32)]
+    parts: Annotated[list[StatePart], Field(min_length=1, max_length=STATE_PIECES)]
+    pieces: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1, max_length=STATE_PIECES)]
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if len(self.parts) != len(self.pieces):
+            raise ValueError(f"{len(self.pieces)} pieces of {len(self.parts)} parts: name one for each")
+        return self
 
 
-class StatePiece(Synapse):
-    """Tensors `data`, uint8 (1, size), and `proof`, uint8 (hashes, 32)."""
+class StatePieces(Synapse):
+    """In the order asked for, one after the other: tensors `data`, uint8 (1, sum of sizes), and `proof`, uint8 (sum of
+    hashes, 32)."""
 
-    size: Annotated[int, Field(gt=0, le=PIECE_BYTES)]
-    hashes: Annotated[int, Field(ge=0, le=PROOF_LIMIT)]
+    sizes: Annotated[list[Annotated[int, Field(gt=0, le=PIECE_BYTES)]], Field(max_length=STATE_PIECES)]
+    hashes: Annotated[list[Annotated[int, Field(ge=0, le=PROOF_LIMIT)]], Field(max_length=STATE_PIECES)]
 
     def specs(self) -> dict[str, TensorSpec]:
-        return {"data": table(1, self.size), "proof": table(self.hashes, HASH_BYTES)}
+        return {"data": table(1, sum(self.sizes)), "proof": table(sum(self.hashes), HASH_BYTES)}
 
 
 REPORT_LIMIT = 4 << 20
@@ -303,12 +318,13 @@ class Shapes:
             tokens=TensorSpec(torch.int64, (batch, sequence)),
         )
 
-    def unit(self, plan: StagePlan, *, backward: bool) -> dict[str, TensorSpec]:
-        """Tensors served for one unit of a stage: `input`, and `gradient` and `output` where the unit has them."""
+    def unit(self, plan: StagePlan, *, backward: bool, sent: bool = True) -> dict[str, TensorSpec]:
+        """Tensors served for one unit of a stage: `input`, and `gradient` and `output` where the unit has them; one
+        whose gradient could not be `sent` on has no output."""
         specs = {"input": self.tokens if plan.is_first else self.boundary}
         if backward and not plan.is_last:
             specs["gradient"] = self.boundary
-        if not (backward and plan.is_first) and not (plan.is_last and not backward):
+        if sent and not (backward and plan.is_first) and not (plan.is_last and not backward):
             specs["output"] = self.boundary
         return specs
 

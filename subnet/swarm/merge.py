@@ -92,3 +92,12 @@ def step(state: Merged, change: torch.Tensor, outer: OuterConfig) -> Merged:
         return Merged(plain_step(state.theta, change, outer), state.momentum)
     theta, momentum = outer_step(state.theta, change, state.momentum, outer)
     return Merged(theta, momentum)
+
+
+def taken_over(weights: torch.Tensor, start: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A replica's weights (fp32, any shape) once the state that they started from, `start`, has become `target`.
+
+    Progress since then is added, in fp32 and element by element, so anybody gets the same bits; weights that have not
+    moved land on the new state exactly, not on a sum that rounds to it.
+    """
+    return torch.where(weights == start, target, weights + (target - start))

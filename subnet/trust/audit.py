@@ -20,9 +20,13 @@ import torch
 from model.engine import replay_backward, replay_forward, replay_tail
 from model.split import StagePlan
 from model.stage import Stage
+from subnet.messages import WIRE_LIMIT
 from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Direction, Evidence, Leaf
+
+KEPT_BACK = 0.01
+"""A result that comes so near to the wire's limit may have been beyond it on another device."""
 
 Tolerance = Callable[[Check], float]
 """The largest accepted error of a check, for one pair of devices."""
@@ -47,13 +51,17 @@ def select_windows(
 ) -> tuple[WindowHead, ...]:
     """`count` windows of `hotkey` in a slot by H(seed, hotkey, version); the same for the miner and all validators.
 
+    One that a merge was taken over before is picked besides: there is one in a round, and its weights may be anything
+    unless it is looked at.
+
     What `count` has beyond a whole number is the chance of one window more: short slots, whose windows need not be kept
     for long until their seed is known, need not all be looked into.
     """
     whole = math.floor(count)
     more = _share(_draw(seed, hotkey, "more", str(slot))) < count - whole
     inside = [head for head in heads if head.slot == slot]
-    return tuple(sorted(inside, key=lambda head: _draw(seed, hotkey, str(head.version)))[: whole + more])
+    order = sorted(inside, key=lambda head: _draw(seed, hotkey, str(head.version)))
+    return (*order[: whole + more], *(head for head in order[whole + more :] if head.merged))
 
 
 def pick_windows(
@@ -134,7 +142,8 @@ def spread(count: int, windows: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class UnitTensors:
-    """What a miner serves for one unit, as it crossed the wire: x (tokens at the head), g, and y or dx."""
+    """What a miner serves for one unit, as it crossed the wire: x (tokens at the head), g, and y or dx, which is not
+    there where it is no finite number, or too large to be sent."""
 
     input: torch.Tensor
     gradient: torch.Tensor | None
@@ -210,7 +219,10 @@ def replay(
         assert tensors.gradient is not None  # noqa: S101 - the shapes of what is fetched say so
         check, carried = Check.BACKWARD, tensors.gradient.to(torch.float32)
         computed = replay_backward(stage, x, carried)
-    if computed is not None and tensors.output is not None:
+    if computed is not None and tensors.output is None:
+        sendable = float(computed.abs().max()) < (1 - KEPT_BACK) * WIRE_LIMIT
+        found.append(measured(check, math.inf if sendable else 0.0, "it sent nothing on, though it could: error"))
+    elif computed is not None and tensors.output is not None:
         rounded = computed.to(tensors.output.dtype).to(torch.float32)
         carry = carried if carried is not None and carried.shape == rounded.shape else None
         error = increment_error(tensors.output.to(torch.float32), rounded, carry)

@@ -26,20 +26,20 @@ def breaks(heads: Sequence[WindowHead]) -> Iterator[Break]:
 
     A step adds one to the steps done, unless its gradient was not finite, which leaves everything as it was; a window
     without a backward unit ends as it began; moments are touched by steps alone; weights change between two windows
-    only where a merge was taken over.
+    only where a merge was taken over, which is once.
     """
+    merges = 0
     for head in heads:
-        if not head.backward and not _idle(head):
+        if not head.backward and not head.idle:
             yield Break(head.version, "ends in another state than it began with, without a backward unit")
+        merges += head.merged > 0
+        if head.merged and merges > 1:
+            yield Break(head.version, "begins with a merge taken over, the second one in its round")
     for before, head in pairwise(heads):
-        dropped = _idle(before) and head.steps == before.steps
+        dropped = before.idle and head.steps == before.steps
         if head.steps != before.steps + (before.backward > 0) and not dropped:
             yield Break(head.version, f"begins after {head.steps} steps, the window before after {before.steps}")
         if head.optimizer != before.next_optimizer:
             yield Break(head.version, "begins with other moments than the window before ended with")
         if not head.merged and head.weights != before.next_weights:
             yield Break(head.version, "begins with other weights than the window before ended with, without a merge")
-
-
-def _idle(head: WindowHead) -> bool:
-    return (head.next_weights, head.next_optimizer) == (head.weights, head.optimizer)

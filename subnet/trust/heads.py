@@ -48,6 +48,11 @@ class WindowHead:
     """After its step, before anything is taken over from a merge."""
     next_optimizer: bytes
 
+    @property
+    def idle(self) -> bool:
+        """Whether it ends as it began: without a step."""
+        return (self.next_weights, self.next_optimizer) == (self.weights, self.optimizer)
+
     def encode(self) -> bytes:
         return _HEAD.pack(
             self.version,

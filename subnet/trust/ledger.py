@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 
-from subnet.trust.heads import Ack, WindowHead, parse_acks, parse_heads
+from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, Ack, WindowHead, parse_acks, parse_heads
 
 NO_PEER = 255
 NO_DIGEST = bytes(32)
@@ -139,11 +139,6 @@ class Tables:
     closing: bytes
 
     @property
-    def size(self) -> int:
-        """Bytes of all of them."""
-        return len(self.leaves) + len(self.heads) + len(self.acks) + len(self.closing)
-
-    @property
     def root(self) -> bytes:
         """The hash a record's root binds (32 bytes)."""
         tables = (self.leaves, self.heads, self.acks, self.closing)
@@ -170,6 +165,12 @@ class Evidence:
             b"".join(ack.encode() for ack in self.acks),
             self.closing.encode(),
         )
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tables."""
+        rows = len(self.leaves) * LEAF_BYTES + len(self.heads) * HEAD_BYTES + len(self.acks) * ACK_BYTES
+        return rows + CLOSING_BYTES
 
     @property
     def root(self) -> bytes:

@@ -57,8 +57,9 @@ class Sizes:
         )
 
     def window(self, head: WindowHead) -> int:
-        """Both states of a window and its units."""
-        return 2 * self.state + head.forward * self.forward + head.backward * self.backward
+        """Both states of a window, its units, and the weights before a merge."""
+        previous = self.state // 3 if head.merged else 0
+        return 2 * self.state + previous + head.forward * self.forward + head.backward * self.backward
 
 
 def validators_part(sizes: Sizes, picked: Collection[WindowHead], *, tables: int, share: float) -> int:

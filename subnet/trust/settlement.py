@@ -44,7 +44,7 @@ from functools import lru_cache
 from subnet.swarm.roster import Roster
 from subnet.swarm.routing import head_of, hops
 from subnet.trust.finding import Check, Finding, Grade
-from subnet.trust.ledger import NO_DIGEST, NO_RECEIPT, Direction, Evidence, Leaf, receipt_message
+from subnet.trust.ledger import NO_RECEIPT, Direction, Evidence, Leaf, receipt_message
 
 Verify = Callable[[str, bytes, bytes], bool]
 """(hotkey, message, signature) -> whether the signature is the hotkey's."""
@@ -362,7 +362,8 @@ class _Book:
             return Unpaid.NO_RECEIPT if leaf.receipt == NO_RECEIPT else Unpaid.CONTRADICTED
         if not (self._fed(leaf) and self._returned(hotkey, leaf)):
             return Unpaid.UNLINKED
-        return None if leaf.output == NO_DIGEST or self.signed(hotkey, leaf) else Unpaid.NO_RECEIPT
+        ends = leaf.stage == 0 and leaf.direction is Direction.BACKWARD
+        return None if ends or self.signed(hotkey, leaf) else Unpaid.NO_RECEIPT
 
     def _fed(self, leaf: Leaf) -> bool:
         """Whether the activation that came in is one that the stage before says it sent. A body's backward may have

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -36,7 +36,7 @@ class SilentDesk(EvidenceDesk):
 
 
 async def copy_sibling(node: Node, memory: Callable[[], Memory | None]) -> None:
-    """After each round's CUT take one unit of each direction that a sibling shows into the memory of who copies. Until
+    """After each round's CUT take one unit of each direction of a sibling into the memory of who copies. Until
     cancelled."""
     while True:
         roster = node.history.newest
@@ -44,10 +44,11 @@ async def copy_sibling(node: Node, memory: Callable[[], Memory | None]) -> None:
             await node.wait((await node.chain.finalized()).number + 1)
             continue
         await node.wait(roster.block + node.loaded.manifest.round.cut + 1)
+        seeds = await slot_seeds(node, roster)
         own = memory()
         try:
             if own is not None:
-                await _take(node, roster, own)
+                await _take(node, roster, seeds, own)
         except (Withheld, Unsound, ChainError) as error:
             log.warning("round %d: nothing to copy: %s", roster.round, error)
         await node.wait(roster.block + node.loaded.manifest.round.length)
@@ -55,7 +56,7 @@ async def copy_sibling(node: Node, memory: Callable[[], Memory | None]) -> None:
             await node.wait((await node.chain.finalized()).number + 1)
 
 
-async def _take(node: Node, roster: Roster, memory: Memory) -> None:
+async def _take(node: Node, roster: Roster, seeds: Sequence[bytes], memory: Memory) -> None:
     me, manifest = node.identity.hotkey, node.loaded.manifest
     stage = roster.stage_of(me)
     if stage is None:
@@ -76,7 +77,6 @@ async def _take(node: Node, roster: Roster, memory: Memory) -> None:
             shapes=node.shapes,
         )
         evidence = await source.tables(record, samples=manifest.samples(roster.round))
-        seeds = await slot_seeds(node, roster)
         picked = pick_windows(evidence.heads, seeds=seeds, hotkey=sibling, count=manifest.audit.windows)
         shown = [leaf for head, _ in picked for leaf in evidence.window(head.version)]
         for direction in Direction:

@@ -19,9 +19,10 @@ from model.engine import (
     UnknownUnitError,
     replay_backward,
     replay_forward,
+    replay_gradient,
     replay_tail,
 )
-from model.optimizer import OptimizerConfig
+from model.optimizer import OptimizerConfig, clip_gradients
 from model.split import split
 from model.stage import StageInputError, build_stage, flatten, weights_digest
 
@@ -302,3 +303,31 @@ def test_the_last_stage_takes_tail_not_forward() -> None:
         _engines(_FORM_A, 2)[1].forward(0, torch.zeros(2, 16, 8))
     with pytest.raises(EngineError, match="accumulation is 0"):
         _engines(_FORM_A, 2, accumulation=0)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_a_replayed_gradient_is_the_one_that_the_step_takes_in(clip: float) -> None:
+    engines = _engines(_FORM_A, 3)
+    for number in range(3):
+        _unit(engines, number)
+    units: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
+    for number in range(3):
+        x, targets = _batch(number)
+        ys = [x]
+        for engine in engines[:-1]:
+            ys.append(replay_forward(engine.stage, ys[-1]))
+        _, g = replay_tail(build_stage(_FORM_A, engines[-1].plan, seed=3), ys[-1], targets, accumulation=4)
+        units[-1].append((ys[-1], targets))
+        for stage in (1, 0):
+            assert g is not None
+            units[stage].append((ys[stage], g))
+            g = replay_backward(build_stage(_FORM_A, engines[stage].plan, seed=3), ys[stage], g)
+    for engine, replayed in zip(engines, units, strict=True):
+        true = [p.grad.clone() for _, p in sorted(engine.stage.named_parameters()) if p.grad is not None]
+        norm, clipped = clip_gradients(true, clip)
+        assert clipped == (clip > 0)
+        stage = build_stage(_FORM_A, engine.plan, seed=3)
+        gradient, its_norm = replay_gradient(stage, replayed, accumulation=4, clip=clip)
+        assert its_norm == norm
+        assert torch.equal(gradient, torch.cat([g.reshape(-1) for g in true]))
+        assert all(p.grad is None for p in stage.parameters())

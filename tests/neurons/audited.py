@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,8 +24,10 @@ from model.engine import Recompute, StageEngine
 from model.split import split
 from model.stage import build_stage, flatten
 from neurons.adopting import Adopter
-from neurons.auditing import Auditor, Dossier, Entry, RoundFacts
+from neurons.archive import Vector
+from neurons.auditing import Auditor
 from neurons.bench import Bench
+from neurons.dossier import Dossier, Entry, RoundFacts
 from neurons.follower import RoundStart
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
@@ -32,7 +35,7 @@ from subnet.messages import (
     EvidenceRequest,
     EvidenceTables,
     RunSynapse,
-    StatePiece,
+    StatePieces,
     StateRequest,
     Tensors,
     UnitRequest,
@@ -51,7 +54,8 @@ from subnet.transport.synapse import Synapse, tensor_bytes
 from subnet.trust import delta
 from subnet.trust.audit import UnitTensors
 from subnet.trust.decision import Rule, Suspicion, tests_per_year
-from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, Statement, WindowHead, chain, statement_message
+from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, Statement, WindowHead, statement_message
+from subnet.trust.heads import chain as digests_of
 from subnet.trust.ledger import (
     CLOSING_BYTES,
     LEAF_BYTES,
@@ -74,19 +78,6 @@ NUMBER = 3
 """The round."""
 WINDOWS_PER_SLOT = 2
 NOW = time.time_ns
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def moments(engine: StageEngine) -> torch.Tensor:
-    """All exp_avg, then all exp_avg_sq, in name order; zeros before the first step."""
-    state = engine.state()
-    names = sorted(name for name, _ in engine.stage.named_parameters())
-    parts = []
-    for field_ in _MOMENTS:
-        for name in names:
-            weights = state[f"weights.{name}"]
-            parts.append(state.get(f"optimizer.{name}.{field_}", torch.zeros_like(weights)).reshape(-1))
-    return torch.cat(parts)
 
 
 @dataclass
@@ -99,14 +90,23 @@ class Work:
     units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
     states: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     """By (version, part)."""
+    vectors: dict[tuple[int, str], Vector] = field(default_factory=dict)
     heads: list[WindowHead] = field(default_factory=list)
     evidence: Evidence | None = None
+    behind: bool = False
+    """Whether a merge is to be taken over at the next step boundary."""
+    merged: int = 0
+    """Version of the window before which one was."""
     cheat: Callable[[Leaf, torch.Tensor], torch.Tensor] | None = None
     """What it sends on in place of an output, fp32."""
 
     @property
     def hotkey(self) -> str:
         return self.identity.hotkey
+
+    def vector(self, version: int, part: str) -> Vector:
+        """A state, hashed once."""
+        return self.vectors.setdefault((version, part), Vector(self.states[version, part]))
 
     @property
     def record(self) -> Record:
@@ -131,13 +131,20 @@ class ClosedRound:
         replicas: int = 2,
         samples: int = 24,
         cheats: Mapping[tuple[int, int], Callable[[Leaf, torch.Tensor], torch.Tensor]] | None = None,
+        bent: Mapping[tuple[int, int], Callable[[StageEngine], None]] | None = None,
         engines: Mapping[tuple[int, int], Callable[..., StageEngine]] | None = None,
+        steps: float = 0.5,
+        merge: Callable[[Work, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        """`cheats` by (stage, replica) change what that replica sends on; `engines` are built as `StageEngine` is."""
+        """By (stage, replica): `cheats` change what that replica sends on, `bent` get its engine before the round;
+        `engines` are built as `StageEngine` is.
+
+        `merge` says what a replica makes of its weights when a merge comes half-way: it moves the public state.
+        """
         entry = tokens_file(folder)
         config = tiny(boundary=BoundaryConfig(form=BoundaryForm.A, width=16))
         described = manifest(config, entry, stages=stages, replicas=replicas, wire="bfloat16", accumulation=2)
-        rules = described.audit.model_copy(update={"windows": 2, "share": 0.2, "tolerance": 0.02})
+        rules = described.audit.model_copy(update={"windows": 2, "share": 0.2, "steps": steps, "tolerance": 0.02})
         described = described.model_copy(
             update={"audit": rules, "merge": described.merge.model_copy(update={"codec": "topk2bit"})}
         )
@@ -164,13 +171,23 @@ class ClosedRound:
                 )
                 work = Work(by_hotkey[hotkey], engine)
                 work.cheat = (cheats or {}).get((stage, index))
+                bend = (bent or {}).get((stage, index))
+                if bend is not None:
+                    bend(engine)
                 self.works[hotkey] = work
-        self.public = [flatten(build_stage(config, plan, described.run.seed)) for plan in self.plans]
+        self.base = [flatten(build_stage(config, plan, described.run.seed)) for plan in self.plans]
+        generator = torch.Generator().manual_seed(4)
+        moved = [theta + 1e-3 * torch.randn(theta.shape, generator=generator) for theta in self.base]
+        self.public = self.base if merge is None else moved
+        """θ with all rounds before this one merged."""
+        self._merge = merge
         for work in self.works.values():
             self._note_state(work, "weights", "optimizer")
         first = NUMBER * described.data.samples_per_round
         for sample in range(first, first + samples):
             self._microbatch(sample, first)
+            for work in self.works.values():
+                work.behind = merge is not None and sample >= first + samples // 2 and not work.merged
         for work in self.works.values():
             self._close(work)
 
@@ -261,18 +278,23 @@ class ClosedRound:
         work.engine.step()
         self._note_state(work, "next_weights", "next_optimizer", version=version)
         self._head(work, version, steps)
+        if work.behind:
+            assert self._merge is not None
+            work.behind, work.merged = False, work.engine.version
+            work.states[work.merged, "previous_weights"] = flatten(work.engine.stage)
+            work.engine.replace_weights(self._merge(work, flatten(work.engine.stage)))
         self._note_state(work, "weights", "optimizer")
 
     def _note_state(self, work: Work, weights: str, optimizer: str, *, version: int | None = None) -> None:
         at = work.engine.version if version is None else version
         work.states[at, weights] = flatten(work.engine.stage)
-        work.states[at, optimizer] = moments(work.engine)
+        work.states[at, optimizer] = work.engine.moments()
 
     def _head(self, work: Work, version: int, steps: int) -> None:
         leaves = work.ledger.window(version)
         backward = sum(leaf.direction is Direction.BACKWARD for leaf in leaves)
         roots = {
-            part: Tree.of(tensor_bytes(work.states[version, part])).root
+            part: work.vector(version, part).tree().root
             for part in ("weights", "optimizer", "next_weights", "next_optimizer")
         }
         head = WindowHead(
@@ -281,7 +303,7 @@ class ClosedRound:
             slot=len(work.heads) // WINDOWS_PER_SLOT,
             forward=len(leaves) - backward,
             backward=backward,
-            merged=0,
+            merged=NUMBER if work.merged and work.merged == version else 0,
             units=units_hash(leaves),
             **roots,
         )
@@ -309,9 +331,9 @@ class ClosedRound:
         return max(head.slot for work in self.works.values() for head in work.heads) + 1
 
     def facts(self, secret: bytes, *, stake_share: float = 1.0) -> RoundFacts:
-        public = dict(enumerate(self.public))
+        public, base = dict(enumerate(self.public)), dict(enumerate(self.base))
         start = RoundStart(
-            self.roster, public, public, {}, self.roster.members, codec_of(self.loaded.manifest.merge.codec)
+            self.roster, public, base, {}, self.roster.members, codec_of(self.loaded.manifest.merge.codec)
         )
         return RoundFacts(
             roster=self.roster,
@@ -325,7 +347,7 @@ class ClosedRound:
 
     def statement(self, work: Work, count: int) -> Statement:
         """What an honest miner signed after so many windows."""
-        digest_ = chain(work.heads)[count]
+        digest_ = digests_of(work.heads)[count]
         message = statement_message(self.loaded.run_id, NUMBER, hotkey=work.hotkey, count=count, digest=digest_)
         return Statement(count, digest_, work.identity.sign(message))
 
@@ -385,11 +407,14 @@ class Show:
         return await self._answer(request, Tensors(), present)
 
     async def state(self, _: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
-        data = bytes(tensor_bytes(self.work.states[request.version, request.part]))
-        tree = Tree.of(data)
-        piece, proof = data[request.piece << 16 : (request.piece + 1) << 16], tree.proof(request.piece)
-        reply = StatePiece(size=len(piece), hashes=len(proof))
-        return await self._answer(request, reply, {"data": rows(piece, len(piece)), "proof": rows(b"".join(proof), 32)})
+        data, proofs = [], []
+        for part, index in zip(request.parts, request.pieces, strict=True):
+            vector = self.work.vector(request.version, part)
+            data.append(vector.piece(index))
+            proofs.append(vector.tree().proof(index))
+        reply = StatePieces(sizes=[piece.numel() for piece in data], hashes=[len(proof) for proof in proofs])
+        hashes = rows(b"".join(chain.from_iterable(proofs)), 32)
+        return await self._answer(request, reply, {"data": torch.cat(data, dim=1), "proof": hashes})
 
 
 def rows(data: bytes, width: int) -> torch.Tensor:

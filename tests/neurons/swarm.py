@@ -119,6 +119,7 @@ def manifest(
             windows=1.0,
             readers=8.0,
             share=0.1,
+            steps=0.5,
             tolerance=1e-4,
             report=4,
             false_convictions=1e-3,

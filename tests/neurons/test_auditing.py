@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from neurons.auditing import Dossier, of_merge
-from neurons.fetching import Source, Withheld
+from neurons.dossier import Dossier
+from neurons.faults import of_merge
+from neurons.fetching import NamedState, Source, Withheld
 from neurons.follower import Fault
 from subnet.messages import (
     EvidenceRequest,
     EvidenceTables,
     RunSynapse,
     Shapes,
-    StatePiece,
+    StatePieces,
     StateRequest,
     Tensors,
     UnitRequest,
@@ -74,7 +75,7 @@ async def test_an_honest_round_passes(closed: ClosedRound) -> None:
             assert dossier.flops > 0
             assert dossier.source.received > 0
         checks = {entry.finding.check for entry in judge.entries}
-        assert {Check.FORWARD, Check.BACKWARD, Check.LOSS, Check.WEIGHTS} <= checks
+        assert {Check.FORWARD, Check.BACKWARD, Check.LOSS, Check.WEIGHTS, Check.STEP, Check.GRADIENT} <= checks
         assert not any(judge.of(hotkey).convicted for hotkey in closed.works)
 
 
@@ -93,8 +94,12 @@ async def test_only_picked_windows_and_drawn_units_are_asked_for(closed: ClosedR
             windows = {request.version for request in show.asked if isinstance(request, WindowRequest)}
             assert windows <= picked - {heads[0].version}, "the first follows from public state"
             units = [request for request in show.asked if isinstance(request, UnitRequest)]
-            assert 1 <= len(units) <= len(picked)
-            assert len(units) == len(dossiers[hotkey].replayed)
+            assert 1 <= len(dossiers[hotkey].replayed) <= len(picked)
+            backward = sum(head.backward for head in heads if head.version in dossiers[hotkey].stepped)
+            assert len(units) == len(dossiers[hotkey].replayed) + backward
+            states = [request for request in show.asked if isinstance(request, StateRequest)]
+            assert {request.version for request in states} == {version for version, _ in dossiers[hotkey].pieces}
+            assert len(states) == len(dossiers[hotkey].pieces)
 
 
 async def test_little_stake_fetches_few_windows(closed: ClosedRound) -> None:
@@ -435,22 +440,28 @@ async def test_pieces_are_proven_by_the_roots_in_the_head(closed: ClosedRound) -
             ("next_optimizer", 2 * values, head.next_optimizer),
         ):
             last = pieces_of(4 * count) - 1
-            data = [await asked.piece(head.version, part, index, root=root, values=count) for index in range(last + 1)]
+            state = NamedState(part, root, count)
+            data = await asked.pieces(head.version, [(state, index) for index in range(last + 1)])
             assert b"".join(data) == bytes(work.states[head.version, part].numpy().tobytes())
+            for span in (range(1), range(16_380, 16_390), range(count - 5, count)):
+                (found,) = await asked.values(head.version, [(state, span)])
+                assert torch.equal(found, work.states[head.version, part][span.start : span.stop])
         with pytest.raises(Withheld):
-            await asked.piece(head.version, "weights", 0, root=head.next_weights, values=values)
+            await asked.pieces(head.version, [(NamedState("weights", head.next_weights, values), 0)])
 
 
 @pytest.mark.parametrize(
     "act",
     [
         damaged,
-        lambda _, __: (StatePiece(size=4, hashes=48), {"data": rows(b"1234", 4), "proof": rows(b"h" * 32 * 48, 32)}),
-        lambda _, __: (StatePiece(size=1, hashes=0), {"data": rows(b"1", 1), "proof": rows(b"", 32)}),
+        lambda _, old: (StatePieces(sizes=[1 << 16], hashes=[48]), {**old, "proof": rows(b"h" * 32 * 48, 32)}),
+        lambda _, old: (StatePieces(sizes=[1 << 16], hashes=[0]), {**old, "proof": rows(b"", 32)}),
+        lambda _, __: (StatePieces(sizes=[1], hashes=[0]), {"data": rows(b"1", 1), "proof": rows(b"", 32)}),
+        lambda _, __: (StatePieces(sizes=[], hashes=[]), {"data": rows(b"", 1), "proof": rows(b"", 32)}),
         replaced(proof=torch.zeros(1 << 20, 32, dtype=torch.uint8)),
         replaced(data=GIANT.view(1, -1)),
     ],
-    ids=["damaged", "longest proof", "no proof", "giant proof", "giant piece"],
+    ids=["damaged", "longest proof", "no proof", "another size", "nothing", "giant proof", "giant piece"],
 )
 async def test_forged_and_giant_proofs_are_refused(
     closed: ClosedRound, act: Callable[[Synapse, Answer], Reply]
@@ -459,10 +470,9 @@ async def test_forged_and_giant_proofs_are_refused(
     head = work.heads[0]
     async with Court(closed, bends={work.hotkey: when(StateRequest, act)}) as court:
         async with asyncio.timeout(10):
+            state = NamedState("weights", head.weights, closed.parameters[1])
             with pytest.raises(Withheld):
-                await source(court, work).piece(
-                    head.version, "weights", 0, root=head.weights, values=closed.parameters[1]
-                )
+                await source(court, work).pieces(head.version, [(state, 0)])
 
 
 # -- merges --------------------------------------------------------------------------------------------------------

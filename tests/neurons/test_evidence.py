@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,15 +19,17 @@ from model.split import split
 from neurons.archive import Cut, RoundArchive, Vector
 from neurons.desks import EvidenceDesk
 from neurons.exchange import Desk
-from neurons.fetching import Source, Withheld
+from neurons.fetching import NamedState, Source, Withheld
 from neurons.library import Library
 from neurons.quota import Audience, Uplink
-from subnet.messages import Shapes, StatePart, StatePiece, StateRequest, UnitRequest
+from subnet.messages import Shapes, StatePart, StatePieces, StateRequest, UnitRequest
+from subnet.swarm.merge import Merged
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Refused, Unavailable, UnknownRun
 from subnet.transport.synapse import HEADER_LIMIT
+from subnet.trust import delta
 from subnet.trust.audit import pick_windows, select_windows
-from subnet.trust.ledger import Evidence
+from subnet.trust.ledger import TABLES, Evidence
 from subnet.trust.quota import Sizes
 from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
 from tests.neurons.swarm import SEED, Member, Swarm, manifest, open_corpus, tiny, tokens_file
@@ -39,6 +42,7 @@ class Shown:
     swarm: Swarm
     miner: Member
     asker: Member
+    library: Library
     shares: dict[str, float]
     """Of the stake at work: the asker has all of it."""
 
@@ -89,14 +93,16 @@ class Shown:
     async def refused(self, *, unit: int | None = None, **fields: object) -> Refused:
         """What the answer to a bent request for the first piece of the first window is, or for a backward unit."""
         good: dict[str, object] = {"run": self.swarm.loaded.run_id.hex(), "round": 0}
-        good |= {"version": 0, "part": "weights", "piece": 0} if unit is None else {"sample": unit, "backward": True}
+        good |= (
+            {"version": 0, "parts": ["weights"], "pieces": [0]} if unit is None else {"sample": unit, "backward": True}
+        )
         kind = StateRequest if unit is None else UnitRequest
         with pytest.raises(Refused) as caught:
             await self.asker.dendrite.call(
                 self.miner.axon.endpoint,
                 self.miner.identity.hotkey,
                 kind.model_validate({**good, **fields}),
-                reply=StatePiece,
+                reply=StatePieces,
                 reply_specs=lambda reply: reply.specs(),
                 max_reply_bytes=HEADER_LIMIT + (1 << 20),
                 deadline=5,
@@ -112,30 +118,73 @@ async def shown(folder: Path, *, uplink: float = 1e9) -> AsyncIterator[Shown]:
     loaded = described.write(folder / "manifest.toml")
     async with Swarm(loaded, open_corpus(folder, described, entry)) as swarm:
         miner, asker = swarm.stage(1)[0], swarm.stage(0)[0]
-        EvidenceDesk(loaded.run_id, miner.archive, Library(loaded.run_id), Uplink(uplink)).open(miner.axon)
+        library = Library(loaded.run_id)
+        EvidenceDesk(loaded.run_id, miner.archive, library, Uplink(uplink)).open(miner.axon)
         await asker.worker.drive(limit=10)
-        yield Shown(swarm, miner, asker, {asker.identity.hotkey: 1.0})
+        yield Shown(swarm, miner, asker, library, {asker.identity.hotkey: 1.0})
 
 
 async def test_every_part_of_every_window_and_of_the_cut_is_shown_in_proven_pieces(tmp_path: Path) -> None:
     async with shown(tmp_path) as show:
         evidence = await show.close()
         source, values = show.source(), show.values
+        assert evidence.size == sum(len(getattr(evidence.tables(), name)) for name in TABLES)
         assert 4 * values > PIECE_BYTES, "else a proof has no hashes"
         assert len(evidence.heads) == 3
         parts = dict.fromkeys(get_args(StatePart), values) | {"optimizer": 2 * values, "next_optimizer": 2 * values}
+        del parts["previous_weights"]  # no merge came
         for head in evidence.heads:
             cut = {"closing": evidence.closing.weights}
             cut |= {"owed": evidence.closing.owed, "still_owed": evidence.closing.still_owed}
             for part, count in parts.items():
                 root = cut.get(part) or getattr(head, part)
-                pieces = [
-                    await source.piece(head.version, part, index, root=root, values=count)
-                    for index in range(pieces_of(4 * count))
-                ]
+                state = NamedState(part, root, count)
+                pieces = await source.pieces(head.version, [(state, index) for index in range(pieces_of(4 * count))])
                 assert Tree.of(b"".join(pieces)).root == root
         with pytest.raises(Withheld):
-            await source.piece(0, "weights", 0, root=evidence.heads[0].next_weights, values=values)
+            await source.pieces(0, [(NamedState("weights", evidence.heads[0].next_weights, values), 0)])
+
+
+async def test_a_window_before_which_a_merge_was_taken_over_shows_the_weights_before_it(tmp_path: Path) -> None:
+    async with shown(tmp_path) as show:
+        changing = asyncio.create_task(show.miner.worker.change_weights(lambda weights: 0.99 * weights, held=1))
+        await show.asker.worker.drive(limit=20)
+        await changing
+        evidence, values = await show.close(), show.values
+        (after,) = (head for head in evidence.heads if head.merged)
+        before = evidence.heads[evidence.heads.index(after) - 1]
+        assert after.weights != before.next_weights
+        state = NamedState("previous_weights", before.next_weights, values)
+        pieces = [(state, index) for index in range(pieces_of(4 * values))]
+        weights = torch.frombuffer(
+            bytearray(b"".join(await show.source().pieces(after.version, pieces))), dtype=torch.float32
+        )
+        assert torch.equal(0.99 * weights, show.held.windows[after.version].opening.weights.values)
+        with pytest.raises(Withheld):
+            await show.source().pieces(before.version, pieces)
+
+
+async def test_weights_travel_as_deltas_and_are_not_packed_for_who_may_not_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shown(tmp_path) as show:
+        evidence, base = await show.close(), show.held.windows[0].opening.weights.values
+        await show.library.put(0, Merged(base, torch.empty(0)))
+        head = evidence.heads[1]
+        data, theta = await show.source().weights(head, base, held=0)
+        assert torch.equal(theta, show.held.windows[head.version].opening.weights.values)
+        assert len(data) < 4 * show.values
+        audience = show.held.audience
+        assert audience is not None
+        limit = audience.limit(show.asker.identity.hotkey, evidence.heads, tables=evidence.size)
+        audience.take(show.asker.identity.hotkey, limit - 2 * len(data) + 1)
+
+        def again(*_: object) -> bytes:
+            raise AssertionError("it was packed before it was refused")
+
+        monkeypatch.setattr(delta, "encode", again)
+        with pytest.raises(Withheld, match=f"{len(data)} bytes after .* limit {limit}"):
+            await show.source().weights(head, base, held=0)
 
 
 async def test_windows_that_follow_each_other_share_their_states(tmp_path: Path) -> None:
@@ -156,7 +205,7 @@ async def test_a_state_is_hashed_once(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(Tree, "of", again)
         for index in range(2):
             root = evidence.heads[0].weights
-            await show.source().piece(0, "weights", index, root=root, values=show.values)
+            await show.source().pieces(0, [(NamedState("weights", root, show.values), index)])
 
 
 async def test_while_the_round_is_open_nothing_is_shown(tmp_path: Path) -> None:
@@ -167,7 +216,7 @@ async def test_while_the_round_is_open_nothing_is_shown(tmp_path: Path) -> None:
         assert refusal.retry_after
         await show.close()
         root = show.held.windows[0].opening.weights.tree().root
-        await show.source().piece(0, "weights", 0, root=root, values=show.values)
+        await show.source().pieces(0, [(NamedState("weights", root, show.values), 0)])
 
 
 async def test_before_all_seeds_are_known_nothing_is_shown(tmp_path: Path) -> None:
@@ -188,7 +237,8 @@ async def test_only_picked_windows_are_shown_and_their_units(tmp_path: Path) -> 
         for head in evidence.heads:
             leaf = evidence.window(head.version)[0]
             if head is picked:
-                await source.piece(head.version, "next_optimizer", 0, root=head.next_optimizer, values=2 * show.values)
+                state = NamedState("next_optimizer", head.next_optimizer, 2 * show.values)
+                await source.pieces(head.version, [(state, 0)])
                 assert (await source.unit(leaf)).input.numel()
                 continue
             for wanted in (show.refused(version=head.version), show.refused(unit=leaf.sample)):
@@ -214,7 +264,7 @@ async def test_what_is_not_there_is_refused_by_what_is_wrong_with_it(tmp_path: P
         await show.close()
         count = pieces_of(4 * show.values)
         for index in (count, 2**32 - 1):
-            refusal = await show.refused(piece=index)
+            refusal = await show.refused(pieces=[index])
             assert isinstance(refusal, MalformedRequest)
             assert f"weights: piece {index} of {count}" in refusal.message
         assert isinstance(await show.refused(version=3), NotPicked)
@@ -223,14 +273,25 @@ async def test_what_is_not_there_is_refused_by_what_is_wrong_with_it(tmp_path: P
         assert isinstance(await show.refused(run="00" * 8), UnknownRun)
         assert isinstance(await show.refused(round=1), Unavailable)
         show.held.keep_cut(Cut())
-        refusal = await show.refused(part="owed")
+        refusal = await show.refused(parts=["owed"])
         assert isinstance(refusal, Dropped)
         assert "owed" in refusal.message
 
 
-@pytest.mark.parametrize("fields", [{"piece": -1}, {"piece": 2**32}, {"version": -1}, {"part": "moments"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pieces": [-1]},
+        {"pieces": [2**32]},
+        {"version": -1},
+        {"parts": ["moments"]},
+        {"parts": []},
+        {"pieces": [0] * 17},
+        {"pieces": [0, 1]},
+    ],
+)
 def test_a_request_for_what_cannot_be_is_none(fields: dict[str, object]) -> None:
-    good = {"run": "00" * 8, "round": 0, "version": 0, "part": "weights", "piece": 0}
+    good = {"run": "00" * 8, "round": 0, "version": 0, "parts": ["weights"], "pieces": [0]}
     StateRequest.model_validate(good)
     with pytest.raises(ValueError):
         StateRequest.model_validate({**good, **fields})

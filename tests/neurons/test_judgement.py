@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from neurons.auditing import Dossier, Entry
+from neurons.dossier import Dossier, Entry
 from neurons.judgement import Judge, Suspicions
 from neurons.node import Node
 from neurons.telemetry import Checked, Convicted, MinerScored, Telemetry, WeightsSet, read_events

@@ -33,7 +33,7 @@ from subnet.transport.errors import (
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import UnitTensors, comparable, replay
 from subnet.trust.continuity import breaks
-from subnet.trust.ledger import Direction, Evidence, UnitKey, digest, receipt_message
+from subnet.trust.ledger import NO_DIGEST, Direction, Evidence, UnitKey, digest, receipt_message
 from subnet.trust.settlement import Settlement, settle
 from tests.neurons.swarm import SEED, Swarm, manifest, open_corpus, tiny, tokens_file
 
@@ -167,6 +167,34 @@ async def test_a_step_without_a_finite_gradient_still_ends_a_window(tmp_path: Pa
         assert (lost.weights, lost.optimizer) == (lost.next_weights, lost.next_optimizer)
         assert [entry.steps for entry in evidence.heads] == [0, 1, 1, 2]
         assert [entry.backward for entry in evidence.heads] == [4] * 4
+
+
+async def test_a_gradient_that_cannot_be_sent_on_is_in_the_step_and_in_the_ledger(tmp_path: Path) -> None:
+    """Its units' weight gradients cannot be taken out of the step again, so an audit must know of them."""
+    async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
+        head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
+        engine, calls = tail.worker.engine, 0
+        compute, loop, enough = engine.tail, asyncio.get_running_loop(), asyncio.Event()
+
+        def spoiled(key: int, x: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+            nonlocal calls
+            calls += 1
+            if calls == 12:
+                loop.call_soon_threadsafe(enough.set)
+            loss, dx = compute(key, x, targets)
+            assert dx is not None
+            return loss, dx * (1e30 if calls == 2 else 1)
+
+        engine.tail = spoiled  # type: ignore[assignment]
+        driving = asyncio.create_task(head.worker.drive())
+        await enough.wait()
+        head.worker.stop()
+        await driving
+        evidence = (await close_all(swarm))[tail.identity.hotkey]
+        evidence.check(stage=1, samples=range(4096))
+        assert [leaf.output == NO_DIGEST for leaf in evidence.leaves].count(True) == 1
+        assert all(entry.backward == 4 for entry in evidence.heads[:-1])
+        assert all(entry.steps == index for index, entry in enumerate(evidence.heads))
 
 
 async def test_a_unit_given_up_while_it_is_computed_stays_in_the_ledger(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import neurons.quota
 import subnet.trust.quota
-from neurons.fetching import Source, Spent, Withheld
+from neurons.fetching import NamedState, Source, Spent, Withheld
 from neurons.node import Neighbourhood
 from neurons.quota import BURST, IN_WORK, Audience, Bucket, Uplink
 from subnet.identity import Identity
@@ -86,6 +86,12 @@ def test_a_quota_is_exact_to_the_byte() -> None:
     with pytest.raises(OverQuota):
         audience.require("one", 1, limit)
     audience.require("two", limit, limit)
+
+
+def test_who_has_no_stake_asks_for_no_more_than_anybody_gets() -> None:
+    picked = [head(0)]
+    nobody, idle = (Audience(shares, SIZES).limit("v", picked, tables=7) for shares in ({}, {"v": 0.0, "w": 1.0}))
+    assert joiners_part(SIZES, tables=7) * RETRIES <= min(nobody, idle)
 
 
 # -- how fast ------------------------------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ async def test_who_asks_without_end_gets_its_quota_and_no_byte_more(tmp_path: Pa
         limit = RETRIES * validators_part(
             show.sizes,
             [entry for entry in evidence.heads if entry.version == version],
-            tables=evidence.tables().size,
+            tables=evidence.size,
             share=1.0,
         )
         sizes: list[int] = []
@@ -206,7 +212,7 @@ async def test_who_asks_without_end_gets_its_quota_and_no_byte_more(tmp_path: Pa
         async def take() -> None:
             while True:
                 before = source.received
-                await source.piece(version, "weights", 0, root=root, values=show.values)
+                await source.pieces(version, [(NamedState("weights", root, show.values), 0)])
                 sizes.append(source.received - before)
 
         with pytest.raises(Withheld, match=rf"limit {limit} for {show.asker.identity.hotkey}"):
@@ -222,7 +228,8 @@ async def read_all(show: Shown, source: Source, evidence: Evidence) -> None:
             for part, count in (("weights", values), ("optimizer", 2 * values), ("next_optimizer", 2 * values)):
                 for index in range(pieces_of(4 * count)):
                     root = getattr(entry, part)
-                    await source.piece(entry.version, part, index, root=root, values=count)  # type: ignore[arg-type]
+                    state = NamedState(part, root, count)  # type: ignore[arg-type]
+                    await source.pieces(entry.version, [(state, index)])
             for leaf in evidence.window(entry.version):
                 await source.unit(leaf)
 
@@ -252,7 +259,7 @@ async def test_two_validators_under_a_tight_quota_get_their_parts_and_accuse_nob
                 return loop.time() - start
 
         took = await asyncio.gather(reader(ONE), reader(TWO))
-        picked, tables = list(evidence.heads), evidence.tables().size
+        picked, tables = list(evidence.heads), evidence.size
         for source, share in zip(sources, show.shares.values(), strict=True):
             part = validators_part(show.sizes, picked, tables=tables, share=share)
             assert part - 70_000 < source.received <= part

@@ -13,7 +13,7 @@ from typing import Self, cast
 import pytest
 import torch
 
-from neurons.auditing import Dossier, RoundFacts
+from neurons.dossier import Dossier, RoundFacts
 from neurons.node import Node
 from neurons.reports import FALSE_ACCUSATIONS, ReportDesk, ReportReader, write_report
 from neurons.telemetry import ReportRead, Telemetry, read_events

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,28 @@ def test_scaled_gradient_fails() -> None:
     dx = replay_backward(stage, x.float(), g.float())
     assert dx is not None
     assert not audit(stage, Direction.BACKWARD, x, g, g.float() + 1.5 * (dx - g.float())).passed
+
+
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.BACKWARD])
+def test_who_sends_nothing_on_must_have_had_nothing_that_can_be_sent(direction: Direction) -> None:
+    stage, x, g = body_unit()
+    for scale, passes in ((1.0, False), (math.nan, True), (1e12, True)):
+        gradient = g if direction is Direction.FORWARD else g * scale
+        activation = x * scale if math.isnan(scale) else x
+        if direction is Direction.FORWARD and scale == 1e12:
+            continue  # a norm brings it back
+        (found,) = replay(
+            stage,
+            leaf(direction, stage=1, sample=5, version=2),
+            UnitTensors(activation, gradient, None),
+            targets=None,
+            accumulation=1,
+            tolerance=lambda _: TOLERANCE,
+            hotkey="miner",
+            number=4,
+        )
+        assert found.passed is passes
+        assert found.error == (0.0 if passes else math.inf)
 
 
 def test_a_tail_that_lies_about_its_loss_fails() -> None:
@@ -292,3 +315,15 @@ def test_units_are_spread_over_windows(count: int, windows: list[int]) -> None:
     assert all(got <= size for got, size in zip(given_, windows, strict=True))
     full = [got for got, size in zip(given_, windows, strict=True) if got < size]
     assert not full or max(given_, default=0) - min(full) <= 1
+
+
+def test_a_window_with_a_merge_is_picked_besides() -> None:
+    heads = [head(version, version // 8) for version in range(16)]
+    heads[5] = replace(heads[5], merged=3)
+    for seed in range(40):
+        without = select_windows(heads[:5] + heads[6:], seed=bytes([seed]), hotkey="m", slot=0, count=2)
+        chosen = select_windows(heads, seed=bytes([seed]), hotkey="m", slot=0, count=2)
+        assert heads[5] in chosen
+        assert len(chosen) in (2, 3)
+        assert set(chosen) - {heads[5]} <= set(without)
+        assert heads[5] not in select_windows(heads, seed=bytes([seed]), hotkey="m", slot=1, count=2)

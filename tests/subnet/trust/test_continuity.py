@@ -57,6 +57,7 @@ def test_a_step_whose_gradient_was_not_finite_changes_nothing_and_does_not_count
     ("index", "change", "version"),
     [
         (1, {"weights": tag("others")}, 11),
+        (1, {"merged": 4}, 12),
         (2, {"merged": 0}, 12),
         (1, {"optimizer": tag("others")}, 11),
         (2, {"steps": 9}, 12),

@@ -51,13 +51,12 @@ class ForgingWorker(StageWorker):
 
     def _unused(self, current: TrainingRound, leaf: Leaf) -> int | None:
         """A sample of the round that has no unit here: the first from the end, which is reached last."""
-        samples = self._manifest.samples(current.number)
-        own = current.archive
+        samples, entered = self._manifest.samples(current.number), current.ledger._leaves
         return next(
             (
                 sample
                 for sample in reversed(samples)
-                if own.unit(UnitKey(sample, leaf.direction)) is None and sample not in current.open
+                if UnitKey(sample, leaf.direction) not in entered and sample not in current.open
             ),
             None,
         )

@@ -18,9 +18,8 @@ from subnet.trust.cost import HOUR, Cost, CostError, Rules, Shape, cost
 from subnet.trust.quota import UPLINK_SHARE
 
 GB = 1e9
-"""Of a miner's uplink, for evidence."""
 BLOCK_SECONDS = 12.0
-SENT = ("to train", "evidence", "weights")
+COLUMNS = ("pending", "picked", "cuts", "to train", "evidence", "weights")
 
 
 class PlanError(ValueError):
@@ -108,11 +107,9 @@ def make_plan(options: PlanOptions) -> AuditPlan:
     rules = Rules(
         slot_seconds=options.slot_blocks * BLOCK_SECONDS,
         delay_seconds=4 * BLOCK_SECONDS,
-        keep_seconds=shape.round_seconds / 2,
         windows=options.windows,
         share=options.share,
         steps=options.steps,
-        open_pieces=64,
         pieces=4,
         validators=options.validators,
         readers=options.readers,
@@ -218,14 +215,13 @@ def text(options: PlanOptions, plan: AuditPlan) -> Iterator[str]:
         f"{options.steps:.0%} of picked steps replayed, by {options.validators} validators in sum"
     )
     yield ""
-    yield f"{'':>5} {'':>12} {'kept, windows':>21} {'sent, GB per hour':>29}"
-    yield " ".join((f"{'stage':>5} {'parameters':>12} {'pending':>10} {'picked':>10}", *map("{:>9}".format, SENT)))
+    yield f"{'':>5} {'':>12} {'kept in host memory, GB':>29} {'sent, GB per hour':>29}"
+    yield " ".join((f"{'stage':>5} {'parameters':>12}", *map("{:>9}".format, COLUMNS)))
     for stage in whole.stages:
-        numbers = (stage.training_bytes, stage.audit_bytes, stage.weight_bytes)
-        yield (
-            f"{stage.stage:>5} {stage.parameters / GB:>10.2f} B {stage.pending_bytes / GB:>7.0f} GB "
-            f"{stage.picked_bytes / GB:>7.0f} GB " + " ".join(f"{number / GB:>9.2f}" for number in numbers)
-        )
+        kept = (stage.pending_bytes, stage.picked_bytes, stage.cut_bytes)
+        sent = (stage.training_bytes, stage.audit_bytes, stage.weight_bytes)
+        numbers = [f"{number / GB:>9.1f}" for number in (*kept, *sent)]
+        yield " ".join((f"{stage.stage:>5} {stage.parameters / GB:>10.2f} B", *numbers))
     yield ""
     for limit in plan.limits:
         verdict = "fits" if limit.fits else f"does not fit: change {limit.option}"

@@ -4,8 +4,8 @@ Nothing here is measured; every figure follows from the numbers handed in. Times
 are per hour. All miners of a stage count alike, validators in sum.
 
     pending windows   a slot's windows wait for its seed: (slot + delay) / window, and the one that is open
-    picked windows    by the slots' seeds, `windows` a slot; kept until the round's audit has ended: the weights they
-                      began with, their units' tensors, and the pieces of states that the seed leaves to choose from
+    picked windows    by the slots' seeds, `windows` a slot; kept for two rounds with both states and their units
+    cuts              weights at the cut and what error feedback owes before and after, of as many rounds
     units             share of all units, replayed once in sum over validators
     steps             share of picked windows whose whole gradient is replayed: every backward unit of them
     weights           of a picked window, once per validator that looks into it; of a round's first window none, because
@@ -25,6 +25,8 @@ from subnet.trust.ledger import LEAF_BYTES
 from subnet.trust.tree import PIECE_BYTES
 
 HOUR = 3600.0
+ROUNDS_KEPT = 2
+"""Rounds that a miner answers for at a time."""
 PIECE_PARTS = 8
 """Of one piece of weights: they and both moments before and after; second moments lie across two pieces."""
 
@@ -94,18 +96,14 @@ class Rules:
     slot_seconds: float
     delay_seconds: float
     """From a slot's end to its seed."""
-    keep_seconds: float
-    """From a round's end to the end of its audit: how much longer its picked windows are kept."""
     windows: float
     """Picked per miner and slot, on average."""
     share: float
     """Of all units, replayed in sum over validators."""
     steps: float
     """Of picked windows, whose steps are replayed, in sum over validators."""
-    open_pieces: int
-    """Pieces of weights that a slot's seed lets validators choose from, per picked window."""
     pieces: int
-    """Of them, those that a validator looks into."""
+    """Pieces of weights whose optimizer arithmetic is checked, per picked window and validator that looks into it."""
     validators: int
     """All of them read all tables."""
     readers: float
@@ -120,7 +118,7 @@ class Rules:
         for name in ("share", "steps"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CostError(f"{name} is {getattr(self, name)}; it must be from 0 to 1: change it")
-        for name in ("keep_seconds", "pieces", "validators"):
+        for name in ("pieces", "validators"):
             if getattr(self, name) < 0:
                 raise CostError(f"{name} is {getattr(self, name)}; it must be at least 0: raise it")
 
@@ -134,7 +132,9 @@ class StageLoad:
     pending_bytes: int
     """Host memory for windows whose seed is not known: states and unit tensors."""
     picked_bytes: int
-    """Host memory or disk for picked windows until their round's audit ends."""
+    """Host memory for picked windows."""
+    cut_bytes: int
+    """Host memory for what payloads were taken from."""
     training_flops: float
     audit_flops: float
     training_bytes: float
@@ -150,7 +150,7 @@ class StageLoad:
 
     @property
     def kept_bytes(self) -> int:
-        return self.pending_bytes + self.picked_bytes
+        return self.pending_bytes + self.picked_bytes + self.cut_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +244,7 @@ def _stage(shape: Shape, rules: Rules, plan: StagePlan, picked: float) -> StageL
     state = 3 * weights  # with both moments
     tensors = shape.accumulation * role.kept * boundary
     pending = math.ceil((rules.slot_seconds + rules.delay_seconds) / shape.window_seconds) + 1
-    kept = math.ceil(picked * (shape.round_seconds + rules.keep_seconds) / HOUR)
+    kept = math.ceil(picked * ROUNDS_KEPT * shape.round_seconds / HOUR)
     forward, backward = (shape.tokens * flops for flops in stage_flops(shape.model, plan, tokens=shape.sequence))
     replayed = rules.share * shape.microbatches * role.units
     stepped = picked * rules.steps * shape.accumulation
@@ -254,7 +254,8 @@ def _stage(shape: Shape, rules: Rules, plan: StagePlan, picked: float) -> StageL
         stage=plan.index,
         parameters=parameters,
         pending_bytes=pending * (state + tensors),
-        picked_bytes=kept * (weights + rules.open_pieces * PIECE_PARTS * PIECE_BYTES + tensors),
+        picked_bytes=kept * (2 * state + tensors),
+        cut_bytes=ROUNDS_KEPT * 3 * weights,
         training_flops=shape.microbatches * (forward + backward),
         audit_flops=replayed * (role.forwards * forward + role.backwards * backward) + stepped * (forward + backward),
         training_bytes=shape.microbatches * role.sent * boundary if shape.stages > 1 else 0.0,

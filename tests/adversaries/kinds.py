@@ -83,6 +83,8 @@ _BOTH = frozenset(Direction)
 _FORWARD = frozenset({Direction.FORWARD})
 _BACKWARD = frozenset({Direction.BACKWARD})
 _OUTPUTS = frozenset({Check.FORWARD, Check.BACKWARD})
+_COMPUTED = _OUTPUTS | {Check.LOSS, Check.GRADIENT}
+"""Of who computes something else: what it sends and what it adds to its step are both wrong."""
 
 PROFILES: Mapping[Kind, Profile] = MappingProxyType(
     {
@@ -120,14 +122,14 @@ PROFILES: Mapping[Kind, Profile] = MappingProxyType(
             stopped_by="A replay of a backward. The head's backward sends nothing on: only a replay of its whole step "
             "shows it.",
             falsifies=_BACKWARD,
-            convicts=frozenset({Check.BACKWARD}),
+            convicts=frozenset({Check.BACKWARD, Check.GRADIENT}),
         ),
         Kind.SKIPPED_LAYER: Profile(
             role=Role.ANY,
             gains="A layer's share of its compute, in both directions: its last layer is left out.",
             stopped_by="Replays compare increments: in a residual stream the output alone hardly changes.",
             falsifies=_BOTH,
-            convicts=_OUTPUTS | {Check.LOSS},
+            convicts=_COMPUTED,
         ),
         Kind.LOW_PRECISION: Profile(
             role=Role.ANY,
@@ -137,7 +139,7 @@ PROFILES: Mapping[Kind, Profile] = MappingProxyType(
             falsifies=_BOTH,
             strength=4.0,
             unit="bits of a weight, one scale per row",
-            convicts=_OUTPUTS | {Check.LOSS},
+            convicts=_COMPUTED,
         ),
         Kind.STALE_WEIGHTS: Profile(
             role=Role.ANY,
@@ -146,7 +148,7 @@ PROFILES: Mapping[Kind, Profile] = MappingProxyType(
             falsifies=_BOTH,
             strength=16.0,
             unit="steps",
-            convicts=_OUTPUTS | {Check.LOSS},
+            convicts=_COMPUTED,
         ),
         Kind.WRONG_DATA: Profile(
             role=Role.HEAD,
@@ -155,14 +157,14 @@ PROFILES: Mapping[Kind, Profile] = MappingProxyType(
             stopped_by="The data audit proves it where the leaf names the other tokens; where the leaf names the right "
             "ones a replay finds another output.",
             falsifies=_BOTH,
-            convicts=frozenset({Check.FORWARD, Check.DATA}),
+            convicts=frozenset({Check.FORWARD, Check.GRADIENT, Check.DATA}),
         ),
         Kind.REPLAY: Profile(
             role=Role.ANY,
             gains="All of its compute: each unit is answered with what an earlier one of the same direction gave.",
             stopped_by="One replay. Receivers' bounds do not see it.",
             falsifies=_BOTH,
-            convicts=_OUTPUTS | {Check.LOSS},
+            convicts=_COMPUTED,
         ),
         Kind.COPYCAT: Profile(
             role=Role.ANY,
@@ -170,7 +172,7 @@ PROFILES: Mapping[Kind, Profile] = MappingProxyType(
             "its evidence.",
             stopped_by="One replay: a sibling has other samples, and they are a round old.",
             falsifies=_BOTH,
-            convicts=_OUTPUTS | {Check.LOSS},
+            convicts=_COMPUTED,
         ),
         Kind.NO_BACKWARD: Profile(
             role=Role.ANY,
@@ -179,7 +181,7 @@ PROFILES: Mapping[Kind, Profile] = MappingProxyType(
             stopped_by="A replay of a backward, because increments are compared: a residual stream's gradient is "
             "nearly that. The head's backward sends nothing on: only a replay of its whole step shows it.",
             falsifies=_BACKWARD,
-            convicts=frozenset({Check.BACKWARD}),
+            convicts=frozenset({Check.BACKWARD, Check.GRADIENT}),
         ),
         Kind.FORGED_RECEIPTS: Profile(
             role=Role.NEIGHBOURS,

@@ -9,8 +9,8 @@ import pytest
 from scripts.cli import main
 
 
-def test_the_default_plan_fits_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan"]) == 0
+def test_a_plan_that_fits_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--host-gb", "600"]) == 0
     out = capsys.readouterr().out
     assert "100b: 99.7 billion parameters, 16 stages x 3 a100-80gb" in out
     assert out.count("fits") == 5

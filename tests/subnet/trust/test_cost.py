@@ -30,11 +30,9 @@ SHAPE = Shape(
 RULES = Rules(
     slot_seconds=180.0,
     delay_seconds=48.0,
-    keep_seconds=1800.0,
     windows=0.1,
     share=0.01,
     steps=0.15,
-    open_pieces=64,
     pieces=4,
     validators=4,
     readers=1.0,
@@ -48,7 +46,8 @@ def test_a_body_stage_by_hand() -> None:
     weights, boundary = 2 * stage_parameters(SHAPE.model, plan), 8192 * 144 * 2
     tensors = 64 * 4 * boundary
     assert load.pending_bytes == 3 * (3 * weights + tensors)  # (180 + 48) / 160 is 1.4: two, and the open one
-    assert load.picked_bytes == 3 * (weights + 64 * PIECE_PARTS * PIECE_BYTES + tensors)  # 2 an hour for 1.5 hours
+    assert load.picked_bytes == 4 * (2 * 3 * weights + tensors)  # 2 an hour, for two hours
+    assert load.cut_bytes == 2 * 3 * weights
     forward, backward = (8192 * flops for flops in stage_flops(SHAPE.model, plan, tokens=8192))
     assert load.training_flops == pytest.approx(1440 * (forward + backward))
     units = 0.01 * 1440 * (forward + (forward + backward))

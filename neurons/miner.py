@@ -27,9 +27,10 @@ from neurons.rounds import BehindError, RoundMachine, traffic
 from neurons.telemetry import NodeFinished, StateChanged, WindowGivenUp
 from neurons.vault import Vault
 from subnet.quantities import written
-from subnet.swarm.record import Flags, Phase, Record
+from subnet.swarm.record import DEVICE_SHIFT, Flags, Phase, Record
 from subnet.swarm.roster import NO_WEIGHTS, Roster, Standing
 from subnet.trust.quota import LEAST_UPLINK
+from subnet.trust.tolerance import Device
 
 log = logging.getLogger("orion.neurons.miner")
 
@@ -48,6 +49,7 @@ class Miner:
         machine: type[RoundMachine] = RoundMachine,
     ) -> None:
         self._node = node
+        node.flags |= Device.CPU << DEVICE_SHIFT
         self._desk_type, self._machine_type = desk, machine
         self._keeper = keeper
         self._archive = Archive(limit=node.config.ring, given_up=self._give_up)

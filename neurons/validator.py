@@ -34,9 +34,11 @@ from neurons.verdict import Closed
 from subnet.swarm.observers import stakes
 from subnet.swarm.record import Flags, Phase, Record
 from subnet.swarm.roster import Roster, records_of
+from subnet.trust.audit import Tolerance
 from subnet.trust.finding import Grade
 from subnet.trust.ledger import Direction
 from subnet.trust.report import SECRET_BYTES, FindingModel, commit
+from subnet.trust.tolerance import Device, shipped, tolerance_between
 
 log = logging.getLogger("orion.neurons.validator")
 
@@ -68,7 +70,7 @@ class Validator:
             bench=self._bench,
             dendrite=node.dendrite,
             endpoint=node.neighbours.endpoint,
-            tolerance=lambda _: lambda _check: manifest.audit.tolerance,
+            tolerance=self._tolerance,
             enter=self._judge.note,
             held=self._suspicions.of,
             risk=self._suspicions.risk,
@@ -78,8 +80,14 @@ class Validator:
         self._desk = ReportDesk(node)
         adopter = Adopter(self._auditor, run=node.loaded.run_id, recheck=self._recheck)
         self._reader = ReportReader(node, adopter)
+        self._devices: Mapping[str, Device] = {}
+        """What the miners of the round that is audited say they compute with."""
         self._late: list[FindingModel] = []
         """Failed findings that came after their round's report."""
+
+    def _tolerance(self, hotkey: str) -> Tolerance:
+        miner = self._devices.get(hotkey, Device.UNNAMED)
+        return tolerance_between(self._node.loaded.manifest, shipped(), miner=miner, auditor=Device.CPU)
 
     async def run(self) -> None:
         node, count = self._node, self._node.loaded.manifest.round.count
@@ -181,6 +189,9 @@ class Validator:
             stake_share=weights.get(node.identity.hotkey, 0.0) / (sum(weights.values()) or 1.0),
             statements={hotkey: self._notary.statements(roster.round, hotkey) for hotkey in roster.members},
         )
+        self._devices = {
+            hotkey: Device.numbered(record.device) for hotkey, record in facts.records.items() if record is not None
+        }
         self._suspicions.rule = rule_of(node.loaded.manifest, validators=len(at_work))
         self._suspicions.begin(roster.round, roster.members, anomaly=self._judge.anomalies())
         dossiers = self._auditor.open(facts)

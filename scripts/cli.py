@@ -104,6 +104,19 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure how far honest devices differ, and write the audit's tolerances",
+        description="Compute the same units in every way this machine can, and write tolerances by pair of devices.",
+    )
+    calibrate.add_argument("--model", default="nano", help="model preset (default: nano)")
+    calibrate.add_argument("--stages", type=int, default=4, help="pipeline stages, at least 2 (default: 4)")
+    calibrate.add_argument("--microbatches", type=int, default=400, help="how many to compare (default: 400)")
+    calibrate.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
+    calibrate.add_argument("--out", type=Path, default=None, help="table to write (default: the package's own)")
+
+
 def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     localnet = commands.add_parser(
         "localnet",
@@ -176,6 +189,7 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_roster(commands)
     _add_score(commands)
+    _add_calibrate(commands)
     _add_plan(commands)
     # Its options are the chain's own: `main` hands them over unparsed.
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
@@ -224,6 +238,12 @@ def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per comma
 
         given = {name: value for name, value in vars(flags).items() if name not in ("command", "json")}
         return show_plan(PlanOptions(**given), as_json=flags.json)
+    if flags.command == "calibrate":
+        from scripts.calibrate import calibrate  # noqa: PLC0415 - heavy, and only for this command
+
+        return calibrate(
+            model=flags.model, stages=flags.stages, microbatches=flags.microbatches, seed=flags.seed, out=flags.out
+        )
     return _localnet(flags)
 
 

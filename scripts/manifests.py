@@ -32,6 +32,12 @@ RECORD_BLOCKS = 4
 SLOTS = 2
 """In a round."""
 
+BATCH = 8
+"""Sequences in a microbatch."""
+ACCUMULATION = 2
+TOLERANCE = 0.02
+"""Widest tolerance: 0.02 separates a bf16 boundary's rounding from work in a coarser arithmetic."""
+
 INNER = {"nano": NANO_OPTIMIZER}
 DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
 
@@ -69,7 +75,7 @@ def local_manifest(
         model=ModelSection.of(config, wire_dtype="bfloat16"),
         swarm=SwarmSection(stages=stages, replicas=replicas, gather_blocks=4),
         data=DataSection(
-            batch=8,
+            batch=BATCH,
             sequence=config.context,
             samples_per_round=2048,
             held_out=0.05,
@@ -85,7 +91,7 @@ def local_manifest(
             weight_decay=inner.weight_decay,
             warmup_steps=inner.warmup_steps,
             clip=inner.clip,
-            accumulation=2,
+            accumulation=ACCUMULATION,
             outer_lr=1.0,
             outer_momentum=0.0,
         ),
@@ -99,7 +105,7 @@ def local_manifest(
             readers=2.0,
             share=0.03,
             steps=0.5,
-            tolerance=0.02,
+            tolerance=TOLERANCE,
             report=2 * phase_blocks,
             false_convictions=1e-3,
         ),

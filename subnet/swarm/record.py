@@ -45,6 +45,10 @@ class Flags(IntFlag):
     """Its owner wants no stage at all: a validator, whose record says which roster it sees."""
 
 
+DEVICE_SHIFT = 4
+"""The flags' upper half names the class of the device that its owner computes with."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """What one hotkey says of itself. `run` 8 bytes, `root` and `weights` 32, `roster` 15."""
@@ -66,6 +70,11 @@ class Record:
     def stageless(self) -> bool:
         """Whether its owner wants no stage, or none any more."""
         return bool(self.flags & (Flags.LEAVING | Flags.OBSERVER))
+
+    @property
+    def device(self) -> int:
+        """Number of a device class (`subnet.trust.tolerance`), 0 where it names none."""
+        return self.flags >> DEVICE_SHIFT
 
     @property
     def held(self) -> int:

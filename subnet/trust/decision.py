@@ -30,6 +30,8 @@ from subnet.trust.finding import Check, Finding, Grade
 
 HONEST_FAILURES = 1e-4
 """q0: what share of an honest miner's replayed units may fail at most; tolerances are set by it."""
+GROSS = 4.0
+"""A failure beyond so many times the tolerance is gross."""
 YEAR_SECONDS = 365.25 * 86_400
 OPEN_ROUNDS = 2
 """The newest round and the one before it may still get findings: other validators' reports come late."""
@@ -55,8 +57,7 @@ class Rule:
     """p: share of its windows that a cheater is taken to cheat in."""
     cap_share: float = 0.6
     """Share of the bound that one window can add."""
-    gross: float = 4.0
-    """A failure beyond so many times the tolerance is gross."""
+    gross: float = GROSS
     accept: float = 1.5
     """Below this one stops going on: after one mild failure some 55 units more were good, which a cheater of f1 = 0.05
     survives with 6 %. What is left still counts in later rounds."""

@@ -57,7 +57,7 @@ class Cell:
 
 def draw(path: Path, curves: Curves) -> None:
     """One panel per direction, one line per kind; a dot where the threshold is the manifest's."""
-    figure, panels = plt.subplots(1, len(curves), figsize=(13, 5.6), sharey=True)
+    figure, panels = plt.subplots(1, len(curves), figsize=(13, 7), sharey=True)
     styles = cycle([(f"C{index}", line) for line in ("-", "--") for index in range(10)])
     given = {name: next(styles) for name in sorted({kind for lines in curves.values() for kind in lines})}
     for panel, (way, lines) in zip(panels, curves.items(), strict=True):
@@ -73,7 +73,7 @@ def draw(path: Path, curves: Curves) -> None:
         panel.set_xlim(-0.02, 1.02)
         panel.set_ylim(-0.02, 1.02)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="lower right")
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
     panels[0].set_ylabel("falsified units that fail (share)")
     figure.suptitle(
         f"Replays of falsified units; dots: tolerance {TOLERANCE:g}. Honest fp32 units fail nowhere on these axes"
@@ -122,6 +122,11 @@ def markdown(
         ),
         *tables,
         "## Targets",
+        _fill(
+            """Replays are not what is missed: it is windows. A verdict takes two, and where a round has two picked
+            windows on average, each read by one validator on average, many rounds look into fewer. More picked
+            windows and readers come near them, at the price that `orion plan` names."""
+        ),
         "\n".join(f"* missed: {line}" for line in lost) or "All reached.",
         "## What a replay sees",
         "\n".join(_powers(rates)),

@@ -158,7 +158,7 @@ async def test_each_unit_is_replayed_once(cheated: ClosedRound) -> None:
         assert event.findings > 0
         for hotkey, dossier in two.dossiers.items():
             measured = [
-                (entry.finding.check, entry.finding.sample)
+                (entry.finding.check, entry.finding.version, entry.finding.sample)
                 for entry in two.judge.entries
                 if entry.finding.hotkey == hotkey and entry.finding.grade is Grade.MEASUREMENT
             ]

@@ -55,7 +55,8 @@ PACE_BLOCKS = 10
 STEP_BOUND = 8.0
 """An Adam-like step moves a weight by about its rate; a payload that claims this many times more is refused."""
 MARGIN = 3
-"""Blocks before a mark at which its record is handed to the chain: inclusion and finality take two or three."""
+"""Blocks before a mark at which its record is handed to the chain: inclusion and finality take two or three. Where a
+phase is long, a third of it: then blocks are short and what takes time is the machine."""
 
 
 SEED_PAUSE = 5.0
@@ -96,7 +97,7 @@ def merge_terms(node: Node, roster: Roster, stage: int, *, secret: bytes, end: i
     def limit(work: int) -> float:
         return stretch * STEP_BOUND * optimizer.lr * (1 + work / optimizer.accumulation)
 
-    after = roster.block + marks.merge
+    after, phase = roster.block + marks.merge, marks.merge - marks.have
     return Terms(
         number=roster.round,
         replicas=roster.stages[stage],
@@ -107,7 +108,7 @@ def merge_terms(node: Node, roster: Roster, stage: int, *, secret: bytes, end: i
             # In an all-gather no record is read there: it is only the time by which all payloads must be here.
             merge=max(after, end or 0) if codec.error_feedback else after,
             end=max(after + (marks.merge - marks.have), end or 0),
-            margin=min(MARGIN, (marks.merge - marks.have) // 2),
+            margin=min(max(MARGIN, phase // 3), phase // 2),
         ),
         codec=codec,
         outer=optimizer.outer(),

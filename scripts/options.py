@@ -20,7 +20,10 @@ learns for some twenty (docs/decisions.md §10)."""
 MOST_NODES = 200
 TEMPO = 20
 """Blocks between two epochs of a local chain."""
-PHASE_SECONDS = 1.5
+PHASE_SECONDS = 3.0
+"""What a record of each of a dozen nodes on two slow cores takes, and again as much."""
+PHASES = 6
+"""In a round, at least: a short one has short phases."""
 SHORTEST_PHASE = 6
 """Blocks: a record takes two or three to be final, and the shortest mortal era has four."""
 LIMITS: dict[str, tuple[float, float]] = {
@@ -75,7 +78,7 @@ class LocalnetOptions:
     @property
     def phase_blocks(self) -> int:
         """Length of each of the three phases of a merge, in blocks."""
-        return max(SHORTEST_PHASE, round(PHASE_SECONDS / self.block_time))
+        return max(SHORTEST_PHASE, round(min(PHASE_SECONDS, self.round_seconds / PHASES) / self.block_time))
 
     @property
     def casting(self) -> Casting:

@@ -51,15 +51,15 @@ def built(*, overlap: bool, round_seconds: float = 14.0, block_time: float = 0.1
 def test_with_overlap_the_merge_lies_in_the_next_round() -> None:
     marks = built(overlap=True).round
     assert marks.overlapped
-    assert (marks.close, marks.length, marks.cut, marks.have, marks.merge) == (138, 140, 155, 170, 185)
-    assert marks.linger == 60
+    assert (marks.close, marks.length, marks.cut, marks.have, marks.merge) == (138, 140, 163, 186, 209)
+    assert marks.linger == 92
 
 
 def test_without_overlap_the_merge_ends_with_its_round() -> None:
     marks = built(overlap=False).round
     assert not marks.overlapped
-    assert (marks.close, marks.cut, marks.have, marks.merge, marks.length) == (91, 106, 121, 136, 140)
-    assert marks.linger == 60
+    assert (marks.close, marks.cut, marks.have, marks.merge, marks.length) == (67, 90, 113, 136, 140)
+    assert marks.linger == 92
 
 
 @pytest.mark.parametrize("overlap", [True, False])

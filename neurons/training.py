@@ -80,11 +80,11 @@ class TrainingRound:
     """Pushes accepted: who sent them and the receipt they got."""
     open: dict[int, OpenInput] = field(default_factory=dict)
     pushes: dict[int, Forward] = field(default_factory=dict)
+    """Forwards sent on, kept to be offered again."""
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     """Activations sent forward whose gradient is not here: they may have to be sent again, kept as evidence or not."""
     gradients: dict[int, torch.Tensor] = field(default_factory=dict)
     """The last `GRADIENTS_KEPT` passed on, by sample: a sibling of who had them may have to be offered them."""
-    """Forwards sent on, kept to be offered again."""
     awaited: dict[int, Awaited] = field(default_factory=dict)
     sinks: dict[int, set[str]] = field(default_factory=dict)
     """Who signed for the forward of a sample: only they may send its gradient."""

@@ -14,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from scripts.bench.sentencing import Scale
-from scripts.manifests import TOLERANCE
+from scripts.manifests import CLIP, TOLERANCE
 from tests.adversaries.kinds import PROFILES, Kind
 
 WIDTH = 120
@@ -162,8 +162,8 @@ def _packed(scale: Scale, cells: Sequence[Cell]) -> str:
     text = f"""One window never convicts, so who cheats in few windows is found when two are picked before the first is
         forgotten: a clean window takes back {fade:.2f} nats, so one hit of {scale.rule.cap:.2f} and the next need
         {(2 * scale.rule.cap - scale.rule.bound_convict) / fade:.0f} clean windows at most between them. What is
-        falsified meanwhile is a tenth of its units, and what it adds to a merge is bounded by the payload's clip, eight
-        times the rate per step of its committed work."""
+        falsified meanwhile is a tenth of its units, and a merge scales what it sends down to {CLIP:g} times the median
+        norm of its stage."""
     if found:
         worst = max(found, key=lambda entry: entry.pay_until)
         text += f""" At a budget of {largest:.0%} the longest lived kind that is found, {worst.kind}, is paid

@@ -24,11 +24,11 @@ from subnet.localchain import ChainConfig, LocalChain
 from subnet.localchain.genesis import OWNER_HOTKEY_URI, address
 from subnet.wallets import create_wallet
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 DOC = Path(__file__).parents[3] / "docs" / "register.md"
 DOC_URL = "ws://127.0.0.1:9944"
-PATIENCE = 120.0
+PATIENCE = 240.0
 SEPARATOR = "\x1e"
 
 Object = dict[str, object]

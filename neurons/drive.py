@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -84,9 +85,11 @@ class Driver:
         quota = self._manifest.data.samples_per_round // len(current.roster.stages[0])
         ends = quota if limit is None else min(quota, limit)
         loop = asyncio.get_running_loop()
+        # One slow flight must not keep a head out of a whole round: who starts nothing measures nothing better.
+        latest = closing_at - (closing_at - loop.time()) / 2 if closing_at < math.inf else math.inf
         self._attend(current)
         while not current.stopping and current.started < ends:
-            if loop.time() + DRAIN_MARGIN * self._slowest() > closing_at:
+            if loop.time() > max(latest, closing_at - DRAIN_MARGIN * self._slowest()):
                 return
             self._announce(current, ends)
             waits = self._resume(current) or not self._has_room(current)

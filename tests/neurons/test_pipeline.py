@@ -488,3 +488,13 @@ async def test_closed_round_drops_pushes(tmp_path: Path) -> None:
             await head.dendrite.call(
                 tail.axon.endpoint, tail.identity.hotkey, push(swarm, Forward), {}, reply=Accepted, deadline=5
             )
+
+
+async def test_one_slow_flight_keeps_no_head_out_of_a_round(tmp_path: Path) -> None:
+    entry = tokens_file(tmp_path)
+    loaded = manifest(tiny(), entry, stages=2).write(tmp_path / "manifest.toml")
+    async with Swarm(loaded, open_corpus(tmp_path, loaded.manifest, entry)) as swarm:
+        (head,) = swarm.stage(0)
+        head.worker._driver._flight_seconds.append(1000.0)
+        await head.worker.drive(closing_at=asyncio.get_running_loop().time() + 4.0)
+        assert head.worker._current().started > 0

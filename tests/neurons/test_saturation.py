@@ -14,7 +14,7 @@ from subnet.identity import verify
 from subnet.trust.settlement import settle
 from tests.neurons.swarm import SEED, Swarm, manifest, open_corpus, tokens_file
 
-UNIT = 0.03
+UNIT = 0.08
 """Seconds that the faster sibling's compute thread is held per unit; what the swarm computes itself takes less."""
 MICROBATCHES = 60
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
+from subnet.chain import Chain
 from subnet.manifest import LoadedManifest, RoundSection
 from subnet.metagraph import ChainState
 from subnet.swarm.membership import Closed, Refreshed, close, refresh
@@ -71,6 +72,16 @@ class History:
         self._known[refreshed.roster.round] = refreshed.roster
         self._known.pop(refreshed.roster.round - 2, None)
         return refreshed
+
+    async def catch_up(self, chain: Chain) -> Roster:
+        """Every refresh up to the newest finalized block; the roster in force there."""
+        while True:
+            newest = self.newest
+            if newest is None:
+                raise HistoryError("no roster is known yet: begin with round 0 or with a snapshot")
+            if newest.block + self._manifest.round.length > (await chain.finalized()).number:
+                return newest
+            await self.step()
 
     async def _closed(self, number: int) -> Closed | None:
         if number < 0:

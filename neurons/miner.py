@@ -49,7 +49,6 @@ class Miner:
         machine: type[RoundMachine] = RoundMachine,
     ) -> None:
         self._node = node
-        node.flags |= Device.CPU << DEVICE_SHIFT
         self._desk_type, self._machine_type = desk, machine
         self._keeper = keeper
         self._archive = Archive(limit=node.config.ring, given_up=self._give_up)
@@ -63,6 +62,7 @@ class Miner:
     async def run(self) -> None:
         """From the first roster to the last, or until it has left."""
         node = self._node
+        node.flags |= Device.CPU << DEVICE_SHIFT
         uplink = node.config.uplink
         if uplink < LEAST_UPLINK:
             raise NodeError(

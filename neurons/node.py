@@ -295,12 +295,7 @@ class Node:
     async def _newest(self, history: History) -> Roster:
         """Every refresh up to now."""
         self.history = history
-        while True:
-            roster = history.newest
-            assert roster is not None  # noqa: S101 - every history begins with one
-            if roster.block + self.loaded.manifest.round.length > (await self.chain.finalized()).number:
-                return roster
-            await history.step()
+        return await history.catch_up(self.chain)
 
     async def next_roster(self) -> Roster:
         """The recurrence at the first block of the next round."""

@@ -140,7 +140,7 @@ class ReportReader:
                 number=number,
                 patience=self.patience,
             )
-            refused = _reason_to_refuse(report, self.node.loaded.run_id, number, observer)
+            refused = reason_to_refuse(report, self.node.loaded.run_id, number, observer)
         except (TransportError, ReportError) as error:
             refused = str(error)
         replayed = reproduced = strays = 0
@@ -237,7 +237,8 @@ async def fetch_report(
         return await asyncio.to_thread(Report.parse, data)
 
 
-def _reason_to_refuse(report: Report, run: bytes, number: int, observer: Observer) -> str:
+def reason_to_refuse(report: Report, run: bytes, number: int, observer: Observer) -> str:
+    """Why a report of a round is not looked at; empty if it is what its author owes."""
     if (report.run, report.round, report.validator) != (run.hex(), number, observer.hotkey):
         return f"it is of run {report.run}, round {report.round} and {report.validator}"
     commitment = observer.committed(number)

@@ -22,7 +22,7 @@ from neurons.fetching import Source, Unsound, Withheld
 from neurons.history import History, HistoryError
 from neurons.judgement import checked, rule_of
 from neurons.node import CONNECT_TIMEOUT, seed_of
-from neurons.reports import fetch_report
+from neurons.reports import fetch_report, reason_to_refuse
 from neurons.slots import slots_of
 from neurons.verdict import Closed, Verdict
 from scripts.score import Explained, RoundExplained, ScoreError, text
@@ -150,12 +150,7 @@ class _Look:
             if await history.begin(until=state.head.number) is None:
                 raise
         marks, due = self._loaded.manifest.round, self._loaded.manifest.audit.report
-        while True:
-            newest = history.newest
-            assert newest is not None  # noqa: S101 - it has begun
-            if newest.block + marks.length > (await self._chain.finalized()).number:
-                break
-            await history.step()
+        newest = await history.catch_up(self._chain)
         number = newest.round - 1
         roster = history.roster(number)
         if roster is None:
@@ -214,9 +209,7 @@ class _Look:
                 )
             except (TransportError, ReportError) as error:
                 return str(error)
-            commitment = observer.committed(number)
-            opens = commitment is not None and report.opens(commitment)
-            return report if opens else "its secret is not the one it committed to"
+            return reason_to_refuse(report, self._loaded.run_id, number, observer) or report
 
         answers = await asyncio.gather(*(ask(observer) for observer in at_work.values()))
         named = list(zip(at_work, answers, strict=True))

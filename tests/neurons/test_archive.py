@@ -257,7 +257,6 @@ def test_a_ring_that_cannot_hold_what_is_picked_is_refused_by_its_option(tmp_pat
             plans=[plan],
             parameters=[VALUES],
             config=SimpleNamespace(ring=ring),
-            flags=0,
         )
         return Miner(cast("Node", node), keeper=None)  # type: ignore[arg-type]
 

@@ -125,7 +125,20 @@ def test_miners_come_and_go_and_the_others_train_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(
         out,
-        *("--stages", "2", "--replicas", "3", "--validators", "1", "--rounds", "4", "--round-seconds", "14"),
+        *(
+            "--stages",
+            "2",
+            "--replicas",
+            "3",
+            "--validators",
+            "1",
+            "--rounds",
+            "4",
+            "--round-seconds",
+            "14",
+            "--model",
+            "pico",
+        ),
         *(
             "--join",
             "1@round0",

@@ -216,7 +216,7 @@ async def test_a_head_that_freezes_and_comes_back_counts_nothing_twice(tmp_path:
         frozen, heir = swarm.stage(0)
         freezer = Freezer(swarm, frozen)
         await stack.enter_async_context(freezer.between())
-        drives = [asyncio.create_task(head.worker.drive(limit=60)) for head in (frozen, heir)]
+        drives = [asyncio.create_task(head.worker.drive(limit=30)) for head in (frozen, heir)]
         await until(lambda: frozen.worker._current().units >= 4)
         freezer.freeze()
         await until(lambda: bool(heir.worker._current().taken))
@@ -233,7 +233,7 @@ async def test_a_head_that_freezes_and_comes_back_counts_nothing_twice(tmp_path:
 async def test_a_head_knows_that_it_was_stopped_and_takes_no_gradient_before_it_has_asked(tmp_path: Path) -> None:
     async with swarm_of(tmp_path, stages=2) as swarm:
         heads = swarm.stage(0)
-        drives = [asyncio.create_task(head.worker.drive(limit=40)) for head in heads]
+        drives = [asyncio.create_task(head.worker.drive(limit=20)) for head in heads]
         await until(lambda: all(head.worker._current().units >= 2 for head in heads))
         time.sleep(1.5)  # noqa: ASYNC251 - the whole process stands still
         await asyncio.wait_for(asyncio.gather(*drives), 40)

@@ -145,12 +145,14 @@ class Driver:
     def adopt(self, current: TrainingRound, push: Push) -> OpenInput | None:
         """A gradient has come for a sample that a sibling forwarded: its input, or None if it is not to be had here.
 
-        Raises `Busy` while the sibling is there: the gradient is its own.
+        Raises `Busy` while the sibling is there: the gradient is its own; or another heir's, whose turn it is.
         """
         if push.head == self._own or self.heads.settled(current, push.sample):
             return None
         if self.heads.in_touch(current, push.head):
             raise Busy(f"head {push.head} is there as far as known here", "try it again", retry_after=RETRY_PAUSE)
+        if self.heads.anothers_turn(current, push.sample, turn=self._patience()):
+            raise Busy(f"sample {push.sample} is another heir's first", "try that one", retry_after=RETRY_PAUSE)
         return self._input(push.head, push.sample)
 
     def require_heir(self, current: TrainingRound, push: Push, caller: str) -> None:

@@ -75,7 +75,7 @@ from tests.neurons.swarm import SEED, manifest, open_corpus, tiny, tokens_file
 
 PAYLOAD = b"p" * 32
 NUMBER = 3
-"""The round."""
+"""The round, unless another one is asked for."""
 WINDOWS_PER_SLOT = 2
 NOW = time.time_ns
 
@@ -86,6 +86,7 @@ class Work:
 
     identity: Identity
     engine: StageEngine
+    round: int = NUMBER
     ledger: Ledger = field(default_factory=Ledger)
     units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
     states: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
@@ -113,7 +114,7 @@ class Work:
         assert self.evidence is not None
         return Record(
             run=b"run-0001",
-            round=NUMBER,
+            round=self.round,
             phase=Phase.CUT,
             work=len(self.evidence.leaves),
             root=bind_roots(PAYLOAD, self.evidence.root),
@@ -121,7 +122,7 @@ class Work:
 
 
 class ClosedRound:
-    """`stages` x `replicas` that computed `samples` microbatches of round `NUMBER`."""
+    """`stages` x `replicas` that computed `samples` microbatches of round `number`."""
 
     def __init__(
         self,
@@ -133,8 +134,11 @@ class ClosedRound:
         cheats: Mapping[tuple[int, int], Callable[[Leaf, torch.Tensor], torch.Tensor]] | None = None,
         bent: Mapping[tuple[int, int], Callable[[StageEngine], None]] | None = None,
         engines: Mapping[tuple[int, int], Callable[..., StageEngine]] | None = None,
+        windows: float = 2,
+        readers: float = 8.0,
         steps: float = 0.5,
         merge: Callable[[Work, torch.Tensor], torch.Tensor] | None = None,
+        number: int = NUMBER,
     ) -> None:
         """By (stage, replica): `cheats` change what that replica sends on, `bent` get its engine before the round;
         `engines` are built as `StageEngine` is.
@@ -144,7 +148,9 @@ class ClosedRound:
         entry = tokens_file(folder)
         config = tiny(boundary=BoundaryConfig(form=BoundaryForm.A, width=16))
         described = manifest(config, entry, stages=stages, replicas=replicas, wire="bfloat16", accumulation=2)
-        rules = described.audit.model_copy(update={"windows": 2, "share": 0.2, "steps": steps, "tolerance": 0.02})
+        rules = described.audit.model_copy(
+            update={"windows": windows, "readers": readers, "share": 0.2, "steps": steps, "tolerance": 0.02}
+        )
         described = described.model_copy(
             update={"audit": rules, "merge": described.merge.model_copy(update={"codec": "topk2bit"})}
         )
@@ -155,7 +161,8 @@ class ClosedRound:
         keys = [Identity.from_uri(f"//audited-{index}") for index in range(stages * replicas)]
         hotkeys = [key.hotkey for key in keys]
         roster = Roster.of([hotkeys[stage * replicas : (stage + 1) * replicas] for stage in range(stages)])
-        self.roster = replace(roster, round=NUMBER)
+        self.number = number
+        self.roster = replace(roster, round=number)
         by_hotkey = {key.hotkey: key for key in keys}
         self.works: dict[str, Work] = {}
         for stage, plan in enumerate(self.plans):
@@ -169,7 +176,7 @@ class ClosedRound:
                     recompute=Recompute.KEEP,
                     capacity=4,
                 )
-                work = Work(by_hotkey[hotkey], engine)
+                work = Work(by_hotkey[hotkey], engine, number)
                 work.cheat = (cheats or {}).get((stage, index))
                 bend = (bent or {}).get((stage, index))
                 if bend is not None:
@@ -183,7 +190,7 @@ class ClosedRound:
         self._merge = merge
         for work in self.works.values():
             self._note_state(work, "weights", "optimizer")
-        first = NUMBER * described.data.samples_per_round
+        first = number * described.data.samples_per_round
         for sample in range(first, first + samples):
             self._microbatch(sample, first)
             for work in self.works.values():
@@ -194,7 +201,7 @@ class ClosedRound:
     @property
     def samples(self) -> range:
         quota = self.loaded.manifest.data.samples_per_round
-        return range(NUMBER * quota, (NUMBER + 1) * quota)
+        return range(self.number * quota, (self.number + 1) * quota)
 
     def stage(self, index: int) -> list[Work]:
         return [self.works[hotkey] for hotkey in self.roster.stages[index]]
@@ -267,7 +274,12 @@ class ClosedRound:
         work.units[leaf.key] = unit
         if consumer is not None:
             message = receipt_message(
-                self.loaded.run_id, NUMBER, producer=work.hotkey, key=leaf.key, stage=leaf.stage, output=leaf.output
+                self.loaded.run_id,
+                self.number,
+                producer=work.hotkey,
+                key=leaf.key,
+                stage=leaf.stage,
+                output=leaf.output,
             )
             work.ledger.receipt(leaf.key, sink=sink, signature=consumer.identity.sign(message))
 
@@ -303,7 +315,7 @@ class ClosedRound:
             slot=len(work.heads) // WINDOWS_PER_SLOT,
             forward=len(leaves) - backward,
             backward=backward,
-            merged=NUMBER if work.merged and work.merged == version else 0,
+            merged=self.number if work.merged and work.merged == version else 0,
             units=units_hash(leaves),
             **roots,
         )
@@ -348,7 +360,7 @@ class ClosedRound:
     def statement(self, work: Work, count: int) -> Statement:
         """What an honest miner signed after so many windows."""
         digest_ = digests_of(work.heads)[count]
-        message = statement_message(self.loaded.run_id, NUMBER, hotkey=work.hotkey, count=count, digest=digest_)
+        message = statement_message(self.loaded.run_id, self.number, hotkey=work.hotkey, count=count, digest=digest_)
         return Statement(count, digest_, work.identity.sign(message))
 
 
@@ -373,7 +385,7 @@ class Show:
 
     async def _answer(self, request: RunSynapse, reply: Synapse, tensors: dict[str, torch.Tensor]) -> Reply:
         self.asked.append(request)
-        if (request.run, request.round) != (self.closed.loaded.run_id.hex(), NUMBER):
+        if (request.run, request.round) != (self.closed.loaded.run_id.hex(), self.closed.number):
             raise Dropped(f"round {request.round} is not shown here", "ask for the one that is")
         return await self.bend(request, reply, tensors)
 

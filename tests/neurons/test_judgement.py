@@ -72,10 +72,21 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> ClosedRound:
 class Bar:
     """One validator's judge before a fake chain."""
 
-    def __init__(self, closed: ClosedRound, folder: Path, *, tempo: int = 20, epoch: int = 10_000) -> None:
+    def __init__(
+        self,
+        closed: ClosedRound,
+        folder: Path,
+        *,
+        tempo: int = 20,
+        epoch: int = 10_000,
+        me: Identity | None = None,
+        other: Identity | None = None,
+        **parts: object,
+    ) -> None:
+        """`parts` are what else its node has."""
         self.closed = closed
-        self.identity = Identity.from_uri("//judgement-me")
-        self.other = Identity.from_uri("//judgement-other")
+        self.identity = me or Identity.from_uri("//judgement-me")
+        self.other = other or Identity.from_uri("//judgement-other")
         self.log = io.StringIO()
         self.chain = FakeChain(epoch=epoch)
         self.tempo = tempo
@@ -88,6 +99,7 @@ class Bar:
                 telemetry=Telemetry(self.log, now=time.time),
                 chain=self.chain,
                 wait=self.chain.wait,
+                **parts,
             ),
         )
         self.suspicions = Suspicions(folder / "held" / "one.json", RULE)

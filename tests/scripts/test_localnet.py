@@ -123,33 +123,9 @@ def test_a_small_swarm_trains_and_is_paid(tmp_path: Path) -> None:
 def test_miners_come_and_go_and_the_others_train_on(tmp_path: Path) -> None:
     """One joins, one is killed, one is killed and comes back, one leaves; nobody waits and no microbatch is lost."""
     out = tmp_path / "run"
-    process = start(
-        out,
-        *(
-            "--stages",
-            "2",
-            "--replicas",
-            "3",
-            "--validators",
-            "1",
-            "--rounds",
-            "4",
-            "--round-seconds",
-            "14",
-            "--model",
-            "pico",
-        ),
-        *(
-            "--join",
-            "1@round0",
-            "--kill",
-            "stage:1@round1",
-            "--restart",
-            "stage:0@round1:3",
-            "--leave",
-            "stage:1@round1",
-        ),
-    )
+    shape = ("--model", "pico", "--stages", "2", "--replicas", "3", "--validators", "1")
+    churn = ("--join", "1@round0", "--kill", "stage:1@round1", "--restart", "stage:0@round1:3", "--leave")
+    process = start(out, *shape, "--rounds", "3", "--round-seconds", "14", *churn, "stage:1@round1")
     output, _ = process.communicate()
     logs = "\n".join(path.read_text()[-2000:] for path in sorted((out / "logs").glob("*.log")))
     assert process.returncode == 0, output + logs

@@ -54,7 +54,7 @@ def recent(took: list[float]) -> float:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize("factor", [pytest.param(1.0, marks=pytest.mark.long), 2.0])
 async def test_paid_work_follows_speed(tmp_path: Path, factor: float) -> None:
     """Two heads that keep two bodies busy; one of these takes `factor` times as long as the other, as measured."""
     entry = tokens_file(tmp_path)
@@ -76,8 +76,8 @@ async def test_paid_work_follows_speed(tmp_path: Path, factor: float) -> None:
     )
     assert len(settlement.pathways) == 2 * MICROBATCHES
     for hotkey, paid in settlement.paid.items():
-        # What the slow one sent away is paid, and so are they who sent it, but for what luck puts beyond the excuse that
-        # two heads have in each other.
+        # What the slow one sent away is paid, and so are they who sent it, but for what luck puts beyond the excuse
+        # that two heads have in each other.
         assert sum(paid.unpaid.values()) <= LUCK * paid.claimed, (hotkey, paid)
     ratio = settlement.paid[slow.identity.hotkey].units / settlement.paid[fast.identity.hotkey].units
     assert ratio == pytest.approx(1 / factor, rel=0.15)

@@ -76,17 +76,17 @@ class Run:
 
     @property
     def shares(self) -> dict[int, float]:
-        """Mean weight of a stage's honest miners, as a share of the sum over stages: routing decides which sibling gets
-        how many units, and a cheater's sibling may get more."""
+        """What a stage's honest miners earn together, as a share of what all honest ones do: once a cheater is benched,
+        its siblings do its work and are paid for it."""
         cheats = {cheater.uid for cheater in self.summary.adversaries}
         rows = self.summary.chain.weights.values()
-        means: dict[int, list[float]] = {}
+        by_stage: dict[int, float] = {}
         for miner in self.summary.miners:
             if miner.uid not in cheats:
-                means.setdefault(miner.stage, []).append(mean(row.get(miner.uid, 0.0) for row in rows))
-        by_stage = {stage: mean(found) for stage, found in sorted(means.items())}
+                earned = mean(row.get(miner.uid, 0.0) for row in rows)
+                by_stage[miner.stage] = by_stage.get(miner.stage, 0.0) + earned
         total = sum(by_stage.values())
-        return {stage: value / total for stage, value in by_stage.items()} if total else by_stage
+        return {stage: earned / total for stage, earned in sorted(by_stage.items())} if total else by_stage
 
     @property
     def disagreement(self) -> float:
@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="pico", help="model preset (default: pico)")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--round-seconds", type=float, default=16.0)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--round-seconds", type=float, default=12.0)
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     flags = [

@@ -179,8 +179,8 @@ def test_a_swarm_convicts_who_flips_signs_and_pays_the_others(tmp_path: Path) ->
     assert set(on_chain) == {miner["uid"] for miner in miners if miner["hotkey"] != cheat["hotkey"]}
 
 
-LONG = ("--stages", "2", "--replicas", "2", "--rounds", "3", "--round-seconds", "60", "--block-time", "0.5")
-"""Blocks of half a second leave deadlines of three, which a busy machine keeps."""
+LONG = ("--model", "pico", "--stages", "2", "--replicas", "2", "--rounds", "6", "--round-seconds", "14")
+"""Weights are means of three rounds, and a cheater holds no stage from round 2 on."""
 MAIN = {
     "noise": "increment is off",
     "scaled-gradient": "backward increment is off",
@@ -202,15 +202,14 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 def pay_by_stage(result: dict[str, object], *, without: str = "") -> dict[int, float]:
-    """The mean weight of a stage's miners, as a share of the sum over stages."""
+    """What a stage's miners earn together, as a share of what all do."""
     miners, on_chain = result["miners"], weights_at_end(result)
     assert isinstance(miners, list)
-    weights: dict[int, list[float]] = {}
+    earned: dict[int, float] = {}
     for miner in miners:
         if miner["hotkey"] != without:
-            weights.setdefault(miner["stage"], []).append(on_chain.get(miner["uid"], 0.0))
-    means = {stage: sum(found) / len(found) for stage, found in weights.items()}
-    return {stage: mean / sum(means.values()) for stage, mean in means.items()}
+            earned[miner["stage"]] = earned.get(miner["stage"], 0.0) + on_chain.get(miner["uid"], 0.0)
+    return {stage: found / sum(earned.values()) for stage, found in earned.items()}
 
 
 @pytest.mark.long
@@ -226,6 +225,9 @@ def test_each_main_kind_is_convicted_and_its_neighbours_are_paid_as_without_it(
     (cheat,) = adversaries
     assert {conviction["hotkey"] for conviction in audits["convictions"]} == {cheat["hotkey"]}
     assert MAIN[kind] in cheat["reason"]
+    churn = result["churn"]
+    assert isinstance(churn, dict)
+    assert churn["benched"] == 1
     late = {int(number): weight for number, weight in cheat["weights"].items() if int(number) >= 1}
     assert late
     assert set(late.values()) == {0.0}, "0 by the second round after the first, which was audited"

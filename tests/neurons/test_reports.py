@@ -265,6 +265,7 @@ async def test_a_fault_of_this_code_in_one_dossier_does_not_end_the_reading(
 ) -> None:
     async with Offices(cheated, "one", "two", stake_share=1.0) as held:
         one, two = held.offices
+        two.facts = cheated.facts(two.secret, stake_share=0.05)
         await one.audit()
         await two.audit()
         one.publish()

@@ -115,6 +115,7 @@ def _shape(
 
 
 PRESETS: dict[str, ModelConfig] = {
+    "pico": _shape(1_024, 64, 4, (2, 1), ffn=192, context=64, width=8),
     "nano": _shape(1_024, 128, 8, (4, 2), ffn=384, context=128, width=16),
     "100m": _shape(32_768, 640, 12, (10, 5), ffn=1_792, context=1_024, width=40),
     "1b": _shape(128_256, 2_048, 16, (32, 8), ffn=8_192, context=4_096, width=32),

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections import deque
 from collections.abc import Callable
 
 from model.data import Corpus
 from model.engine import StageEngine
 from neurons.delivery import ASLEEP, RETRY_PAUSE, Delivery, RecentMean, Spawn
+from neurons.flights import Flights
 from neurons.heads import BEAT, Heads
 from neurons.telemetry import MicrobatchDone, MicrobatchStarted, Telemetry
 from neurons.training import OpenInput, TrainingRound
@@ -28,9 +27,8 @@ from subnet.trust.ledger import NO_PEER, NO_RECEIPT, Direction, UnitKey, digest
 
 log = logging.getLogger("orion.neurons.drive")
 
-RECENT_FLIGHTS = 8
 DRAIN_MARGIN = 1.5
-"""A microbatch is started only if this many times the slowest recent flight fits before the round closes."""
+"""A microbatch is started only if this many times as long as it is expected to take fits before the round closes."""
 DEPTH_LIMIT_PER_STAGE = 4
 """At most this many microbatches in flight per head and stage: bounds input caches and staleness."""
 FLIGHT_FLOOR = 5.0
@@ -76,7 +74,7 @@ class Driver:
         self._enter = enter
         self._release = release
         self._spawn = spawn
-        self._flight_seconds: deque[float] = deque(maxlen=RECENT_FLIGHTS)
+        self._flights = Flights()
 
     async def drive(self, current: TrainingRound, *, closing_at: float, limit: int | None) -> None:
         """Keep the pipeline full until the round stops, or until `limit` microbatches were started and done."""
@@ -85,15 +83,16 @@ class Driver:
         quota = self._manifest.data.samples_per_round // len(current.roster.stages[0])
         ends = quota if limit is None else min(quota, limit)
         loop = asyncio.get_running_loop()
-        # One slow flight must not keep a head out of a whole round: who starts nothing measures nothing better.
-        latest = closing_at - (closing_at - loop.time()) / 2 if closing_at < math.inf else math.inf
+        halfway = (loop.time() + closing_at) / 2
+        self._flights.begin(len(current.roster.stages[0]) / min(len(stage) for stage in current.roster.stages))
         self._attend(current)
         while not current.stopping and current.started < ends:
-            if loop.time() > max(latest, closing_at - DRAIN_MARGIN * self._slowest()):
+            returns = self._returns(current, closing_at, probe_until=halfway)
+            if not returns and not current.flights:
                 return
             self._announce(current, ends)
             waits = self._resume(current) or not self._has_room(current)
-            if waits or current.started >= self.heads.covered(current):
+            if waits or not returns or current.started >= self.heads.covered(current):
                 current.room.clear()
                 await current.room.wait()
                 continue
@@ -128,7 +127,7 @@ class Driver:
         seconds = self.land(current, push.sample)
         if push.head == self._own:
             if seconds is not None:
-                self._flight_seconds.append(seconds)
+                self._flights.land(seconds)
             self._count(current, push.index)
         else:
             current.foreign.add(push.sample)
@@ -146,12 +145,14 @@ class Driver:
     def adopt(self, current: TrainingRound, push: Push) -> OpenInput | None:
         """A gradient has come for a sample that a sibling forwarded: its input, or None if it is not to be had here.
 
-        Raises `Busy` while the sibling is there: the gradient is its own.
+        Raises `Busy` while the sibling is there: the gradient is its own; or another heir's, whose turn it is.
         """
         if push.head == self._own or self.heads.settled(current, push.sample):
             return None
         if self.heads.in_touch(current, push.head):
             raise Busy(f"head {push.head} is there as far as known here", "try it again", retry_after=RETRY_PAUSE)
+        if self.heads.anothers_turn(current, push.sample, turn=self._patience()):
+            raise Busy(f"sample {push.sample} is another heir's first", "try that one", retry_after=RETRY_PAUSE)
         return self._input(push.head, push.sample)
 
     def require_heir(self, current: TrainingRound, push: Push, caller: str) -> None:
@@ -172,6 +173,17 @@ class Driver:
         if current.lease < ends and current.lease - current.started <= ahead // 2:
             self.heads.announce(current, min(ends, current.started + ahead))
 
+    def _returns(self, current: TrainingRound, closing_at: float, *, probe_until: float) -> bool:
+        """Whether a microbatch that is started now will be back before the round closes, with some margin.
+
+        A slow round before must not keep a head out of this one: who starts nothing measures nothing better. So as long
+        as nothing of this round is back, one may leave until `probe_until` whatever is expected of it.
+        """
+        now = asyncio.get_running_loop().time()
+        if now + DRAIN_MARGIN * self._flights.expected(now, current.flights.values()) <= closing_at:
+            return True
+        return not current.flights and not self._flights.measured and now <= probe_until
+
     def _has_room(self, current: TrainingRound) -> bool:
         if self._synchronous and current.started % self._manifest.optimizer.accumulation == 0:
             return not current.flights
@@ -179,7 +191,9 @@ class Driver:
 
     def _start(self, current: TrainingRound, head: str, index: int) -> None:
         sample = self.heads.sample(current, head, index)
-        current.flights[sample] = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
+        current.flights[sample] = now
+        self._flights.leave(now)
         self._telemetry.emit(MicrobatchStarted(round=current.number, sample=sample))
         push = Push(
             run=self._run,
@@ -264,10 +278,6 @@ class Driver:
             current.out.discard(index)
             current.completed += 1
 
-    def _slowest(self) -> float:
-        """How long the slowest of the last microbatches took, seconds."""
-        return max(self._flight_seconds, default=0.0)
-
     def _patience(self) -> float:
         """After how many seconds a flight is not counted on any more."""
-        return FLIGHT_FACTOR * max(FLIGHT_FLOOR, self._slowest())
+        return FLIGHT_FACTOR * max(FLIGHT_FLOOR, self._flights.slowest)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from neurons.delivery import ASLEEP, RETRY_PAUSE
 from neurons.training import Sibling, TrainingRound
@@ -199,17 +199,32 @@ class Heads:
 
         `turn` is how long (seconds) each living head before this one in a sample's order has for it.
         """
-        silence = {hotkey: self._silence(link) for hotkey, link in current.siblings.items()}
-        gone = {hotkey for hotkey, seconds in silence.items() if seconds > PATIENCE}
+        gone = self._gone(current)
         for owner in sorted(gone):
             for index in sorted(current.siblings[owner].open):
                 sample = self.sample(current, owner, index)
                 if sample in current.foreign or sample in current.elsewhere:
                     continue
-                order = heirs(current.roster.stages[0], seed=current.seed, sample=sample)
-                before = order[: order.index(self._own)]
-                if silence[owner] > PATIENCE + turn * sum(head not in gone for head in before):
+                wait = PATIENCE + turn * self._before(current, sample, gone)
+                if self._silence(current.siblings[owner]) > wait:
                     yield owner, index
+
+    def anothers_turn(self, current: TrainingRound, sample: int, *, turn: float) -> bool:
+        """Whether a living head comes before this one in the order of a sample whose owner is gone, and its time for it
+        (`turn` seconds each, as for `due`) is not over. A gradient that comes here all the same was sent by one who
+        cannot reach that head, which may well be at work on it."""
+        owner, _ = self.place(current, sample)
+        living = self._before(current, sample, self._gone(current) | {owner})
+        link = current.siblings.get(owner)
+        return living > 0 and link is not None and link.met and self._silence(link) <= PATIENCE + turn * living
+
+    def _gone(self, current: TrainingRound) -> set[str]:
+        return {hotkey for hotkey, link in current.siblings.items() if self._silence(link) > PATIENCE}
+
+    def _before(self, current: TrainingRound, sample: int, gone: Collection[str]) -> int:
+        """How many heads that are not `gone` come before this one in the order of the sample's heirs."""
+        order = heirs(current.roster.stages[0], seed=current.seed, sample=sample)
+        return sum(head not in gone for head in order[: order.index(self._own)])
 
     # -- having been stopped --------------------------------------------------------------------------------------
 

@@ -92,6 +92,10 @@ class Suspicions:
         """Factor on the miner's audit rate."""
         return self.of(hotkey).risk(self.rule, anomaly=self._anomaly.get(hotkey, 1.0))
 
+    def convicts(self, number: int) -> list[str]:
+        """Who counts as convicted in round `number`, in hotkey order."""
+        return [hotkey for hotkey, held in sorted(self._held.items()) if held.at(number, self.rule).convicted]
+
     def keep(self) -> None:
         self._memory.keep(self._held)
 

@@ -38,7 +38,7 @@ ACCUMULATION = 2
 TOLERANCE = 0.02
 """Widest tolerance: 0.02 separates a bf16 boundary's rounding from work in a coarser arithmetic."""
 
-INNER = {"nano": NANO_OPTIMIZER}
+INNER = {"pico": NANO_OPTIMIZER, "nano": NANO_OPTIMIZER}
 DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
 
 

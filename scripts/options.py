@@ -14,8 +14,8 @@ from subnet.transport.shaping import Link
 
 Codec = Literal["topk2bit", "int8", "bf16"]
 DEFAULT_CODEC: Codec = "topk2bit"
-CODECS: dict[str, Codec] = {"nano": "int8"}
-"""Where another codec than the default does better: a nano run has a few rounds, and `topk2bit` owes most of what it
+CODECS: dict[str, Codec] = {"pico": "int8", "nano": "int8"}
+"""Where another codec than the default does better: a small run has a few rounds, and `topk2bit` owes most of what it
 learns for some twenty (docs/decisions.md §10)."""
 MOST_NODES = 200
 TEMPO = 20

@@ -145,13 +145,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/cheats"))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), metavar="KIND")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
+    parser.add_argument("--model", default="pico", help="model preset (default: pico)")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--round-seconds", type=float, default=30.0)
+    parser.add_argument("--round-seconds", type=float, default=16.0)
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    flags = [f"--stages={options.stages}", f"--replicas={options.replicas}", f"--rounds={options.rounds}"]
+    flags = [
+        f"--model={options.model}",
+        f"--stages={options.stages}",
+        f"--replicas={options.replicas}",
+        f"--rounds={options.rounds}",
+    ]
     flags += [f"--round-seconds={options.round_seconds:g}"]
     seeds = range(options.seeds)
     clean = {seed: play(options.out, CLEAN, seed, flags) for seed in seeds}

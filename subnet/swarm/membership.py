@@ -8,6 +8,8 @@
   took votes then, and with two replicas one that withholds its bitmap could otherwise void every round unpunished.
   The last replica of a stage is benched only if it cast no vote. Strikes are forgotten after four times their bench in
   one place.
+* Whom validators with more than half of the stake at work hold convicted (`observers.condemned`) → BENCH, and stays
+  there as long as they do; unless a stage would be left without a replica, which would stop everybody.
 * A stage's *anchor* is the public state that counts: what most of its replicas held, by their own records, at the HAVE
   block of the closed round. That block is chosen because at no other are all of them between the same two merges.
   Votes for the state at that round's start go before older ones, so a stuck replica holds nobody up; a tie goes to
@@ -35,6 +37,7 @@ from dataclasses import dataclass, replace
 
 from subnet.metagraph import ChainState
 from subnet.swarm.merge import accepted, cut_sources
+from subnet.swarm.observers import condemned
 from subnet.swarm.record import MAX_HAVE, Phase, Record
 from subnet.swarm.roster import (
     FROM_SEED,
@@ -163,9 +166,11 @@ class _Refresh:
         self._anchors = list(previous.anchors)
         self._dark = list(previous.dark)
         self._reasons: dict[str, str] = {hotkey: f"out: {why}" for hotkey, why in self._defects.items() if why}
+        self._condemned = condemned(state, run, fresh_from=fresh_from)
 
     def run(self) -> Refreshed:
         self._keep_the_valid()
+        self._condemn()
         self._charge()
         for stage in range(len(self._anchors)):
             self._vote(stage)
@@ -240,6 +245,24 @@ class _Refresh:
                 self._put(member, Standing.BENCH, f"out: {why}; its {member.strikes} strikes are kept that long")
                 until = self._round + 2**member.strikes
                 self._rows[member.hotkey] = replace(self._rows[member.hotkey], until=until)
+
+    def _condemn(self) -> None:
+        why = "validators with most of the stake hold it convicted"
+        for stage in range(len(self._anchors)):
+            present = self._active(stage)
+            named = [member for member in present if member.hotkey in self._condemned]
+            if len(named) < len(present):
+                for member in named:
+                    self._bench(member, why)
+        for member in list(self._rows.values()):
+            if member.hotkey not in self._condemned or member.standing not in (Standing.WAIT, Standing.JOIN):
+                continue
+            before = self._previous.member(member.hotkey)
+            if before is not None and before.standing is Standing.BENCH:  # for the same conviction
+                self._rows[member.hotkey] = replace(before, until=self._round + 1)
+                self._reasons.pop(member.hotkey, None)
+            else:
+                self._bench(member, why)
 
     def _charge(self) -> None:
         closed = self._closed

@@ -1,7 +1,7 @@
 """Validators at work: who has a permit, and a record on chain that says it watches this run.
 
 Miners push their window heads to them, their stakes weigh acknowledgements, and each replays its stake's part of the
-audit budget.
+audit budget. Whom those with most of the stake hold convicted has no place in the swarm.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from subnet.metagraph import ChainState
-from subnet.swarm.record import Flags, Record
+from subnet.swarm.record import Flags, Record, short_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Observer:
     hotkey: str
     stake: float
     record: Record
+    record_block: int
 
     def committed(self, number: int) -> bytes | None:
         """What it committed to for round `number`; None if its record is of another."""
@@ -31,7 +32,7 @@ def observers(state: ChainState, run: bytes) -> dict[str, Observer]:
     for neuron in state.neurons:
         record = Record.decode(neuron.record, neuron.shards)
         if neuron.validator_permit and record is not None and record.run == run and record.flags & Flags.OBSERVER:
-            found[neuron.hotkey] = Observer(neuron.hotkey, neuron.stake, record)
+            found[neuron.hotkey] = Observer(neuron.hotkey, neuron.stake, record, neuron.record_block or 0)
     return found
 
 
@@ -45,3 +46,16 @@ def stakes(found: dict[str, Observer]) -> dict[str, float]:
     """What each one's word weighs. With no stake among them each weighs the same."""
     whole = sum(observer.stake for observer in found.values())
     return {hotkey: observer.stake if whole > 0 else 1.0 for hotkey, observer in found.items()}
+
+
+def condemned(state: ChainState, run: bytes, *, fresh_from: int) -> frozenset[str]:
+    """Hotkeys that validators with more than half of the stake at work hold convicted. Whose record is older than
+    `fresh_from` has no say."""
+    fresh = {key: one for key, one in observers(state, run).items() if one.record_block >= fresh_from}
+    weights = stakes(fresh)
+    return frozenset(
+        neuron.hotkey
+        for neuron in state.neurons
+        if 2 * sum(weights[key] for key, one in fresh.items() if short_name(neuron.hotkey) in one.record.convicts)
+        > sum(weights.values())
+    )

@@ -7,7 +7,8 @@ need of its owner and every update is also the heartbeat. Fixed little-endian la
 
 `root` binds a round's payload and evidence in one hash, see `bind_roots`. `work` counts the leaves under the evidence
 root, so whoever fetches them knows their size before asking. Where a merge cuts the weights into shards, their digests
-stand in the commitment's second field, 8 bytes each, at most 16 of them.
+stand in the commitment's second field, 8 bytes each, at most 16 of them. A validator's second field names whom it holds
+convicted, in the same form.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ _MAGIC = b"OR2"
 ROSTER_DIGEST_BYTES = 15
 SHARD_DIGEST_BYTES = 8
 SHARDS_LIMIT = 128
+NAMES_LIMIT = SHARDS_LIMIT // SHARD_DIGEST_BYTES
 MAX_HAVE = 64
+
+
+def short_name(hotkey: str) -> bytes:
+    """8 bytes for a hotkey; 2^-64 that two are alike."""
+    return hashlib.sha256(b"orion/name/1" + hotkey.encode()).digest()[:SHARD_DIGEST_BYTES]
 
 
 class Phase(IntEnum):
@@ -64,12 +71,22 @@ class Record:
     """Digest of the public state its owner holds now, in every phase; zero while it holds none."""
     have: int = 0
     shards: bytes = b""
-    """Digests of merged shards, `SHARD_DIGEST_BYTES` each, from the commitment's second field."""
+    """Digests of merged shards, of an observer names of convicts: `SHARD_DIGEST_BYTES` each, from the commitment's
+    second field."""
 
     @property
     def stageless(self) -> bool:
         """Whether its owner wants no stage, or none any more."""
         return bool(self.flags & (Flags.LEAVING | Flags.OBSERVER))
+
+    @property
+    def convicts(self) -> frozenset[bytes]:
+        """Short names of those whom an observer holds convicted; nobody of a miner."""
+        if not self.flags & Flags.OBSERVER:
+            return frozenset()
+        return frozenset(
+            self.shards[start : start + SHARD_DIGEST_BYTES] for start in range(0, len(self.shards), SHARD_DIGEST_BYTES)
+        )
 
     @property
     def device(self) -> int:

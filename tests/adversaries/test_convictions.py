@@ -25,6 +25,16 @@ CAUGHT = [
     *((kind, HEAD) for kind in (Kind.NOISE, Kind.WRONG_DATA, *sorted(IDLE))),
     *((kind, TAIL) for kind in (Kind.NOISE, Kind.POISONED_LOSS, Kind.REPLAY, *sorted(IDLE))),
 ]
+ALWAYS = {
+    (Kind.SIGN_FLIP, BODY),
+    (Kind.SKIPPED_LAYER, BODY),
+    (Kind.LOW_PRECISION, BODY),
+    (Kind.WRONG_DATA, HEAD),
+    (Kind.NO_BACKWARD, HEAD),
+    (Kind.POISONED_LOSS, TAIL),
+    (Kind.REPLAY, TAIL),
+}
+"""One of each way to be found; the others take their time in the long suite."""
 STRENGTH = {Kind.STALE_WEIGHTS: 1.0}
 """Where the kind's own needs more windows than the round has."""
 
@@ -49,7 +59,9 @@ async def audited(closed: ClosedRound, hotkey: str) -> tuple[int | None, list[Fi
         return judge.of(hotkey).convicted_round, [entry.finding for entry in judge.failed(hotkey)], others
 
 
-@pytest.mark.parametrize(("kind", "stage"), CAUGHT)
+@pytest.mark.parametrize(
+    ("kind", "stage"), [pytest.param(*one, marks=() if one in ALWAYS else pytest.mark.long) for one in CAUGHT]
+)
 async def test_who_cheats_always_is_convicted_in_its_first_round(tmp_path: Path, kind: Kind, stage: int) -> None:
     closed = cheated(tmp_path, kind, stage)
     convicted, failed, others = await audited(closed, closed.stage(stage)[0].hotkey)

@@ -30,7 +30,7 @@ def test_presets_have_the_size_in_their_name(name: str, low: float, high: float)
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'nanoo' is unknown: did you mean 'nano'\? Presets: nano, 100m"):
+    with pytest.raises(ConfigError, match=r"'nanoo' is unknown: did you mean 'nano'\? Presets: pico, nano, 100m"):
         preset("nanoo")
 
 

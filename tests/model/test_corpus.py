@@ -50,10 +50,10 @@ def test_an_altered_or_incomplete_cache_is_named(tmp_path: Path) -> None:
         standard_library_corpus(tmp_path, vocab=256)
 
 
-def test_a_nano_model_learns_from_it(tmp_path: Path) -> None:
+def test_a_small_model_learns_from_it(tmp_path: Path) -> None:
     files = standard_library_corpus(tmp_path, cap_bytes=1_500_000, training_bytes=300_000)
-    corpus = Corpus.open(files.folder, files.entries, seed=1, batch=4, tokens=128, vocab=files.vocab)
-    config = preset("nano")
+    corpus = Corpus.open(files.folder, files.entries, seed=1, batch=8, tokens=64, vocab=files.vocab)
+    config = preset("pico")
     stage = build_stage(config, split(config, 1)[0], seed=1)
     engine = StageEngine(
         stage,

@@ -93,7 +93,7 @@ class Seat(Bar):
             flags=Flags.OBSERVER,
             root=commit(self.round.secret),
         )
-        return Observer(self.identity.hotkey, 0.5, record)
+        return Observer(self.identity.hotkey, 0.5, record, 0)
 
     async def audit(self, closed: ClosedRound, facts: RoundFacts) -> None:
         """Its own audit, and its report."""

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from neurons.telemetry import MicrobatchDone, MicrobatchStarted
-from subnet.messages import Noted, Notice
+from subnet.messages import Noted, Notice, Push
 from subnet.swarm.routing import heirs
-from subnet.transport.errors import Dropped, UnknownHotkey
+from subnet.transport.errors import Busy, Dropped, UnknownHotkey
 from subnet.trust.ledger import Direction, Evidence
 from tests.neurons.swarm import Member, Swarm, manifest, open_corpus, tiny, tokens_file
 
@@ -146,6 +146,33 @@ async def test_of_two_living_siblings_one_takes_a_sample_over(tmp_path: Path) ->
         assert_counted_once(swarm, await close(left), samples(heads, MicrobatchDone))
 
 
+async def test_a_stray_gradient_is_taken_by_the_first_living_heir_only(tmp_path: Path) -> None:
+    """Who cannot reach that one offers it to the next, while the first may be at work on the same sample."""
+    async with swarm_of(tmp_path, stages=2, replicas=3) as swarm:
+        dead, *living = swarm.stage(0)
+        drives = {head: asyncio.create_task(head.worker.drive(limit=2)) for head in swarm.stage(0)}
+        await asyncio.gather(*drives.values())
+        await kill(swarm, [dead], drives)
+        owner, index = dead.identity.hotkey, 20  # nobody knows of this one
+        sample = living[0].worker._driver.heads.sample(living[0].worker._current(), owner, index)
+        order = heirs(swarm.roster.stages[0], seed=living[0].worker._current().seed, sample=sample)
+        first, second = sorted(living, key=lambda head: order.index(head.identity.hotkey))
+        push = Push(run=swarm.loaded.run_id.hex(), round=0, sample=sample, head=owner, index=index, version=0)
+
+        def takes(head: Member) -> bool:
+            try:
+                return head.worker._driver.adopt(head.worker._current(), push) is not None
+            except Busy:
+                return False
+
+        await until(lambda: takes(first))
+        heads = second.worker._driver.heads
+        await until(lambda: not heads.in_touch(second.worker._current(), owner))
+        assert not takes(second)
+        await kill(swarm, [first], drives)
+        await until(lambda: takes(second))
+
+
 async def test_a_head_that_dies_before_its_first_notice_leaves_nothing_behind(tmp_path: Path) -> None:
     async with swarm_of(tmp_path, stages=2) as swarm:
         dead, other = swarm.stage(0)
@@ -216,7 +243,7 @@ async def test_a_head_that_freezes_and_comes_back_counts_nothing_twice(tmp_path:
         frozen, heir = swarm.stage(0)
         freezer = Freezer(swarm, frozen)
         await stack.enter_async_context(freezer.between())
-        drives = [asyncio.create_task(head.worker.drive(limit=60)) for head in (frozen, heir)]
+        drives = [asyncio.create_task(head.worker.drive(limit=30)) for head in (frozen, heir)]
         await until(lambda: frozen.worker._current().units >= 4)
         freezer.freeze()
         await until(lambda: bool(heir.worker._current().taken))
@@ -233,7 +260,7 @@ async def test_a_head_that_freezes_and_comes_back_counts_nothing_twice(tmp_path:
 async def test_a_head_knows_that_it_was_stopped_and_takes_no_gradient_before_it_has_asked(tmp_path: Path) -> None:
     async with swarm_of(tmp_path, stages=2) as swarm:
         heads = swarm.stage(0)
-        drives = [asyncio.create_task(head.worker.drive(limit=40)) for head in heads]
+        drives = [asyncio.create_task(head.worker.drive(limit=20)) for head in heads]
         await until(lambda: all(head.worker._current().units >= 2 for head in heads))
         time.sleep(1.5)  # noqa: ASYNC251 - the whole process stands still
         await asyncio.wait_for(asyncio.gather(*drives), 40)

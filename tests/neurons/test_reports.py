@@ -66,7 +66,7 @@ class Office:
             flags=Flags.OBSERVER,
             root=commit(self.secret),
         )
-        return Observer(self.hotkey, 1.0, record)
+        return Observer(self.hotkey, 1.0, record, 0)
 
     async def audit(self) -> None:
         self.dossiers = await self.judge.audit(self.facts)

@@ -160,8 +160,8 @@ def weights_at_end(result: dict[str, object]) -> dict[int, float]:
 def test_a_swarm_convicts_who_flips_signs_and_pays_the_others(tmp_path: Path) -> None:
     result = run(
         tmp_path / "run",
-        *("--stages", "2", "--replicas", "2", "--rounds", "2", "--round-seconds", "30", "--block-time", "0.5"),
-        *("--adversary", "sign-flip"),
+        *("--stages", "2", "--replicas", "2", "--rounds", "2", "--round-seconds", "16"),
+        *("--model", "pico", "--adversary", "sign-flip"),
     )
     adversaries, audits, miners = result["adversaries"], result["audits"], result["miners"]
     assert isinstance(adversaries, list)

@@ -19,7 +19,8 @@ from subnet.manifest import load_manifest
 pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["--stages", "2", "--replicas", "2", "--validators", "1", "--rounds", "400", "--round-seconds", "12"]
+SHAPE = ["--model", "pico", "--stages", "2", "--replicas", "2", "--validators", "1"]
+FLAGS = [*SHAPE, "--rounds", "400", "--round-seconds", "12"]
 STAGES = 2
 
 

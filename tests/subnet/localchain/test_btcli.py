@@ -2,7 +2,7 @@
 
 It is the path of `docs/register.md`: every command there runs as written, against the chain that the page starts, and
 the first tests look at what btcli answered. The later ones go on from where the page ends, to what is refused. All of
-them share one chain, because starting btcli costs more than a second.
+them share one chain, because starting btcli costs seconds; all of them together take minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from subnet.localchain import ChainConfig, LocalChain
 from subnet.localchain.genesis import OWNER_HOTKEY_URI, address
 from subnet.wallets import create_wallet
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300), pytest.mark.long]
 
 DOC = Path(__file__).parents[3] / "docs" / "register.md"
 DOC_URL = "ws://127.0.0.1:9944"

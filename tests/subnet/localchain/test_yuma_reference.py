@@ -83,9 +83,22 @@ def near(found: object, expected: object) -> None:
     np.testing.assert_allclose(np.asarray(found, dtype=float), np.asarray(expected, dtype=float), rtol=0, atol=1e-6)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(stories())
 def test_every_epoch_equals_the_reference(story: Story) -> None:
+    compare(story)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@settings(max_examples=2000, deadline=None)
+@given(stories())
+def test_every_epoch_of_many_equals_the_reference(story: Story) -> None:
+    compare(story)
+
+
+def compare(story: Story) -> None:
+    """Both implementations over all epochs of a story."""
     bonds = story.bonds
     for acts in story.epochs:
         slow = reference.epoch(

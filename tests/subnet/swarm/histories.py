@@ -43,6 +43,7 @@ def neuron(
         dividends=0.0,
         record=(record or Record(run=run, round=0, phase=Phase.READY)).encode(),
         record_block=record_block,
+        shards=record.shards if record is not None else b"",
     )
 
 

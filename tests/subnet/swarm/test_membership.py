@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from subnet.metagraph import ChainState, Neuron
 from subnet.swarm.membership import JOIN_ROUNDS, MAX_STRIKES, Closed, advance, refresh
-from subnet.swarm.record import MAX_HAVE, Flags, Phase, Record
+from subnet.swarm.record import MAX_HAVE, Flags, Phase, Record, short_name
 from subnet.swarm.roster import FROM_SEED, NO_WEIGHTS, Anchor, Member, Roster, Standing
 from subnet.swarm.snapshot import parse
 from tests.subnet.swarm.histories import RUN, World, name, neuron, state
@@ -122,6 +122,66 @@ def test_the_last_of_a_stage_is_benched_only_if_it_is_dead() -> None:
     voted = dataclasses.replace(outcome(bad), listed=(frozenset({name(9)}), frozenset({name(2), name(3)})))
     assert step(bad, around(4, gone=[1]), voted).state_of(name(0)) is Standing.ACTIVE
     assert step(bad, around(4, gone=[1]), outcome(bad, void=[0], silent=[0])).state_of(name(0)) is Standing.BENCH
+
+
+def watched(
+    convicts: Sequence[tuple[int, ...]], *, stakes: Sequence[float] = (), late: Sequence[int] = (), permit: bool = True
+) -> ChainState:
+    """Eight miners' neurons, and a validator for each tuple, which holds those uids convicted."""
+    watchers = [
+        neuron(
+            100 + index,
+            record=dataclasses.replace(
+                holding(flags=Flags.OBSERVER), shards=b"".join(short_name(name(uid)) for uid in uids)
+            ),
+            record_block=5 if index in late else NOW - 1,
+            stake=stakes[index] if stakes else 0.0,
+            permit=permit,
+        )
+        for index, uids in enumerate(convicts)
+    ]
+    return dataclasses.replace(around(8), neurons=(*around(8).neurons, *watchers))
+
+
+def test_whom_most_of_the_stake_holds_convicted_is_benched_and_stays_there_as_long() -> None:
+    world = roster(*FOUR)
+    after = step(world, watched([(0,), (0, 3), ()]))
+    assert [after.state_of(name(uid)) for uid in range(4)] == [Standing.BENCH, *3 * [Standing.ACTIVE]]
+    while after.round < ROUND + 6:
+        after = advance(after, watched([(0,), (0,), ()]), RUN, fresh_from=NOW - 20, closed=None)
+        member = after.member(name(0))
+        assert member is not None
+        assert (member.standing, member.strikes) == (Standing.BENCH, 1)
+    free = advance(after, watched([(), (0,), ()]), RUN, fresh_from=NOW - 20, closed=None)
+    assert free.state_of(name(0)) in (Standing.WAIT, Standing.JOIN)
+
+
+def test_a_conviction_by_half_of_the_stake_or_by_who_has_no_say_moves_nobody() -> None:
+    world = roster(*FOUR)
+    quiet = {name(uid): Standing.ACTIVE for uid in range(4)}
+    for now in (
+        watched([(0,), ()]),
+        watched([(0,), (0,), ()], stakes=[1.0, 1.0, 2.0]),
+        watched([(0,), (0,), ()], late=[0]),
+        watched([(0,)], permit=False),
+        watched([(0,)], late=[0]),
+    ):
+        after = step(world, now)
+        assert {hotkey: after.state_of(hotkey) for hotkey in quiet} == quiet
+    miners = {uid: dataclasses.replace(holding(), shards=short_name(name(0))) for uid in range(1, 4)}
+    after = step(world, around(4, miners))
+    assert after.state_of(name(0)) is Standing.ACTIVE
+
+
+def test_a_stage_keeps_its_replicas_if_all_are_convicted() -> None:
+    after = step(roster(*FOUR), watched([(0, 1, 2)]))
+    assert after.stages == ((name(0), name(1)), (name(3),))
+
+
+def test_who_waits_or_joins_is_benched_for_a_conviction_too() -> None:
+    waiting = Member(hotkey=name(5), standing=Standing.WAIT)
+    after = step(roster(*FOUR, waiting, joining(6, 1)), watched([(5, 6)]))
+    assert after.state_of(name(5)) is after.state_of(name(6)) is Standing.BENCH
 
 
 def test_a_bench_ends_and_is_not_dodged_by_going_away() -> None:

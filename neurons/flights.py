@@ -1,0 +1,61 @@
+"""How long a microbatch that leaves a head now will take, judged by those that are back and those that are not.
+
+A pipeline that is full gives back one microbatch per interval, so one that leaves waits for all that are in the air
+before it (Little's law: time = number in flight x interval). A pipeline that is not full takes as long as the slowest
+of the last. What is in the air longer than that tells more than what is back. Pure: times are handed in, seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+
+RECENT = 8
+"""Flights whose slowest counts."""
+
+
+class Flights:
+    """Of one head, over its rounds."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._load = 1.0
+        self._left: float | None = None
+        self._landed = 0
+
+    @property
+    def slowest(self) -> float:
+        """Of the last flights; 0 before the first."""
+        return max(self._recent, default=0.0)
+
+    @property
+    def measured(self) -> bool:
+        """Whether a flight of this round is back."""
+        return self._landed > 0
+
+    def begin(self, load: float) -> None:
+        """A round begins; `load` is the number of heads per replica at the stage that has fewest. Where a replica
+        gets more to do than in the round before, flights take so many times longer until one is back."""
+        if load > self._load:
+            self._recent = deque((seconds * load / self._load for seconds in self._recent), maxlen=RECENT)
+        self._load, self._left, self._landed = load, None, 0
+
+    def leave(self, now: float) -> None:
+        """A microbatch leaves."""
+        if self._left is None:
+            self._left = now
+
+    def land(self, seconds: float) -> None:
+        """One is back after so long. The first of a round tells more than all before it."""
+        if not self._landed:
+            self._recent.clear()
+        self._landed += 1
+        self._recent.append(seconds)
+
+    def expected(self, now: float, in_air: Collection[float]) -> float:
+        """Seconds until one that leaves now is back; `in_air` are the times when those not back yet left."""
+        longest = max((now - left for left in in_air), default=0.0)
+        queued = 0.0
+        if self._landed and self._left is not None:
+            queued = (len(in_air) + 1) * (now - self._left) / self._landed
+        return max(self.slowest, longest, queued)

@@ -19,6 +19,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
@@ -33,7 +34,6 @@ from neurons.steps import PIECES, StepJudge, moved, show
 from neurons.windows import root_of
 from subnet.manifest import LoadedManifest
 from subnet.messages import Shapes
-from subnet.swarm.record import Phase
 from subnet.transport.dendrite import Dendrite
 from subnet.trust.audit import (
     Tolerance,
@@ -54,6 +54,8 @@ from subnet.trust.ledger import Direction, Evidence, Leaf
 from subnet.trust.tree import pieces_of
 
 log = logging.getLogger("orion.neurons.auditing")
+
+T = TypeVar("T")
 
 BATCH = 4
 """Units replayed between two looks at the sequential test."""
@@ -124,7 +126,7 @@ class Auditor:
 
     async def audit(self, facts: RoundFacts, dossiers: Mapping[str, Dossier]) -> None:
         """Everything but other validators' reports."""
-        await asyncio.gather(*(self._guarded(dossier, self._miner(facts, dossier)) for dossier in dossiers.values()))
+        await asyncio.gather(*(self.guarded(dossier, self._miner(facts, dossier)) for dossier in dossiers.values()))
 
     def _dossier(self, facts: RoundFacts, hotkey: str, stage: int) -> Dossier:
         source = Source(
@@ -141,18 +143,20 @@ class Auditor:
         )
         return Dossier(hotkey, stage, source)
 
-    async def _guarded(self, dossier: Dossier, work: Awaitable[None]) -> None:
-        """What goes wrong here while one miner is looked at must not end the audit of the others."""
+    async def guarded(self, dossier: Dossier, work: Awaitable[T]) -> T | None:
+        """What comes of looking at one miner; None if that broke off, which must not end the audit of the others."""
         try:
-            await work
+            return await work
         except Spent as error:
             log.info("no more of %s is looked into: %s", dossier.hotkey, error)
-        except Exception:
-            log.exception("the audit of %s broke off; nothing more is held against it", dossier.hotkey)
+        except Exception as error:
+            dossier.broken = f"{type(error).__name__}: {error}"
+            log.exception("the audit of %s broke off; it counts as not audited", dossier.hotkey)
+        return None
 
     async def _miner(self, facts: RoundFacts, dossier: Dossier) -> None:
         record = facts.records.get(dossier.hotkey)
-        if record is None or record.round != facts.roster.round or record.phase < Phase.CUT:
+        if record is None or not record.fixes(facts.roster.round):
             log.warning("round %d: %s fixed no evidence on chain in time", facts.roster.round, dossier.hotkey)
             return
         try:

@@ -72,6 +72,8 @@ class Dossier:
     deltas: dict[int, bytes] = field(default_factory=dict)
     """By version: what the weights of picked windows differ by from public state."""
     flops: float = 0.0
+    broken: str = ""
+    """The fault of this code that ended the audit; then what passed speaks for nobody. Empty if there was none."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by who replays because of another's report."""
 

@@ -14,10 +14,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
 from model.split import StagePlan
+from neurons.node import Node
 from neurons.windows import root_of
 from subnet.messages import (
     ACKS_LIMIT,
@@ -133,6 +135,20 @@ class Source:
         self._asked = 0
         """Bytes that the miner may have sent, whether or not they arrived."""
         self._part = math.inf
+
+    @classmethod
+    def of(cls, node: Node, hotkey: str, *, stage: int, number: int) -> Self:
+        """What a running node asks of the replica `hotkey` of a stage, of round `number`."""
+        return cls(
+            dendrite=node.dendrite,
+            endpoint=node.neighbours.endpoint,
+            run=node.loaded.run_id,
+            number=number,
+            hotkey=hotkey,
+            plan=node.plans[stage],
+            parameters=node.parameters[stage],
+            shapes=node.shapes,
+        )
 
     async def tables(self, record: Record, *, samples: range) -> Evidence:
         """The closed ledger behind the record's root. Raises `Withheld`, and `Unsound` for one that contradicts itself.

@@ -24,7 +24,7 @@ from neurons.slots import slot_seeds
 from neurons.states import newest_claims, take
 from neurons.telemetry import Downloaded, ShadowChecked
 from subnet.swarm.merge import Merged
-from subnet.swarm.record import Phase, Record
+from subnet.swarm.record import Record
 from subnet.swarm.roster import NO_WEIGHTS, Anchor, Roster, records_of
 from subnet.trust.audit import pick_windows, select_units
 from subnet.trust.finding import Finding
@@ -192,19 +192,10 @@ class Joiner:
     async def _compare(self, sibling: str, closed: Roster, record: Record | None, seeds: list[bytes]) -> list[Finding]:
         """What comes of units of one sibling's closed round; nothing if it serves none."""
         node, machine, stage = self._node, self._machine, self._machine.stage
-        if record is None or record.round != closed.round or record.phase < Phase.CUT:
+        if record is None or not record.fixes(closed.round):
             return []
         manifest, me = node.loaded.manifest, node.identity.hotkey
-        source = Source(
-            dendrite=node.dendrite,
-            endpoint=node.neighbours.endpoint,
-            run=node.loaded.run_id,
-            number=closed.round,
-            hotkey=sibling,
-            plan=node.plans[stage],
-            parameters=node.parameters[stage],
-            shapes=node.shapes,
-        )
+        source = Source.of(node, sibling, stage=stage, number=closed.round)
         try:
             evidence = await source.tables(record, samples=manifest.samples(closed.round))
             picked = pick_windows(evidence.heads, seeds=seeds, hotkey=sibling, count=manifest.audit.windows)

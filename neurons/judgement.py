@@ -18,11 +18,11 @@ from pydantic import TypeAdapter, ValidationError
 from neurons.dossier import Dossier, Entry
 from neurons.node import Node
 from neurons.slots import slots_of
-from neurons.telemetry import Checked, Convicted, Settled, WeightsSet
+from neurons.telemetry import AuditBroken, Checked, Convicted, Settled, WeightsSet
 from neurons.verdict import Closed, Verdict
 from subnet.chain import ChainError
 from subnet.manifest import Manifest
-from subnet.metagraph import ChainState
+from subnet.metagraph import BLOCK_SECONDS, ChainState
 from subnet.swarm.roster import Roster
 from subnet.trust.attribution import Attribution, trust
 from subnet.trust.decision import Rule, Suspicion, tests_per_year
@@ -32,8 +32,6 @@ from subnet.trust.settlement import Settlement
 
 log = logging.getLogger("orion.neurons.judgement")
 
-BLOCK_SECONDS = 12.0
-"""Of the chain that the bound on false convictions is stated for; a faster local one has more rounds in its years."""
 TRUSTED_LOSSES = 60
 """A tail's word is weighed by so many of its replayed losses, the newest."""
 _SUSPICIONS = TypeAdapter(dict[str, Suspicion])
@@ -86,6 +84,9 @@ class Suspicions:
 
     def enter(self, finding: Finding) -> None:
         self._held[finding.hotkey] = self.of(finding.hotkey).after(finding, self.rule)
+
+    def unaudited(self, hotkey: str, number: int) -> None:
+        self._held[hotkey] = self.of(hotkey).unaudited(number)
 
     def risk(self, hotkey: str) -> float:
         """Factor on the miner's audit rate."""
@@ -152,6 +153,10 @@ class Judge:
         node.telemetry.emit(
             Settled(round=roster.round, microbatches=len(settlement.pathways), miners=len(settlement.paid))
         )
+        for dossier in dossiers.values():
+            if dossier.broken:
+                self.suspicions.unaudited(dossier.hotkey, roster.round)
+                node.telemetry.emit(AuditBroken(round=roster.round, hotkey=dossier.hotkey, reason=dossier.broken))
         self._attribute(roster, settlement, dossiers)
         active = verdict.forward_flops.keys()
         correctness = {hotkey: 0.0 if self.suspicions.of(hotkey).convicted else 1.0 for hotkey in active}

@@ -168,11 +168,12 @@ class ReportReader:
         replayed = reproduced = unconfirmed = 0
         for hotkey, models in report.by_miner().items():
             dossier = dossiers.get(hotkey)
-            if dossier is None or unconfirmed == FALSE_ACCUSATIONS:
+            if dossier is None or dossier.broken or unconfirmed == FALSE_ACCUSATIONS:
                 continue
             async with dossier.lock:
                 before = dossier.looks
-                failed = await self.adopter.reproduce(facts, dossier, models, accuser=report.validator)
+                work = self.adopter.reproduce(facts, dossier, models, accuser=report.validator)
+                failed = await self.adopter.auditor.guarded(dossier, work) or 0
                 tried = dossier.looks - before
             replayed, reproduced = replayed + tried, reproduced + failed
             unconfirmed += bool(tried) and not failed

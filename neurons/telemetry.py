@@ -230,6 +230,15 @@ class Convicted:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditBroken:
+    """A fault of the validator's code ended its audit of one miner, which counts as not audited in that round."""
+
+    round: int
+    hotkey: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class AuditCost:
     """What a validator's audit of one round took; `swarm_flops` is what the miners' units of the round have."""
 
@@ -386,6 +395,7 @@ Event = (
     | Traffic
     | Checked
     | Convicted
+    | AuditBroken
     | AuditCost
     | ReportPublished
     | ReportRead

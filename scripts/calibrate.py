@@ -28,6 +28,7 @@ from model.config import ConfigError, ModelConfig, preset
 from model.corpus import standard_library_corpus
 from model.data import Corpus, DataError
 from model.engine import Recompute, StageEngine, replay_backward, replay_forward, replay_tail
+from model.optimizer import OptimizerConfig
 from model.split import split
 from model.stage import Stage, build_stage
 from scripts.localnet import cache_folder
@@ -152,8 +153,8 @@ def errors_of(unit: Unit, claimed: Computed, replayed: Computed) -> Iterator[tup
 class Pipeline:
     """A model in `stages` stages, trained one microbatch after the other in this process."""
 
-    def __init__(self, name: str, stages: int, *, seed: int) -> None:
-        """Raises `ConfigError` or `DataError`."""
+    def __init__(self, name: str, stages: int, *, seed: int, inner: OptimizerConfig | None = None) -> None:
+        """`inner` is by default the local run's of that model. Raises `ConfigError` or `DataError`."""
         self.config: ModelConfig = preset(name)
         self.plans = split(self.config, stages)
         corpus = standard_library_corpus(cache_folder(), vocab=self.config.vocab)
@@ -169,7 +170,7 @@ class Pipeline:
         self.engines = [
             StageEngine(
                 build_stage(self.config, plan, seed),
-                INNER.get(name, DEFAULT_INNER),
+                inner or INNER.get(name, DEFAULT_INNER),
                 plan,
                 n_total_params=total,
                 accumulation=ACCUMULATION,

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 
 from model.accounting import FORMULA, PEAK_FLOPS, total_parameters, training_flops_per_token
 from model.config import ConfigError, preset
+from subnet.metagraph import BLOCK_SECONDS
 from subnet.quantities import QuantityError, parse_bandwidth
 from subnet.trust.cost import HOUR, Cost, CostError, Rules, Shape, cost
 from subnet.trust.quota import UPLINK_SHARE
 
 GB = 1e9
-BLOCK_SECONDS = 12.0
 COLUMNS = ("pending", "picked", "cuts", "to train", "evidence", "weights")
 
 

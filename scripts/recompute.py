@@ -32,7 +32,6 @@ from subnet.manifest import LoadedManifest, ManifestError, check_announced, load
 from subnet.messages import Shapes
 from subnet.metagraph import ChainState
 from subnet.swarm.observers import Observer, observers, stakes
-from subnet.swarm.record import Phase
 from subnet.swarm.roster import Roster, records_of
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import TransportError
@@ -134,7 +133,7 @@ class _Look:
         )
         checks = [checked(Entry(finding, accuser=accuser)) for accuser, finding in failed[target]]
         source = f"chain at block {cut.head.number}, tables of {len(evidence)} miners, {len(reports)} reports"
-        rounds = [RoundExplained(scored, source, checks, on_chain=await self._on_chain(uid))]
+        rounds = [RoundExplained(scored, source, checks, on_chain=await self._on_chain(uid), reported=True)]
         lines = list(text(uid, [Explained("recomputed by", self._me, rounds)]))
         lines += [f"    no table      {hotkey}: {reason}" for hotkey, reason in silent.items()]
         lines += [f"    no report     {hotkey}: {reason}" for hotkey, reason in unheard.items()]
@@ -176,7 +175,7 @@ class _Look:
 
         async def tables(hotkey: str, stage: int) -> Evidence | str:
             record = records.get(hotkey)
-            if record is None or record.round != roster.round or record.phase < Phase.CUT:
+            if record is None or not record.fixes(roster.round):
                 return f"no root on chain at block {cut.head.number}"
             source = Source(
                 dendrite=self._dendrite,

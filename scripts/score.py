@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neurons.telemetry import Checked, Convicted, MinerScored, NodeStarted, WeightsSet, read_event
+from neurons.telemetry import AuditBroken, Checked, Convicted, Event, MinerScored, NodeStarted, WeightsSet, read_event
 
 WIDTH = 96
 TERM = 13
@@ -36,6 +36,10 @@ class RoundExplained:
     """The weights it set after this round."""
     on_chain: str = ""
     """What to say instead, where several validators' weights were read from the chain."""
+    reported: bool = False
+    """Whether the checks are what tables show and validators report to have failed: then what passed is not known."""
+    broken: str = ""
+    """What ended the audit early, a fault of the validator's; empty if nothing did."""
 
 
 @dataclass
@@ -83,40 +87,67 @@ def read_run(run: Path, uid: int, number: int | None) -> list[Explained]:
 
 
 def _read_log(path: Path, uid: int, known: set[int]) -> Explained:
-    explained = Explained(path.stem, "", [])
-    checks: list[Checked] = []
-    convictions: list[Convicted] = []
-    weights: dict[int, WeightsSet] = {}
+    told = Told(path.stem)
+    for line_number, event in _events(path):
+        told.take(event, f"events/{path.name}:{line_number}", uid, known)
+    return told.explained()
+
+
+def _events(path: Path) -> Iterator[tuple[int, Event]]:
+    """With their lines. Raises `ScoreError`."""
     with path.open(encoding="utf-8") as lines:
         for line_number, line in enumerate(lines, start=1):
             try:
                 stamped = read_event(line)
             except ValueError as error:
                 raise ScoreError(f"{path}:{line_number}: {error}") from error
-            match stamped.event if stamped is not None else None:
-                case NodeStarted(hotkey=hotkey):
-                    explained.hotkey = hotkey
-                case Checked() as event:
-                    checks.append(event)
-                case Convicted() as event:
-                    convictions.append(event)
-                case WeightsSet() as event:
-                    weights[event.round] = event
-                case MinerScored() as event:
-                    known.add(event.uid)
-                    if event.uid == uid:
-                        source = f"events/{path.name}:{line_number}"
-                        explained.rounds.append(RoundExplained(event, source))
-                case _:
-                    pass
-    for entry in explained.rounds:
-        hotkey, number = entry.scored.hotkey, entry.scored.round
-        entry.checks = [check for check in checks if (check.hotkey, check.round) == (hotkey, number)]
-        entry.convicted = next(
-            (one for one in convictions if one.hotkey == hotkey and one.round <= number < one.until), None
-        )
-        entry.weights = weights.get(number)
-    return explained
+            if stamped is not None:
+                yield line_number, stamped.event
+
+
+@dataclass
+class Told:
+    """What one log has said so far."""
+
+    name: str
+    hotkey: str = ""
+    rounds: list[RoundExplained] = field(default_factory=list)
+    checks: list[Checked] = field(default_factory=list)
+    convictions: list[Convicted] = field(default_factory=list)
+    broken: dict[tuple[str, int], str] = field(default_factory=dict)
+    weights: dict[int, WeightsSet] = field(default_factory=dict)
+
+    def take(self, event: Event, source: str, uid: int, known: set[int]) -> None:
+        """Take in the next event; uids that are scored go to `known`."""
+        match event:
+            case NodeStarted(hotkey=hotkey):
+                self.hotkey = hotkey
+            case Checked():
+                self.checks.append(event)
+            case Convicted():
+                self.convictions.append(event)
+            case AuditBroken():
+                self.broken[event.hotkey, event.round] = event.reason
+            case WeightsSet():
+                self.weights[event.round] = event
+            case MinerScored():
+                known.add(event.uid)
+                if event.uid == uid:
+                    self.rounds.append(RoundExplained(event, source))
+            case _:
+                pass
+
+    def explained(self) -> Explained:
+        """The miner's rounds, with what else was said of them."""
+        for entry in self.rounds:
+            hotkey, number = entry.scored.hotkey, entry.scored.round
+            entry.checks = [check for check in self.checks if (check.hotkey, check.round) == (hotkey, number)]
+            entry.broken = self.broken.get((hotkey, number), "")
+            entry.convicted = next(
+                (one for one in self.convictions if one.hotkey == hotkey and one.round <= number < one.until), None
+            )
+            entry.weights = self.weights.get(number)
+        return Explained(self.name, self.hotkey, self.rounds)
 
 
 # -- as text ----------------------------------------------------------------------------------------------------------
@@ -157,10 +188,10 @@ def _terms(entry: RoundExplained) -> Iterator[tuple[str, str]]:
     if scored.unpaid:
         yield "not paid", ", ".join(f"{count} {reason}" for reason, count in scored.unpaid.items())
     yield "FLOPs", f"{scored.flops:.4g} = ({scored.forward} + 2 x {scored.backward}) x {scored.forward_flops:.4g}"
-    yield "correctness", f"{scored.correctness:g}; {_audited(entry.checks)}"
+    yield "correctness", f"{scored.correctness:g}; {_audited(entry)}"
     for check in entry.checks:
         if not check.passed:
-            yield "finding", _finding(check)
+            yield "finding", _finding(check, reported=entry.reported)
     if entry.convicted is not None:
         one = entry.convicted
         yield "convicted", f"in round {one.round}, counts nothing before round {one.until}: {one.reason}"
@@ -182,8 +213,14 @@ def _evidence(scored: MinerScored) -> str:
     return f"root {scored.root[:16]} on chain at block {scored.cut}; {served}"
 
 
-def _audited(checks: list[Checked]) -> str:
+def _audited(entry: RoundExplained) -> str:
     """How many checks there were, and which of those that compare came nearest to its tolerance."""
+    checks = entry.checks
+    if entry.reported:
+        failures = f"{len(checks)} failure{'s' * (len(checks) != 1)}"
+        return f"{failures} reported or shown by tables" if checks else "no failure reported"
+    if entry.broken:
+        return f"not audited, the audit broke off: {entry.broken}"
     if not checks:
         return "not audited"
     own = sum(not check.accuser for check in checks)
@@ -202,13 +239,15 @@ def _where(check: Checked) -> str:
     return ", ".join([check.check, *(f"{name} {value}" for name, value in places if value is not None)])
 
 
-def _finding(check: Checked) -> str:
+def _finding(check: Checked, *, reported: bool) -> str:
     words = f"{check.grade}: {_where(check)}"
     if check.tolerance > 0 and check.error >= 0:
         words += f": error {check.error:.3g}, tolerance {check.tolerance:.3g}"
     if check.reason:
         words += f": {check.reason}"
-    return f"{words}; adopted from {check.accuser}, reproduced" if check.accuser else words
+    if not check.accuser:
+        return words
+    return f"{words}; {f'reported by {check.accuser}' if reported else f'adopted from {check.accuser}, reproduced'}"
 
 
 def _on_chain(uid: int, weights: WeightsSet | None) -> str:

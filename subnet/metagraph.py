@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+BLOCK_SECONDS = 12.0
+"""Of the Bittensor chain, for what is stated in years or hours: a local chain may be faster."""
 _RAO = 1_000_000_000
 _U16_MAX = 65_535
 _MOST_FIELDS = 2

@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
 
 import torch
 
-from scripts.bench.adversaries_text import Cell, draw, markdown
+from scripts.bench.adversaries_text import Cell, Target, draw, markdown
 from scripts.bench.detection import CHEATS, STAGES, WEAK, Cheat, Errors, measure, power, roc
+from scripts.bench.frontier import settings
 from scripts.bench.pointless import copier_dividends, holders_found, sybil_pay
 from scripts.bench.report import report
 from scripts.bench.sentencing import DENSE, PLANNED, Book, Replay, Trial, drawn, finding, play
@@ -201,18 +202,31 @@ def _brief(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def missed(cells: Sequence[Cell]) -> list[str]:
-    """Targets that were not reached: f = 100 % in the first round, 10 % spread >= 95 % within an hour at 3 %."""
-    found = []
-    for entry in cells:
-        if entry.kind in {cheat.name for cheat in WEAK}:
-            continue
-        what = f"{entry.geometry}: {entry.kind}, {entry.pattern}, budget {entry.budget:.0%}:"
-        if entry.pattern == "all" and entry.convicted_first_round < 1.0:
-            found.append(f"{what} {entry.convicted_first_round:.1%} in the first round, target 100 %")
-        if entry.pattern == "spread" and entry.budget == max(BUDGETS) and entry.convicted_hour < 0.95:
-            found.append(f"{what} {entry.convicted_hour:.1%} within an hour, target 95 %")
-    return found
+def targets(cells: Sequence[Cell]) -> Iterator[Target]:
+    """Who is to be convicted how soon, and of how many adversaries that is so: all units falsified in the first round,
+    10 % spread with 95 % within an hour at the larger budget. Those near the tolerance are not among them."""
+    weak = {cheat.name for cheat in WEAK}
+    goals = [("all", budget, 1.0) for budget in BUDGETS] + [("spread", max(BUDGETS), 0.95)]
+    for geometry in dict.fromkeys(entry.geometry for entry in cells):
+        for pattern, budget, goal in goals:
+            reached = {
+                entry.kind: entry.convicted_first_round if pattern == "all" else entry.convicted_hour
+                for entry in cells
+                if (entry.geometry, entry.pattern, entry.budget) == (geometry, pattern, budget)
+                and entry.kind not in weak
+            }
+            if reached:
+                worst = min(reached, key=lambda kind: reached[kind])
+                yield Target(
+                    geometry=geometry,
+                    pattern=pattern,
+                    budget=budget,
+                    goal=goal,
+                    adversaries=len(reached),
+                    met=sum(share >= goal for share in reached.values()),
+                    worst=worst,
+                    worst_share=reached[worst],
+                )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -248,7 +262,8 @@ def main(argv: list[str] | None = None) -> int:
         for budget in BUDGETS
         for pattern in PATTERNS
     ]
-    lost, rates, lines = missed(cells), powers(errors, noisy), curves(errors, noisy)
+    reached, rates, lines = list(targets(cells)), powers(errors, noisy), curves(errors, noisy)
+    bought = list(settings())
     holders = holders_found(validators=PLANNED.validators, trials=trials * 10, seed=options.seed)
     sybil, copier = sybil_pay(rounds=rounds), copier_dividends()
     figures = {
@@ -264,12 +279,14 @@ def main(argv: list[str] | None = None) -> int:
         "holders": holders,
         "sybil": sybil,
         "weight_copier": copier,
-        "targets_missed": lost,
+        "targets": [asdict(target) for target in reached],
+        "frontier": [asdict(entry) for entry in bought],
         "roc": lines,
     }
     report("adversaries", options.out, figures)
     draw(options.out / "adversaries.png", lines)
-    (options.out / "adversaries.md").write_text(markdown(GEOMETRIES, rates, cells, lost, holders, sybil, copier))
+    page = markdown(GEOMETRIES, rates, cells, reached, bought, holders, sybil, copier)
+    (options.out / "adversaries.md").write_text(page)
     return 0
 
 

@@ -13,11 +13,16 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from scripts.bench.sentencing import Scale
+from scripts.bench.frontier import DELTA, Setting, chance
+from scripts.bench.sentencing import PLANNED, Scale
 from scripts.manifests import CLIP, TOLERANCE
 from tests.adversaries.kinds import PROFILES, Kind
 
 WIDTH = 120
+FLOPS_PERCENT = 3.0
+BUDGET = 0.03
+"""Of units."""
+GOAL = 0.95
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]]
 """By direction and kind: (threshold, share of honest units that fail, share of falsified units that fail)."""
@@ -55,6 +60,21 @@ class Cell:
     """Share of its units replayed per round, in sum over validators; with what suspicion adds."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One target, over all adversaries that it is for."""
+
+    geometry: str
+    pattern: str
+    budget: float
+    goal: float
+    """Share of trials that are to convict in the first round, which is an hour."""
+    adversaries: int
+    met: int
+    worst: str
+    worst_share: float
+
+
 def draw(path: Path, curves: Curves) -> None:
     """One panel per direction, one line per kind; a dot where the threshold is the manifest's."""
     figure, panels = plt.subplots(1, len(curves), figsize=(13, 7), sharey=True)
@@ -87,7 +107,8 @@ def markdown(
     scales: Mapping[str, Scale],
     rates: Mapping[str, Mapping[str, Mapping[str, float]]],
     cells: Sequence[Cell],
-    lost: Sequence[str],
+    reached: Sequence[Target],
+    bought: Sequence[Setting],
     holders: Mapping[str, Mapping[str, float | str]],
     sybil: Mapping[str, float],
     copier: Mapping[str, Mapping[str, float]],
@@ -122,12 +143,17 @@ def markdown(
         ),
         *tables,
         "## Targets",
+        "\n".join(_targets(reached)),
         _fill(
-            """Replays are not what is missed: it is windows. A verdict takes two, and where a round has two picked
-            windows on average, each read by one validator on average, many rounds look into fewer. More picked
-            windows and readers come near them, at the price that `orion plan` names."""
+            f"""Replays are not what is missed: it is windows. A verdict takes two, and where a round has two picked
+            windows on average, each read by one validator on average, many rounds look into fewer. Kinds share their
+            draws, so they miss together: in closed form (below) {100 * certain():.1f} % of those that falsify all units
+            are convicted in the first round with the planned windows, at a budget of {BUDGET:.0%}. Silence is worst: it
+            convicts only with who asked."""
         ),
-        "\n".join(f"* missed: {line}" for line in lost) or "All reached.",
+        f"## What {FLOPS_PERCENT:g} % of the FLOPs buy",
+        _fill(_bought(bought)),
+        "\n".join(_frontier(bought)),
         "## What a replay sees",
         "\n".join(_powers(rates)),
         "![ROC](adversaries.png)",
@@ -171,6 +197,61 @@ def _packed(scale: Scale, cells: Sequence[Cell]) -> str:
             rounds, and then loses {scale.score_rounds}: {worst.pay_long:.0%} of an honest miner's pay in the long run,
             while {1 - worst.fraction:.0%} of its windows are honest work."""
     return text
+
+
+def certain() -> float:
+    """P(convicted in the first round) with the planned windows, all units falsified."""
+    return chance(PLANNED, units=2 * PLANNED.steps * PLANNED.accumulation, share=BUDGET, bad=1.0)
+
+
+def _targets(reached: Sequence[Target]) -> list[str]:
+    lines = [
+        "| windows | units falsified | budget, units | target in the first hour | met by | worst |",
+        "|" + "---|" * 6,
+    ]
+    patterns = {"all": "all", "spread": "10 %, spread"}
+    return lines + [
+        f"| {target.geometry} | {patterns[target.pattern]} | {target.budget:.0%} | {target.goal:.0%} | "
+        f"{target.met} of {target.adversaries} | {target.worst}, {target.worst_share:.1%} |"
+        for target in reached
+    ]
+
+
+def _bought(bought: Sequence[Setting]) -> str:
+    """What the frontier says of the target at a tenth of the units."""
+    within = [entry for entry in bought if entry.fits]
+    good = [entry for entry in within if entry.both >= GOAL]
+    best = max(within, key=lambda entry: entry.one)
+    text = f"""A budget of 3 % of the units is 4 % of the FLOPs, before any whole step. Here all audits take
+        {FLOPS_PERCENT:g} % at most: whole steps come first, units get what is left. `spread` is the chance that a
+        falsified tenth of all units convicts within an hour, `one way` that of a tenth of one direction's, or of a
+        tail, whose units are half as many: then half as many replays can fail. In closed form
+        (`scripts/bench/frontier.py`), which agrees with what is played. The uplink counts weights of bf16 whose deltas
+        are {DELTA:g} of them (`deltas.json`). Two readers that do not fit are in the JSON only."""
+    if good:
+        text += " " + ", ".join(f"{entry.slots} slots of {entry.windows:g}" for entry in good)
+        text += f" with one reader reach {GOAL:.0%} for a spread tenth within a tenth of the uplink."
+    else:
+        text += f" None reaches {GOAL:.0%} for a spread tenth within a tenth of the uplink."
+    if best.one < GOAL:
+        text += f""" One way nothing within it does: {best.one:.1%} at best, as {GOAL:.0%} of that takes 58 units,
+            2.3 % of all, even where every window is picked."""
+    return text
+
+
+def _frontier(bought: Sequence[Setting]) -> list[str]:
+    head = "| slots x picked | readers | whole steps an hour | units | FLOPs | uplink, Mbit/s | host memory, GB | "
+    lines = [head + "spread: 1 h | one way: 1 h |", "|" + "---|" * 9]
+    for entry in bought:
+        if entry.readers > 1 and not entry.fits:
+            continue
+        beyond = "" if entry.fits else f", limit {entry.uplink_limit_mbit:g}"
+        lines.append(
+            f"| {entry.slots} x {entry.windows:g} | {entry.readers:g} | {entry.whole_steps:g} | {entry.share:.2%} | "
+            f"{entry.flops_percent:.2f} % | {entry.uplink_mbit:.0f}{beyond} | {entry.memory_gb:.0f} | "
+            f"{entry.both:.1%} | {entry.one:.1%} |"
+        )
+    return lines
 
 
 def _others(

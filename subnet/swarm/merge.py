@@ -37,7 +37,7 @@ def cut_sources(replicas: Sequence[str], records: Mapping[str, Record | None], n
     sources = []
     for index, hotkey in enumerate(replicas):
         record = records.get(hotkey)
-        if record is not None and record.round == number and record.phase >= Phase.CUT:
+        if record is not None and record.fixes(number):
             sources.append(Source(index, hotkey, record.root, record.work))
     return tuple(sources)
 

@@ -98,6 +98,10 @@ class Record:
         """Rounds merged into the public state behind `weights`."""
         return self.round + 1 if self.phase is Phase.DONE else self.round
 
+    def fixes(self, number: int) -> bool:
+        """Whether its root stands for round `number`, payload and evidence: from CUT on, until the next round's."""
+        return self.round == number and self.phase >= Phase.CUT
+
     def encode(self) -> bytes:
         """The fixed layout, 108 bytes; `shards` travels beside it."""
         return _LAYOUT.pack(

@@ -235,6 +235,13 @@ class Suspicion:
             return replace(state, convicted_round=_newest(state.convicted_round, finding.round), clean=0)
         return replace(state, withheld_round=_newest(state.withheld_round, finding.round), clean=0)
 
+    def unaudited(self, number: int) -> Suspicion:
+        """As if nobody had looked in round `number`, unless something failed there: what passed before an audit broke
+        off speaks for nobody."""
+        if any(window.failed for window in self.windows if window.round == number):
+            return self
+        return replace(self, windows=tuple(window for window in self.windows if window.round != number))
+
     def after_all(self, findings: Iterable[Finding], rule: Rule) -> Suspicion:
         state = self
         for finding in findings:

@@ -63,7 +63,7 @@ def marks_kept(
     marks = {}
     for hotkey in roster.members:
         cut, have = at_cut.get(hotkey), at_have.get(hotkey)
-        root = cut is not None and cut.round == roster.round and cut.phase >= Phase.CUT
+        root = cut is not None and cut.fixes(roster.round)
         bitmap = (
             root
             and cut is not None

@@ -66,16 +66,7 @@ async def _take(node: Node, roster: Roster, seeds: Sequence[bytes], memory: Memo
         record = records.get(sibling)
         if sibling == me or record is None:
             continue
-        source = Source(
-            dendrite=node.dendrite,
-            endpoint=node.neighbours.endpoint,
-            run=node.loaded.run_id,
-            number=roster.round,
-            hotkey=sibling,
-            plan=node.plans[stage],
-            parameters=node.parameters[stage],
-            shapes=node.shapes,
-        )
+        source = Source.of(node, sibling, stage=stage, number=roster.round)
         evidence = await source.tables(record, samples=manifest.samples(roster.round))
         picked = pick_windows(evidence.heads, seeds=seeds, hotkey=sibling, count=manifest.audit.windows)
         shown = [leaf for head, _ in picked for leaf in evidence.window(head.version)]

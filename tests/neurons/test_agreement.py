@@ -201,6 +201,7 @@ def apart(closed: ClosedRound, cheat: str) -> tuple[list[bytes], bytes, bytes]:
     return seeds, one, two
 
 
+@pytest.mark.timeout(240)
 async def test_two_validators_with_disjoint_audits_set_the_same_weights(tmp_path: Path) -> None:
     first = played(tmp_path, ROUNDS[0])
     cheat = first.stage(1)[0].hotkey

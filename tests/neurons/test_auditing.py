@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neurons.dossier import Dossier
+from neurons.dossier import Dossier, RoundFacts
 from neurons.faults import of_merge
 from neurons.fetching import NamedState, Source, Withheld
 from neurons.follower import Fault
@@ -77,6 +77,28 @@ async def test_an_honest_round_passes(closed: ClosedRound) -> None:
         checks = {entry.finding.check for entry in judge.entries}
         assert {Check.FORWARD, Check.BACKWARD, Check.LOSS, Check.WEIGHTS, Check.STEP, Check.GRADIENT} <= checks
         assert not any(judge.of(hotkey).convicted for hotkey in closed.works)
+
+
+async def test_a_fault_of_this_code_costs_one_dossier_and_is_said(
+    closed: ClosedRound, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Court(closed) as court:
+        judge, hotkey = court.validators["one"], victim(closed).hotkey
+        begins = judge.auditor._begin
+
+        async def breaks(facts: RoundFacts, dossier: Dossier, evidence: Evidence) -> None:
+            if dossier.hotkey == hotkey:
+                raise IndexError("piece 9")
+            await begins(facts, dossier, evidence)
+
+        judge.auditor._begin = breaks
+        dossiers = await judge.audit(closed.facts(SECRET))
+    assert {dossier.hotkey: dossier.broken for dossier in dossiers.values() if dossier.broken} == {
+        hotkey: "IndexError: piece 9"
+    }
+    assert all(bool(dossier.replayed) != bool(dossier.broken) for dossier in dossiers.values())
+    assert f"the audit of {hotkey} broke off" in caplog.text
+    assert "piece 9" in caplog.text
 
 
 async def test_only_picked_windows_and_drawn_units_are_asked_for(closed: ClosedRound) -> None:

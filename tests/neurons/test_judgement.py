@@ -14,7 +14,7 @@ import pytest
 from neurons.dossier import Dossier, Entry
 from neurons.judgement import Judge, Suspicions
 from neurons.node import Node
-from neurons.telemetry import Checked, Convicted, MinerScored, Telemetry, WeightsSet, read_events
+from neurons.telemetry import AuditBroken, Checked, Convicted, MinerScored, Telemetry, WeightsSet, read_events
 from neurons.verdict import Closed
 from subnet.identity import Identity
 from subnet.metagraph import ChainState, Head, Neuron
@@ -238,6 +238,24 @@ async def test_a_validator_that_restarts_goes_on_with_its_means(closed: ClosedRo
     (tmp_path / "torn" / "held" / "one-scores.json").write_text("{")
     anew = await close(Bar(closed, tmp_path / "torn"), NUMBER + 1)
     assert {rounds for _, rounds in anew.values()} == {1}
+
+
+async def test_who_was_looked_at_until_the_audit_broke_off_was_not_audited(closed: ClosedRound, tmp_path: Path) -> None:
+    bar = Bar(closed, tmp_path)
+    passing, failing, whole, _ = closed.works
+    bar.suspicions.begin(NUMBER, closed.works, anomaly={})
+    dossiers = bar.dossiers(bar.identity)
+    for hotkey in (passing, failing, whole):
+        error = 1.0 if hotkey == failing else 0.0
+        fields = {"check": Check.FORWARD, "grade": Grade.MEASUREMENT, "version": 1, "sample": 1, "tolerance": 0.02}
+        bar.judge.note(Entry(finding(hotkey, passed=not error, error=error, **fields)))
+        dossiers[hotkey].broken = "" if hotkey == whole else "IndexError: piece 9"
+    level = bar.suspicions.of(failing).level(RULE)
+    await bar.judge.close(bar.facts(), dossiers)
+    assert {event.hotkey for event in bar.events(AuditBroken) if isinstance(event, AuditBroken)} == {passing, failing}
+    assert bar.suspicions.of(failing).level(RULE) == level > 0
+    bar.suspicions.begin(NUMBER + 2, closed.works, anomaly={})
+    assert [bar.suspicions.of(hotkey).clean for hotkey in (passing, failing, whole)] == [0, 0, 1]
 
 
 async def test_findings_are_in_the_event_log(closed: ClosedRound, tmp_path: Path) -> None:

@@ -260,6 +260,30 @@ async def test_a_lie_about_a_merged_shard_is_adopted_once_it_is_computed_again(h
         assert one.judge.of(liar.hotkey).convicted_round == NUMBER - 1
 
 
+async def test_a_fault_of_this_code_in_one_dossier_does_not_end_the_reading(
+    cheated: ClosedRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Offices(cheated, "one", "two", stake_share=1.0) as held:
+        one, two = held.offices
+        two.facts = cheated.facts(two.secret, stake_share=0.05)
+        await one.audit()
+        await two.audit()
+        one.publish()
+
+        async def breaks(*_: object) -> None:
+            raise KeyError("sample 7")
+
+        monkeypatch.setattr(two.judge.adopter, "_units", breaks)
+        (event,) = await two.read(one.observer)
+        assert (event.refused, event.reproduced) == ("", 0)
+        assert event.findings > 0
+        accused = cheated.stage(1)[0].hotkey
+        assert [hotkey for hotkey, dossier in two.dossiers.items() if dossier.broken] == [accused]
+        monkeypatch.undo()
+        *_, event = await two.read(one.observer)
+        assert event.replayed == 0, "it broke this code once"
+
+
 async def test_a_report_counts_only_with_the_secret_that_was_committed_to(honest: ClosedRound) -> None:
     async with Offices(honest, "one", "two") as held:
         one, two = held.offices

@@ -6,16 +6,18 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from scripts.bench.adversaries import PATTERNS, WITHHELD, cell, curves, missed, outcomes, powers
+from scripts.bench.adversaries import PATTERNS, WITHHELD, cell, curves, outcomes, powers, targets
 from scripts.bench.adversaries_text import Cell, draw, markdown
 from scripts.bench.convictions import Honest, Noise, bound, clean_rounds, excursion, survival
 from scripts.bench.detection import CHEATS, WEAK, Cheat, Errors, plays, power, roc
+from scripts.bench.frontier import chance, setting
 from scripts.bench.pointless import copier_dividends, holders_found, sybil_pay
-from scripts.bench.sentencing import Book, Scale, Trial, finding, play
+from scripts.bench.sentencing import Book, Scale, Trial, drawn, finding, play
 from subnet.trust.decision import HONEST_FAILURES
 from subnet.trust.finding import Check, Finding
 from subnet.trust.ledger import Direction, Leaf
@@ -95,10 +97,34 @@ def test_silence_is_convicted_by_each_validator_that_asked() -> None:
     assert one(WITHHELD, 0, ()).convicted_first_round == 1.0
 
 
-def test_missed_targets_are_named() -> None:
-    good, bad = one(REPLAYED, 0, errors(1.0)), one(REPLAYED, 0, errors(0.001))
-    assert missed([good]) == []
-    assert len(missed([bad])) == 1
+def test_targets_say_how_many_met_them_and_who_was_worst() -> None:
+    good, bad = one(REPLAYED, 0, errors(1.0)), one(Cheat(Kind.NOISE, 0.0), 0, errors(0.001))
+    (target,) = targets([good, bad])
+    assert (target.adversaries, target.met, target.worst, target.worst_share) == (2, 1, bad.kind, 0.0)
+
+
+@pytest.mark.parametrize("readers", [1.0, 3.0])
+@pytest.mark.parametrize("bad", [0.25, 0.5])
+def test_the_frontiers_closed_form_agrees_with_what_is_played(readers: float, bad: float) -> None:
+    """Windows of `SCALE` have 16 units, so nearly each has a falsified one."""
+    scale, trials = replace(SCALE, windows=0.6, readers=readers), 150
+
+    def some(seed: int, number: int, leaf: Leaf) -> tuple[Finding, ...]:
+        fails = drawn(seed, number, leaf, 1000) < 1000 * bad
+        return (finding(leaf, number, checks(leaf), error=float(fails), tolerance=0.02),)
+
+    fates = [play(scale, BOOK, partial(some, seed), share=0.02, rounds=1, seed=seed) for seed in range(trials)]
+    played = sum(fate.first == 0 for fate in fates)
+    expected = chance(scale, units=BOOK.units, share=0.02, bad=bad)
+    assert played / trials == pytest.approx(expected, abs=3 * (expected * (1 - expected) / trials) ** 0.5 + 0.02)
+
+
+def test_no_setting_of_the_frontier_takes_more_flops_than_planned() -> None:
+    poor, rich = setting(20, 0.1, 1.0, 0.3), setting(20, 0.3, 1.0, 0.1)
+    assert poor.flops_percent <= rich.flops_percent <= 3.0
+    assert poor.uplink_mbit < rich.uplink_mbit
+    assert poor.both < rich.both
+    assert all(entry.one < entry.both for entry in (poor, rich))
 
 
 # -- what is measured -------------------------------------------------------------------------------------------------
@@ -130,14 +156,16 @@ def test_the_page_and_the_picture_name_every_kind(tmp_path: Path) -> None:
         {"dense": SCALE},
         powers(measured, noisy),
         cells,
-        ["something"],
+        list(targets(cells)),
+        [setting(20, 0.1, 1.0, 0.3)],
         holders_found(validators=3, trials=10, seed=0),
         sybil_pay(rounds=2),
         copier_dividends(epochs=4, miners=4),
     )
     for kind in (*(cheat.kind for cheat in CHEATS), Kind.SYBIL, Kind.WEIGHT_COPIER, Kind.LYING_HOLDER):
         assert f"| {kind.value} |" in text
-    assert "missed: something" in text
+    assert "| dense | all | 3% | 100% | " in text
+    assert "| 20 x 0.1 | 1 | 0.3 | " in text
     draw(tmp_path / "roc.png", curves(measured, noisy))
     assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
 

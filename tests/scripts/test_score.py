@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from neurons.telemetry import Checked, Convicted, Event, MinerScored, NodeStarted, Telemetry, WeightsSet
+from neurons.telemetry import AuditBroken, Checked, Convicted, Event, MinerScored, NodeStarted, Telemetry, WeightsSet
 from scripts.cli import main
-from scripts.score import WIDTH
+from scripts.score import WIDTH, Explained, RoundExplained, text
 
 MINER = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 OTHER = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
@@ -203,6 +203,29 @@ def test_what_cannot_be_compared_is_no_largest_error(run: Path, capsys: pytest.C
     assert "largest" not in printed
     assert "finding      measurement: forward, sample 812, window 6\n" in printed
     assert str(math.inf) not in printed
+
+
+def test_an_audit_that_broke_off_is_none(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = AuditBroken(round=4, hotkey=MINER, reason="IndexError: piece 9")
+    write(run, "validator-3", FORWARD, broken, SCORED)
+    assert main(["score", "explain", "--uid", "7", "--run", str(run), "--round", "4"]) == 0
+    printed = capsys.readouterr().out.split("validator-3")[1]
+    assert "1; not audited, the audit broke off: IndexError: piece 9" in printed
+
+
+@pytest.mark.parametrize(
+    ("reported", "words"),
+    [
+        ([], "1; no failure reported"),
+        ([ADOPTED], "1; 1 failure reported"),
+        ([ADOPTED], f"the piece does not hash to the root; reported by {BOB}"),
+    ],
+)
+def test_who_only_reads_reports_does_not_say_what_was_audited(reported: list[Checked], words: str) -> None:
+    entry = RoundExplained(SCORED, "chain", reported, reported=True)
+    printed = " ".join(" ".join(text(7, [Explained("recomputed by", BOB, [entry])])).split())
+    assert words in printed
+    assert "not audited" not in printed
 
 
 @pytest.mark.parametrize(

@@ -1,116 +1,31 @@
 """What a miner keeps so that others can check it: tensors of its units, states of its windows, its tables.
 
 Nobody knows which windows of a slot an audit will pick before the slot's seed, so until then all of them stay in host
-memory. Once the seed is there only those it picks stay, until the round after next begins. All of it together keeps
-within a limit: where windows come faster than seeds, the oldest that no seed has picked is given up, which costs the
-miner that window's evidence and nobody else anything.
+memory. Once the seed is there only those it picks stay, and of them what it leaves to be asked for, until the round
+after next begins. All of it together keeps within a limit: where windows come faster than seeds, the oldest that no
+seed has picked is given up, which costs the miner that window's evidence and nobody else anything.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from model.engine import StageEngine
-from model.stage import flatten
 from neurons.exchange import Desk
+from neurons.kept import Cut, KeptWindow, PickedWindow, Provable, State, Vector, unit_tensors
 from neurons.quota import Audience
 from subnet.messages import StatePart
-from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Evidence, UnitKey
-from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
+from subnet.trust.quota import ROUNDS_KEPT
 
-ROUNDS = 2
-"""A round is answered for until so many more have begun."""
-
-Pick = Callable[[Iterable[WindowHead]], Iterable[WindowHead]]
-"""From the heads of a round to those of one slot that its seed picks."""
-
-
-class Vector:
-    """Flat fp32 values, (n,) in host memory, that evidence names by the root of their tree. Not to be written to."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-        self._tree: Tree | None = None
-        self._hashing = threading.Lock()
-
-    def tree(self) -> Tree:
-        """Hashed when first asked for, in whatever thread that is: about half a second per gigabyte."""
-        with self._hashing:
-            if self._tree is None:
-                self._tree = Tree.of(tensor_bytes(self.values))
-            return self._tree
-
-    def piece(self, index: int) -> torch.Tensor:
-        """Piece `index` of the tree, uint8 (1, size): a view. Raises `IndexError` for one that there is not."""
-        count = pieces_of(self.values.nbytes)
-        if not 0 <= index < count:
-            raise IndexError(f"piece {index} of {count}")
-        return self.values.view(torch.uint8)[index * PIECE_BYTES : (index + 1) * PIECE_BYTES].view(1, -1)
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """A replica between two steps: its weights, (n,), and its optimizer's moments, (2n,)."""
-
-    weights: Vector
-    moments: Vector
-
-    @classmethod
-    def of(cls, engine: StageEngine) -> State:
-        """Copies of what the engine has now."""
-        return cls(Vector(flatten(engine.stage)), Vector(engine.moments()))
-
-
-@dataclass
-class KeptWindow:
-    """What the head of a window names. States that follow each other share what did not change in between."""
-
-    opening: State
-    closing: State | None = None
-    """None while the window is open."""
-    slot: int = 0
-    units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
-    previous: Vector | None = None
-    """The weights that the window before ended with, where a merge was taken over in between."""
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Everything it holds."""
-        for state in (self.opening, self.closing):
-            if state is not None:
-                yield from (state.weights.values, state.moments.values)
-        if self.previous is not None:
-            yield self.previous.values
-        for unit in self.units.values():
-            yield from unit_tensors(unit)
-
-
-def unit_tensors(unit: UnitTensors) -> Iterator[torch.Tensor]:
-    yield from (tensor for tensor in (unit.input, unit.gradient, unit.output) if tensor is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The vectors that the closing of a round names, as far as there are any."""
-
-    closing: Vector | None = None
-    """The weights at the cut."""
-    owed: Vector | None = None
-    """What error feedback owed before it."""
-    still_owed: Vector | None = None
-    """What it owes after it."""
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        vectors = (self.closing, self.owed, self.still_owed)
-        yield from (vector.values for vector in vectors if vector is not None)
+Pick = Callable[[Iterable[WindowHead]], Mapping[int, Sequence[int]]]
+"""From the heads of a round to the windows of one slot that its seed picks, by version, each with the pieces of its
+weights that may be asked for."""
 
 
 class Tally:
@@ -144,9 +59,9 @@ class RoundArchive:
     def __init__(self, tally: Tally | None = None, *, grown: Callable[[], None] = lambda: None) -> None:
         """`grown` is called when there is more of it."""
         self.windows: dict[int, KeptWindow] = {}
-        """By version, oldest first."""
-        self.picked: set[int] = set()
-        """Versions that their slots' seeds picked, whether or not the windows are still here."""
+        """Those whose slots' seeds are not known, by version, oldest first."""
+        self.picked: dict[int, PickedWindow | None] = {}
+        """Those that their slots' seeds picked, by version; None for one that is not here."""
         self.audience: Audience | None = None
         """Who may ask for how much, once that and all seeds are known."""
         self.cut = Cut()
@@ -235,9 +150,7 @@ class RoundArchive:
 
     def give_up(self) -> int | None:
         """Let go of the oldest window that is closed and not picked; its version, None if there is none."""
-        version = next(
-            (version for version in self.windows if version != self._open and version not in self.picked), None
-        )
+        version = next((version for version in self.windows if version != self._open), None)
         if version is not None:
             self._drop(version)
         return version
@@ -246,15 +159,31 @@ class RoundArchive:
         """Let go of everything."""
         for version in tuple(self.windows):
             self._drop(version)
+        for version, window in self.picked.items():
+            if window is not None:
+                self._tally.leave(window.tensors())
+                self.picked[version] = None
+        self._versions.clear()
         self.keep_cut(Cut())
 
     def _apply(self) -> None:
         for slot in [slot for slot in self._picks if slot < self._slot and slot not in self._hashing.values()]:
-            chosen = {head.version for head in self._picks.pop(slot)(self._heads)}
-            self.picked |= chosen
+            chosen = self._picks.pop(slot)(self._heads)
             for version, window in tuple(self.windows.items()):
                 if version != self._open and window.slot == slot and version not in chosen:
                     self._drop(version)
+            for version, pool in chosen.items():
+                self._thin(version, pool)
+
+    def _thin(self, version: int, pool: Sequence[int]) -> None:
+        whole = self.windows.pop(version, None)
+        if whole is None:
+            self.picked.setdefault(version, None)
+            return
+        thin = PickedWindow.of(whole, pool)
+        self.picked[version] = thin
+        self._tally.take(thin.tensors())
+        self._tally.leave(whole.tensors())
 
     def _drop(self, version: int) -> None:
         window = self.windows.pop(version)
@@ -264,29 +193,31 @@ class RoundArchive:
 
     # -- what is here -----------------------------------------------------------------------------------------------
 
-    def version_of(self, key: UnitKey) -> int | None:
-        """The window that a unit is in; None if it is not here."""
-        return self._versions.get(key)
-
     def unit(self, key: UnitKey) -> UnitTensors | None:
+        """What a unit took and gave; None if it is not here."""
         version = self._versions.get(key)
-        return None if version is None else self.windows[version].units[key]
-
-    def vector(self, version: int, part: StatePart) -> Vector | None:
-        """A part of a window, or of the cut whatever the version; None if it is not here."""
-        window = self.windows.get(version)
-        match part:
-            case "closing" | "owed" | "still_owed":
-                return {"closing": self.cut.closing, "owed": self.cut.owed, "still_owed": self.cut.still_owed}[part]
-            case "previous_weights":
-                return None if window is None else window.previous
-            case "weights" | "optimizer":
-                state = None if window is None else window.opening
-            case "next_weights" | "next_optimizer":
-                state = None if window is None else window.closing
-        if state is None:
+        if version is None:
             return None
-        return state.weights if part in ("weights", "next_weights") else state.moments
+        window = self.windows.get(version) or self.picked.get(version)
+        return None if window is None else window.units[key]
+
+    def weights(self, version: int) -> torch.Tensor | None:
+        """What a picked window began with, fp32 (n,); None if it is not here."""
+        window = self.picked.get(version)
+        return None if window is None else window.weights
+
+    def part(self, version: int, part: StatePart) -> Provable | None:
+        """A part of a picked window, or of the cut whatever the version; None if it is not here."""
+        match part:
+            case "closing":
+                return self.cut.closing
+            case "owed":
+                return self.cut.owed
+            case "still_owed":
+                return self.cut.still_owed
+            case _:
+                window = self.picked.get(version)
+                return None if window is None else window.parts.get(part)
 
 
 class Archive:
@@ -312,7 +243,7 @@ class Archive:
         """A round's archive; those too old to be asked for are forgotten."""
         if number not in self._rounds:
             self._rounds[number] = RoundArchive(self._tally, grown=self._grown)
-        for old in [held for held in self._rounds if held <= number - ROUNDS]:
+        for old in [held for held in self._rounds if held <= number - ROUNDS_KEPT]:
             self._rounds.pop(old).clear()
             self._poorer.discard(old)
         return self._rounds[number]

@@ -21,11 +21,12 @@ import torch
 from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
 from model.stage import build_stage, flatten, unflatten
-from neurons.archive import Archive, RoundArchive, Vector
+from neurons.archive import Archive, RoundArchive
 from neurons.download import forget
 from neurons.exchange import Desk
 from neurons.journal import Journal
 from neurons.keeper import Keeper, KeptCut
+from neurons.kept import Vector
 from neurons.library import Library
 from neurons.merging import merge
 from neurons.node import CHAIN_STALL, Node

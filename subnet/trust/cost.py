@@ -4,7 +4,8 @@ Nothing here is measured; every figure follows from the numbers handed in. Times
 are per hour. All miners of a stage count alike, validators in sum.
 
     pending windows   a slot's windows wait for its seed: (slot + delay) / window, and the one that is open
-    picked windows    by the slots' seeds, `windows` a slot; kept for two rounds with both states and their units
+    picked windows    by the slots' seeds, `windows` a slot; kept for two rounds with the weights they began with, their
+                      units, and the pieces of the other states that the seeds name
     cuts              weights at the cut and what error feedback owes before and after, of as many rounds
     units             share of all units, replayed once in sum over validators
     steps             share of picked windows whose whole gradient is replayed: every backward unit of them
@@ -20,13 +21,13 @@ from dataclasses import dataclass
 from model.accounting import boundary_bytes, stage_flops, stage_parameters
 from model.config import ModelConfig
 from model.split import StagePlan, split
+from subnet.trust.audit import POOL
 from subnet.trust.heads import HEAD_BYTES
 from subnet.trust.ledger import LEAF_BYTES
+from subnet.trust.quota import ROUNDS_KEPT
 from subnet.trust.tree import PIECE_BYTES
 
 HOUR = 3600.0
-ROUNDS_KEPT = 2
-"""Rounds that a miner answers for at a time."""
 PIECE_PARTS = 8
 """Of one piece of weights: they and both moments before and after; second moments lie across two pieces."""
 
@@ -254,7 +255,7 @@ def _stage(shape: Shape, rules: Rules, plan: StagePlan, picked: float) -> StageL
         stage=plan.index,
         parameters=parameters,
         pending_bytes=pending * (state + tensors),
-        picked_bytes=kept * (2 * state + tensors),
+        picked_bytes=kept * (weights + tensors + POOL * PIECE_PARTS * PIECE_BYTES),
         cut_bytes=ROUNDS_KEPT * 3 * weights,
         training_flops=shape.microbatches * (forward + backward),
         audit_flops=replayed * (role.forwards * forward + role.backwards * backward) + stepped * (forward + backward),

@@ -10,6 +10,7 @@ import pytest
 from model.accounting import stage_flops, stage_parameters
 from model.config import preset
 from model.split import split
+from subnet.trust.audit import POOL
 from subnet.trust.cost import PIECE_PARTS, CostError, Rules, Shape, cost
 from subnet.trust.heads import HEAD_BYTES
 from subnet.trust.ledger import LEAF_BYTES
@@ -46,7 +47,7 @@ def test_a_body_stage_by_hand() -> None:
     weights, boundary = 2 * stage_parameters(SHAPE.model, plan), 8192 * 144 * 2
     tensors = 64 * 4 * boundary
     assert load.pending_bytes == 3 * (3 * weights + tensors)  # (180 + 48) / 160 is 1.4: two, and the open one
-    assert load.picked_bytes == 4 * (2 * 3 * weights + tensors)  # 2 an hour, for two hours
+    assert load.picked_bytes == 4 * (weights + tensors + POOL * PIECE_PARTS * PIECE_BYTES)  # 2 an hour, for two hours
     assert load.cut_bytes == 2 * 3 * weights
     forward, backward = (8192 * flops for flops in stage_flops(SHAPE.model, plan, tokens=8192))
     assert load.training_flops == pytest.approx(1440 * (forward + backward))

@@ -3,25 +3,33 @@
 Nobody knows which windows of a slot an audit will pick before the slot's seed, so until then all of them stay in host
 memory. Once the seed is there only those it picks stay, and of them what it leaves to be asked for, until the round
 after next begins. All of it together keeps within a limit: where windows come faster than seeds, the oldest that no
-seed has picked is given up, which costs the miner that window's evidence and nobody else anything.
+seed has picked is given up, which costs the miner that window's evidence and nobody else anything. What is picked, and
+what a cut was taken from, lies on disk as soon as it is written, so host memory is for what is not picked yet.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
 import torch
 
+from model.checkpoint import CheckpointError
 from neurons.exchange import Desk
 from neurons.kept import Cut, KeptWindow, PickedWindow, Provable, State, Vector, unit_tensors
 from neurons.quota import Audience
+from neurons.shelf import Shelf
+from neurons.stores import StoreError
 from subnet.messages import StatePart
 from subnet.trust.audit import UnitTensors
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Evidence, UnitKey
 from subnet.trust.quota import ROUNDS_KEPT
+
+log = logging.getLogger("orion.neurons.archive")
 
 Pick = Callable[[Iterable[WindowHead]], Mapping[int, Sequence[int]]]
 """From the heads of a round to the windows of one slot that its seed picks, by version, each with the pieces of its
@@ -56,8 +64,14 @@ class RoundArchive:
     the slot's seed picks among them.
     """
 
-    def __init__(self, tally: Tally | None = None, *, grown: Callable[[], None] = lambda: None) -> None:
-        """`grown` is called when there is more of it."""
+    def __init__(
+        self,
+        tally: Tally | None = None,
+        *,
+        grown: Callable[[], None] = lambda: None,
+        thinned: Callable[[int, PickedWindow], None] = lambda _version, _window: None,
+    ) -> None:
+        """`grown` is called when there is more of it, `thinned` with a window that a seed has picked."""
         self.windows: dict[int, KeptWindow] = {}
         """Those whose slots' seeds are not known, by version, oldest first."""
         self.picked: dict[int, PickedWindow | None] = {}
@@ -72,6 +86,7 @@ class RoundArchive:
         """Bytes of deltas that were packed before, by version and rounds merged into what they are taken from."""
         self._tally = tally or Tally()
         self._grown = grown
+        self._thinned = thinned
         self._versions: dict[UnitKey, int] = {}
         self._open: int | None = None
         self._hashing: dict[int, int] = {}
@@ -138,8 +153,16 @@ class RoundArchive:
         self._tally.take(cut.tensors())
         self._grown()
 
+    def recall(self, windows: Mapping[int, PickedWindow], cut: Cut) -> None:
+        """What was put on disk before a restart: windows by version, and what the cut was taken from."""
+        for version, window in windows.items():
+            self.picked[version] = window
+            self._versions |= dict.fromkeys(window.units, version)
+        self.keep_cut(cut)
+
     def restore(self, evidence: Evidence) -> None:
-        """Of a round that ended before a restart only the tables are here: what its seeds pick is known, and lost."""
+        """Of a round that ended before a restart the tables are here, and what was on disk: other windows that its
+        seeds pick are lost."""
         self.evidence, self._heads = evidence, list(evidence.heads)
         self.reach(math.inf)
 
@@ -154,6 +177,16 @@ class RoundArchive:
         if version is not None:
             self._drop(version)
         return version
+
+    def put_away(self, version: int, window: PickedWindow | None) -> None:
+        """A picked window lies on disk; or, without one there, it is given up."""
+        held = self.picked[version]
+        assert held is not None  # noqa: S101 - it was put away
+        self.picked[version] = window
+        self._tally.leave(held.tensors())
+        if window is None:
+            for key in held.units:
+                del self._versions[key]
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -184,6 +217,7 @@ class RoundArchive:
         self.picked[version] = thin
         self._tally.take(thin.tensors())
         self._tally.leave(whole.tensors())
+        self._thinned(version, thin)
 
     def _drop(self, version: int) -> None:
         window = self.windows.pop(version)
@@ -221,31 +255,52 @@ class RoundArchive:
 
 
 class Archive:
-    """The rounds a miner still answers for, within `limit` bytes of tensors."""
+    """The rounds a miner still answers for, within `limit` bytes of tensors in host memory.
+
+    What is picked goes to the `shelf`, in the background and one after the other; without one it stays in memory.
+    """
 
     def __init__(
-        self, *, limit: float = math.inf, given_up: Callable[[int, int], None] = lambda _number, _version: None
+        self,
+        *,
+        limit: float = math.inf,
+        shelf: Shelf | None = None,
+        given_up: Callable[[int, int], None] = lambda _number, _version: None,
+        lost: Callable[[int, int | None, str], None] = lambda _number, _version, _reason: None,
     ) -> None:
-        """`given_up` hears of the first window of each round that had to go: (round, version)."""
+        """`given_up` hears of the first window of each round that had to go before its seed: (round, version); `lost`
+        of a picked one, or of a cut (None), that could not be put away, and why."""
         self._limit = limit
+        self._shelf = shelf
         self._given_up = given_up
+        self._lost = lost
         self._tally = Tally()
         self._rounds: dict[int, RoundArchive] = {}
         self._poorer: set[int] = set()
         """Rounds that had to give up a window."""
+        self._working: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+        """To write or delete on the shelf: in the order in which that was asked for."""
 
     @property
     def bytes(self) -> int:
-        """Of all tensors held."""
+        """Of all tensors held in host memory."""
         return self._tally.bytes
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return 0 if self._shelf is None else self._shelf.bytes
 
     def open(self, number: int) -> RoundArchive:
         """A round's archive; those too old to be asked for are forgotten."""
         if number not in self._rounds:
-            self._rounds[number] = RoundArchive(self._tally, grown=self._grown)
-        for old in [held for held in self._rounds if held <= number - ROUNDS_KEPT]:
-            self._rounds.pop(old).clear()
-            self._poorer.discard(old)
+            held = RoundArchive(
+                self._tally,
+                grown=self._grown,
+                thinned=lambda version, window: self._put_away(number, version, window),
+            )
+            self._rounds[number] = held
+        self._forget(number - ROUNDS_KEPT)
         return self._rounds[number]
 
     def get(self, number: int) -> RoundArchive | None:
@@ -256,6 +311,40 @@ class Archive:
         """Number of the newest round, -1 before the first."""
         return max(self._rounds, default=-1)
 
+    def cut_is_whole(self, number: int) -> None:
+        """All that the cut of a round was taken from is here, and nothing of it is still to be changed."""
+        if self._shelf is not None:
+            self._start(self._write_cut(self._shelf, number, self._rounds[number].cut))
+
+    async def recall(self, number: int | None) -> None:
+        """Find again what an earlier life put away of round `number`; what it left of others goes. Raises
+        `StoreError`."""
+        if self._shelf is None:
+            return
+        async with self._turn:
+            await self._shelf.forget(lambda other: other != number)
+            if number is not None:
+                self.open(number).recall(*await self._shelf.find(number))
+
+    async def settle(self) -> None:
+        """Until everything lies where it belongs."""
+        while self._working:
+            await asyncio.gather(*self._working)
+
+    async def close(self) -> None:
+        """Nobody asks any more: let go of everything, on disk too."""
+        self._forget(self.newest)
+        await self.settle()
+
+    def _forget(self, newest: int) -> None:
+        """All rounds up to this one."""
+        old = [number for number in self._rounds if number <= newest]
+        for number in old:
+            self._rounds.pop(number).clear()
+            self._poorer.discard(number)
+        if old and self._shelf is not None:
+            self._start(self._clear_shelf(self._shelf, newest))
+
     def _grown(self) -> None:
         for number in sorted(self._rounds):
             while self._tally.bytes > self._limit:
@@ -265,3 +354,47 @@ class Archive:
                 if number not in self._poorer:
                     self._poorer.add(number)
                     self._given_up(number, version)
+
+    # -- the shelf --------------------------------------------------------------------------------------------------
+
+    def _put_away(self, number: int, version: int, window: PickedWindow) -> None:
+        if self._shelf is not None:
+            self._start(self._write_window(self._shelf, number, version, window))
+
+    async def _write_window(self, shelf: Shelf, number: int, version: int, window: PickedWindow) -> None:
+        async with self._turn:
+            held = self._rounds.get(number)
+            if held is None or held.picked.get(version) is not window:
+                return
+            try:
+                written: PickedWindow | None = await shelf.put_window(number, version, window)
+            except (StoreError, CheckpointError) as error:
+                self._lost(number, version, str(error))
+                written = None
+            if held.picked.get(version) is window:
+                held.put_away(version, written)
+
+    async def _write_cut(self, shelf: Shelf, number: int, cut: Cut) -> None:
+        async with self._turn:
+            held = self._rounds.get(number)
+            if held is None or held.cut is not cut:
+                return
+            try:
+                written = await shelf.put_cut(number, cut)
+            except (StoreError, CheckpointError) as error:
+                self._lost(number, None, str(error))
+                written = Cut()
+            if held.cut is cut:
+                held.keep_cut(written)
+
+    async def _clear_shelf(self, shelf: Shelf, newest: int) -> None:
+        async with self._turn:
+            try:
+                await shelf.forget(lambda number: number <= newest)
+            except StoreError as error:
+                log.error("evidence that nobody asks for stays: %s", error)  # noqa: TRY400 - a line for a person
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)

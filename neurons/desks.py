@@ -203,7 +203,8 @@ class EvidenceDesk:
             ]
             reply = StatePieces(sizes=[piece.numel() for piece in data], hashes=[len(proof) for proof in proofs])
             hashes = byte_tensor(b"".join(chain.from_iterable(proofs))).view(-1, HASH_BYTES)
-            return self._give(visit, reply, {"data": torch.cat(data, dim=1), "proof": hashes})
+            joined = await asyncio.to_thread(torch.cat, data, 1)  # may have to be read from disk
+            return self._give(visit, reply, {"data": joined, "proof": hashes})
 
     async def unit(self, caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         visit = self._visit(caller, request)
@@ -216,10 +217,11 @@ class EvidenceDesk:
         visit.require_picked(leaf.version)
         unit = visit.known(visit.held.unit(key), leaf.version)
         with self._uplink.working(caller):
-            tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
-            return self._give(
-                visit, Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
-            )
+            named = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
+            tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+            self._require(visit, sum(tensor.nbytes for tensor in tensors.values()))
+            read = await asyncio.to_thread(lambda: {name: tensor.clone() for name, tensor in tensors.items()})
+            return self._give(visit, Tensors(), read)
 
 
 class PushDesk:

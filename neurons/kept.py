@@ -2,6 +2,7 @@
 
 The units are replayed from the weights that the window began with, so those stay whole. Of the other states only pieces
 are ever looked at, and the seed names which: they stay, with the hashes that lead from them to the roots in the head.
+What has been put on disk (`neurons/shelf.py`) is mapped, and takes no host memory that the system could not take back.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class Provable(Protocol):
 class Vector:
     """Flat fp32 values, (n,) in host memory, that evidence names by the root of their tree. Not to be written to."""
 
-    def __init__(self, values: torch.Tensor) -> None:
+    def __init__(self, values: torch.Tensor, tree: Tree | None = None) -> None:
+        """`tree` is that of the values, where it is known."""
         self.values = values
-        self._tree: Tree | None = None
+        self._tree = tree
         self._hashing = threading.Lock()
 
     def tree(self) -> Tree:
@@ -159,6 +161,8 @@ class PickedWindow:
     """That it began with, fp32 (n,)."""
     parts: Mapping[StatePart, Pieces]
     units: Mapping[UnitKey, UnitTensors]
+    mapped: bool = False
+    """Whether it lies on disk."""
 
     @classmethod
     def of(cls, window: KeptWindow, pool: Sequence[int]) -> PickedWindow:
@@ -177,7 +181,9 @@ class PickedWindow:
         return cls(opening.weights.values, parts, window.units)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Everything it holds."""
+        """Everything it holds in host memory."""
+        if self.mapped:
+            return
         yield self.weights
         for pieces in self.parts.values():
             yield from (pieces.data, pieces.hashes)
@@ -199,7 +205,16 @@ class Cut:
     """What error feedback owed before it."""
     still_owed: Vector | None = None
     """What it owes after it."""
+    mapped: bool = False
+    """Whether they lie on disk."""
+
+    @property
+    def vectors(self) -> dict[str, Vector]:
+        """Those that there are."""
+        named = {"closing": self.closing, "owed": self.owed, "still_owed": self.still_owed}
+        return {name: vector for name, vector in named.items() if vector is not None}
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        vectors = (self.closing, self.owed, self.still_owed)
-        yield from (vector.values for vector in vectors if vector is not None)
+        """Everything it holds in host memory."""
+        if not self.mapped:
+            yield from (vector.values for vector in self.vectors.values())

@@ -1,8 +1,9 @@
 """How much host memory a miner needs to answer for its work: what `--ring` must be at least.
 
-At worst every picked window of the rounds that are answered for is held with weights of its own, while the windows of a
-slot come and go whole: as many as a seed picks, and the one that is open. Where windows are shorter than slots, a ring
-of this size gives up some before their seed is known; one that holds all windows of a slot gives up none.
+What is picked lies on disk; the windows of a slot come and go whole: as many as a seed picks, which are held until they
+are written, and the one that is open. At the end of a round comes what its cut was taken from, until that is written.
+Where windows are shorter than slots, a ring of this size gives up some before their seed is known; one that holds all
+windows of a slot gives up none.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import math
 
 from model.split import StagePlan
 from neurons.drive import DEPTH_LIMIT_PER_STAGE
-from neurons.slots import slots_of
 from subnet.manifest import Manifest
 from subnet.messages import Shapes
 from subnet.trust.audit import POOL
 from subnet.trust.cost import PIECE_PARTS
-from subnet.trust.quota import ROUNDS_KEPT, Sizes
+from subnet.trust.quota import Sizes
 from subnet.trust.tree import HASH_BYTES, PIECE_BYTES, PROOF_LIMIT, pieces_of
 
 
@@ -44,8 +44,7 @@ def picked_bytes(manifest: Manifest, plan: StagePlan, sizes: Sizes) -> int:
 def least_ring(manifest: Manifest, plan: StagePlan, parameters: int) -> int:
     """Bytes below which a miner of this stage could not show what is picked."""
     sizes = Sizes.of(plan, parameters, Shapes.of(manifest))
-    windows = math.ceil(manifest.audit.windows)
-    picked = ROUNDS_KEPT * (slots_of(manifest) * windows + 1)  # and one before which a merge is taken over
-    cuts = ROUNDS_KEPT * sizes.state  # of three vectors each
-    pending = (windows + 1) * (2 * sizes.state + unit_bytes(manifest, plan, sizes)) + sizes.state // 3
-    return cuts + picked * picked_bytes(manifest, plan, sizes) + pending
+    windows = math.ceil(manifest.audit.windows) + 1  # and one before which a merge is taken over
+    weights, cut = sizes.state // 3, sizes.state  # three vectors
+    pending = (windows + 1) * (2 * sizes.state + unit_bytes(manifest, plan, sizes)) + weights
+    return pending + windows * picked_bytes(manifest, plan, sizes) + cut

@@ -323,14 +323,14 @@ def test_a_ring_that_cannot_hold_what_is_picked_is_refused_by_its_option(tmp_pat
     described = manifest(tiny(), tokens_file(tmp_path, count=2000), stages=2)
     plan = split(described.model.config(), 2)[0]
     least = least_ring(described, plan, VALUES)
-    assert least > 2 * slots_of(described) * THIN
+    assert least > 2 * STATE + THIN
 
     def miner(ring: int) -> Miner:
         node = SimpleNamespace(
-            loaded=SimpleNamespace(manifest=described, run_id=b"run"),
+            loaded=SimpleNamespace(manifest=described, run_id=b"run", digest=bytes(32)),
             plans=[plan],
             parameters=[VALUES],
-            config=SimpleNamespace(ring=ring),
+            config=SimpleNamespace(ring=ring, out=tmp_path, name="miner", evidence_disk=0),
         )
         return Miner(cast("Node", node), keeper=None)  # type: ignore[arg-type]
 

@@ -5,7 +5,8 @@ leaves the old file or the new one, never half of either. The metadata carries t
 hash tree over the tensors in order of name), the manifest's hash, the round, the weight version and whose
 state it is (`subject`); `load` recomputes the digest before it returns anything. The same `content_digest`
 names a stage's weights on chain. `dumps` and `loads` are the same file in memory, `encode` the same in
-pieces for whoever writes it elsewhere; `read_header` tells what a file is from its first bytes.
+pieces for whoever writes it elsewhere; `read_header` tells what a file is from its first bytes. `mapped`
+reads nothing before it is looked at, for readers that prove what they read in another way.
 """
 
 import fcntl
@@ -171,24 +172,8 @@ def loads(
     header = read_header(name, data)
     if header.size != len(data):
         raise CheckpointCorruptError(f"checkpoint {name} has {len(data)} bytes of {header.size}: {_FALL_BACK}")
-    start = header_length(data)
-    held = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)[start:]
-    tensors = {}
-    try:
-        for key, entry in json.loads(data[8:start]).items():
-            if key == "__metadata__":
-                continue
-            dtype, shape = _BY_NAME[entry["dtype"]], [int(length) for length in entry["shape"]]
-            first, last = (int(offset) for offset in entry["data_offsets"])
-            if (
-                (start + first) % dtype.itemsize
-                or min(first, *shape, 0) < 0
-                or last - first != math.prod(shape) * dtype.itemsize
-            ):
-                raise ValueError(f"'{key}' has impossible bounds")
-            tensors[str(key)] = held[first:last].view(dtype).reshape(shape)
-    except (ValueError, KeyError, TypeError) as error:
-        raise _unreadable(name, error) from error
+    held = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+    tensors = _tensors(name, held)
     found = content_digest(tensors)
     if found != header.digest:
         raise CheckpointCorruptError(
@@ -263,6 +248,29 @@ def load(path: Path, *, manifest_hash: str, subject: str | None = None) -> tuple
     return loads(data, manifest_hash, subject=subject, name=str(path))
 
 
+def mapped(path: Path, *, manifest_hash: str, subject: str | None = None) -> dict[str, Tensor]:
+    """`load` of a file that nobody writes to any more, mapped into memory: its bytes are read when they are looked at,
+    and nothing says that they are those which were written. The file may be deleted meanwhile."""
+    if not path.is_file():
+        raise CheckpointMissingError(f"checkpoint {path} does not exist: give the path of a saved checkpoint")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            first += file.read(min(header_length(first), HEADER_LIMIT) - len(first))
+    except OSError as error:
+        raise _unreadable(str(path), error) from error
+    header = read_header(str(path), first)
+    if header.size != size:
+        raise CheckpointCorruptError(f"checkpoint {path} has {size} bytes of {header.size}: {_FALL_BACK}")
+    check_owner(str(path), header, manifest_hash=manifest_hash, subject=subject)
+    try:
+        held = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise _unreadable(str(path), error) from error
+    return _tensors(str(path), held)
+
+
 def header_length(first: bytes | bytearray) -> int:
     """Bytes from the start of a file that `read_header` needs, from its first eight."""
     return 8 + int.from_bytes(first[:8], "little")
@@ -304,6 +312,28 @@ def _parse(name: str, metadata: Mapping[str, str], *, size: int) -> Header:
     if not sealed:
         raise CheckpointCorruptError(f"checkpoint {name} has an altered header: {_FALL_BACK}")
     return header
+
+
+def _tensors(name: str, held: Tensor) -> dict[str, Tensor]:
+    """Views of a whole file, uint8 (size,)."""
+    start = header_length(held[:8].numpy().tobytes())
+    tensors = {}
+    try:
+        for key, entry in json.loads(held[8:start].numpy().tobytes()).items():
+            if key == "__metadata__":
+                continue
+            dtype, shape = _BY_NAME[entry["dtype"]], [int(length) for length in entry["shape"]]
+            first, last = (int(offset) for offset in entry["data_offsets"])
+            if (
+                (start + first) % dtype.itemsize
+                or min(first, *shape, 0) < 0
+                or last - first != math.prod(shape) * dtype.itemsize
+            ):
+                raise ValueError(f"'{key}' has impossible bounds")
+            tensors[str(key)] = held[start + first : start + last].view(dtype).reshape(shape)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unreadable(name, error) from error
+    return tensors
 
 
 def check_owner(name: str, header: Header, *, manifest_hash: str, subject: str | None) -> None:

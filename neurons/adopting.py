@@ -71,7 +71,7 @@ class Adopter:
             if head is None or head.version not in dossier.picked or tried == STEPS_OF_A_REPORT:
                 continue
             pieces = [] if model.piece is None else [model.piece]
-            if any(piece >= self.auditor.pieces_at(dossier.stage) for piece in pieces):
+            if not set(pieces) <= set(self.auditor.pool(dossier, head)):
                 continue
             places = {(head.version, piece) for piece in pieces}
             if model.check is Check.GRADIENT and head.version not in dossier.stepped:

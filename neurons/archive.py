@@ -1,116 +1,39 @@
 """What a miner keeps so that others can check it: tensors of its units, states of its windows, its tables.
 
 Nobody knows which windows of a slot an audit will pick before the slot's seed, so until then all of them stay in host
-memory. Once the seed is there only those it picks stay, until the round after next begins. All of it together keeps
-within a limit: where windows come faster than seeds, the oldest that no seed has picked is given up, which costs the
-miner that window's evidence and nobody else anything.
+memory. Once the seed is there only those it picks stay, and of them what it leaves to be asked for, until the round
+after next begins. All of it together keeps within a limit: where windows come faster than seeds, the oldest that no
+seed has picked is given up, which costs the miner that window's evidence and nobody else anything. What is picked, and
+what a cut was taken from, lies on disk as soon as it is written, so host memory is for what is not picked yet.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
 import torch
 
-from model.engine import StageEngine
-from model.stage import flatten
+from model.checkpoint import CheckpointError
 from neurons.exchange import Desk
+from neurons.kept import Cut, KeptWindow, PickedWindow, Provable, State, Vector, unit_tensors
 from neurons.quota import Audience
+from neurons.shelf import Shelf
+from neurons.stores import StoreError
 from subnet.messages import StatePart
-from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Evidence, UnitKey
-from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
+from subnet.trust.quota import ROUNDS_KEPT
 
-ROUNDS = 2
-"""A round is answered for until so many more have begun."""
+log = logging.getLogger("orion.neurons.archive")
 
-Pick = Callable[[Iterable[WindowHead]], Iterable[WindowHead]]
-"""From the heads of a round to those of one slot that its seed picks."""
-
-
-class Vector:
-    """Flat fp32 values, (n,) in host memory, that evidence names by the root of their tree. Not to be written to."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-        self._tree: Tree | None = None
-        self._hashing = threading.Lock()
-
-    def tree(self) -> Tree:
-        """Hashed when first asked for, in whatever thread that is: about half a second per gigabyte."""
-        with self._hashing:
-            if self._tree is None:
-                self._tree = Tree.of(tensor_bytes(self.values))
-            return self._tree
-
-    def piece(self, index: int) -> torch.Tensor:
-        """Piece `index` of the tree, uint8 (1, size): a view. Raises `IndexError` for one that there is not."""
-        count = pieces_of(self.values.nbytes)
-        if not 0 <= index < count:
-            raise IndexError(f"piece {index} of {count}")
-        return self.values.view(torch.uint8)[index * PIECE_BYTES : (index + 1) * PIECE_BYTES].view(1, -1)
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """A replica between two steps: its weights, (n,), and its optimizer's moments, (2n,)."""
-
-    weights: Vector
-    moments: Vector
-
-    @classmethod
-    def of(cls, engine: StageEngine) -> State:
-        """Copies of what the engine has now."""
-        return cls(Vector(flatten(engine.stage)), Vector(engine.moments()))
-
-
-@dataclass
-class KeptWindow:
-    """What the head of a window names. States that follow each other share what did not change in between."""
-
-    opening: State
-    closing: State | None = None
-    """None while the window is open."""
-    slot: int = 0
-    units: dict[UnitKey, UnitTensors] = field(default_factory=dict)
-    previous: Vector | None = None
-    """The weights that the window before ended with, where a merge was taken over in between."""
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Everything it holds."""
-        for state in (self.opening, self.closing):
-            if state is not None:
-                yield from (state.weights.values, state.moments.values)
-        if self.previous is not None:
-            yield self.previous.values
-        for unit in self.units.values():
-            yield from unit_tensors(unit)
-
-
-def unit_tensors(unit: UnitTensors) -> Iterator[torch.Tensor]:
-    yield from (tensor for tensor in (unit.input, unit.gradient, unit.output) if tensor is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The vectors that the closing of a round names, as far as there are any."""
-
-    closing: Vector | None = None
-    """The weights at the cut."""
-    owed: Vector | None = None
-    """What error feedback owed before it."""
-    still_owed: Vector | None = None
-    """What it owes after it."""
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        vectors = (self.closing, self.owed, self.still_owed)
-        yield from (vector.values for vector in vectors if vector is not None)
+Pick = Callable[[Iterable[WindowHead]], Mapping[int, Sequence[int]]]
+"""From the heads of a round to the windows of one slot that its seed picks, by version, each with the pieces of its
+weights that may be asked for."""
 
 
 class Tally:
@@ -141,12 +64,18 @@ class RoundArchive:
     the slot's seed picks among them.
     """
 
-    def __init__(self, tally: Tally | None = None, *, grown: Callable[[], None] = lambda: None) -> None:
-        """`grown` is called when there is more of it."""
+    def __init__(
+        self,
+        tally: Tally | None = None,
+        *,
+        grown: Callable[[], None] = lambda: None,
+        thinned: Callable[[int, PickedWindow], None] = lambda _version, _window: None,
+    ) -> None:
+        """`grown` is called when there is more of it, `thinned` with a window that a seed has picked."""
         self.windows: dict[int, KeptWindow] = {}
-        """By version, oldest first."""
-        self.picked: set[int] = set()
-        """Versions that their slots' seeds picked, whether or not the windows are still here."""
+        """Those whose slots' seeds are not known, by version, oldest first."""
+        self.picked: dict[int, PickedWindow | None] = {}
+        """Those that their slots' seeds picked, by version; None for one that is not here."""
         self.audience: Audience | None = None
         """Who may ask for how much, once that and all seeds are known."""
         self.cut = Cut()
@@ -157,6 +86,7 @@ class RoundArchive:
         """Bytes of deltas that were packed before, by version and rounds merged into what they are taken from."""
         self._tally = tally or Tally()
         self._grown = grown
+        self._thinned = thinned
         self._versions: dict[UnitKey, int] = {}
         self._open: int | None = None
         self._hashing: dict[int, int] = {}
@@ -223,8 +153,16 @@ class RoundArchive:
         self._tally.take(cut.tensors())
         self._grown()
 
+    def recall(self, windows: Mapping[int, PickedWindow], cut: Cut) -> None:
+        """What was put on disk before a restart: windows by version, and what the cut was taken from."""
+        for version, window in windows.items():
+            self.picked[version] = window
+            self._versions |= dict.fromkeys(window.units, version)
+        self.keep_cut(cut)
+
     def restore(self, evidence: Evidence) -> None:
-        """Of a round that ended before a restart only the tables are here: what its seeds pick is known, and lost."""
+        """Of a round that ended before a restart the tables are here, and what was on disk: other windows that its
+        seeds pick are lost."""
         self.evidence, self._heads = evidence, list(evidence.heads)
         self.reach(math.inf)
 
@@ -235,26 +173,51 @@ class RoundArchive:
 
     def give_up(self) -> int | None:
         """Let go of the oldest window that is closed and not picked; its version, None if there is none."""
-        version = next(
-            (version for version in self.windows if version != self._open and version not in self.picked), None
-        )
+        version = next((version for version in self.windows if version != self._open), None)
         if version is not None:
             self._drop(version)
         return version
+
+    def put_away(self, version: int, window: PickedWindow | None) -> None:
+        """A picked window lies on disk; or, without one there, it is given up."""
+        held = self.picked[version]
+        assert held is not None  # noqa: S101 - it was put away
+        self.picked[version] = window
+        self._tally.leave(held.tensors())
+        if window is None:
+            for key in held.units:
+                del self._versions[key]
 
     def clear(self) -> None:
         """Let go of everything."""
         for version in tuple(self.windows):
             self._drop(version)
+        for version, window in self.picked.items():
+            if window is not None:
+                self._tally.leave(window.tensors())
+                self.picked[version] = None
+        self._versions.clear()
         self.keep_cut(Cut())
 
     def _apply(self) -> None:
         for slot in [slot for slot in self._picks if slot < self._slot and slot not in self._hashing.values()]:
-            chosen = {head.version for head in self._picks.pop(slot)(self._heads)}
-            self.picked |= chosen
+            chosen = self._picks.pop(slot)(self._heads)
             for version, window in tuple(self.windows.items()):
                 if version != self._open and window.slot == slot and version not in chosen:
                     self._drop(version)
+            for version, pool in chosen.items():
+                self._thin(version, pool)
+
+    def _thin(self, version: int, pool: Sequence[int]) -> None:
+        whole = self.windows.pop(version, None)
+        if whole is None:
+            self.picked.setdefault(version, None)
+            return
+        thin = PickedWindow.of(whole, pool)
+        self.picked[version] = thin
+        self._tally.take(thin.tensors())
+        self._tally.leave(whole.tensors())
+        self._thinned(version, thin)
 
     def _drop(self, version: int) -> None:
         window = self.windows.pop(version)
@@ -264,57 +227,80 @@ class RoundArchive:
 
     # -- what is here -----------------------------------------------------------------------------------------------
 
-    def version_of(self, key: UnitKey) -> int | None:
-        """The window that a unit is in; None if it is not here."""
-        return self._versions.get(key)
-
     def unit(self, key: UnitKey) -> UnitTensors | None:
+        """What a unit took and gave; None if it is not here."""
         version = self._versions.get(key)
-        return None if version is None else self.windows[version].units[key]
-
-    def vector(self, version: int, part: StatePart) -> Vector | None:
-        """A part of a window, or of the cut whatever the version; None if it is not here."""
-        window = self.windows.get(version)
-        match part:
-            case "closing" | "owed" | "still_owed":
-                return {"closing": self.cut.closing, "owed": self.cut.owed, "still_owed": self.cut.still_owed}[part]
-            case "previous_weights":
-                return None if window is None else window.previous
-            case "weights" | "optimizer":
-                state = None if window is None else window.opening
-            case "next_weights" | "next_optimizer":
-                state = None if window is None else window.closing
-        if state is None:
+        if version is None:
             return None
-        return state.weights if part in ("weights", "next_weights") else state.moments
+        window = self.windows.get(version) or self.picked.get(version)
+        return None if window is None else window.units[key]
+
+    def weights(self, version: int) -> torch.Tensor | None:
+        """What a picked window began with, fp32 (n,); None if it is not here."""
+        window = self.picked.get(version)
+        return None if window is None else window.weights
+
+    def part(self, version: int, part: StatePart) -> Provable | None:
+        """A part of a picked window, or of the cut whatever the version; None if it is not here."""
+        match part:
+            case "closing":
+                return self.cut.closing
+            case "owed":
+                return self.cut.owed
+            case "still_owed":
+                return self.cut.still_owed
+            case _:
+                window = self.picked.get(version)
+                return None if window is None else window.parts.get(part)
 
 
 class Archive:
-    """The rounds a miner still answers for, within `limit` bytes of tensors."""
+    """The rounds a miner still answers for, within `limit` bytes of tensors in host memory.
+
+    What is picked goes to the `shelf`, in the background and one after the other; without one it stays in memory.
+    """
 
     def __init__(
-        self, *, limit: float = math.inf, given_up: Callable[[int, int], None] = lambda _number, _version: None
+        self,
+        *,
+        limit: float = math.inf,
+        shelf: Shelf | None = None,
+        given_up: Callable[[int, int], None] = lambda _number, _version: None,
+        lost: Callable[[int, int | None, str], None] = lambda _number, _version, _reason: None,
     ) -> None:
-        """`given_up` hears of the first window of each round that had to go: (round, version)."""
+        """`given_up` hears of the first window of each round that had to go before its seed: (round, version); `lost`
+        of a picked one, or of a cut (None), that could not be put away, and why."""
         self._limit = limit
+        self._shelf = shelf
         self._given_up = given_up
+        self._lost = lost
         self._tally = Tally()
         self._rounds: dict[int, RoundArchive] = {}
         self._poorer: set[int] = set()
         """Rounds that had to give up a window."""
+        self._working: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+        """To write or delete on the shelf: in the order in which that was asked for."""
 
     @property
     def bytes(self) -> int:
-        """Of all tensors held."""
+        """Of all tensors held in host memory."""
         return self._tally.bytes
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return 0 if self._shelf is None else self._shelf.bytes
 
     def open(self, number: int) -> RoundArchive:
         """A round's archive; those too old to be asked for are forgotten."""
         if number not in self._rounds:
-            self._rounds[number] = RoundArchive(self._tally, grown=self._grown)
-        for old in [held for held in self._rounds if held <= number - ROUNDS]:
-            self._rounds.pop(old).clear()
-            self._poorer.discard(old)
+            held = RoundArchive(
+                self._tally,
+                grown=self._grown,
+                thinned=lambda version, window: self._put_away(number, version, window),
+            )
+            self._rounds[number] = held
+        self._forget(number - ROUNDS_KEPT)
         return self._rounds[number]
 
     def get(self, number: int) -> RoundArchive | None:
@@ -325,6 +311,40 @@ class Archive:
         """Number of the newest round, -1 before the first."""
         return max(self._rounds, default=-1)
 
+    def cut_is_whole(self, number: int) -> None:
+        """All that the cut of a round was taken from is here, and nothing of it is still to be changed."""
+        if self._shelf is not None:
+            self._start(self._write_cut(self._shelf, number, self._rounds[number].cut))
+
+    async def recall(self, number: int | None) -> None:
+        """Find again what an earlier life put away of round `number`; what it left of others goes. Raises
+        `StoreError`."""
+        if self._shelf is None:
+            return
+        async with self._turn:
+            await self._shelf.forget(lambda other: other != number)
+            if number is not None:
+                self.open(number).recall(*await self._shelf.find(number))
+
+    async def settle(self) -> None:
+        """Until everything lies where it belongs."""
+        while self._working:
+            await asyncio.gather(*self._working)
+
+    async def close(self) -> None:
+        """Nobody asks any more: let go of everything, on disk too."""
+        self._forget(self.newest)
+        await self.settle()
+
+    def _forget(self, newest: int) -> None:
+        """All rounds up to this one."""
+        old = [number for number in self._rounds if number <= newest]
+        for number in old:
+            self._rounds.pop(number).clear()
+            self._poorer.discard(number)
+        if old and self._shelf is not None:
+            self._start(self._clear_shelf(self._shelf, newest))
+
     def _grown(self) -> None:
         for number in sorted(self._rounds):
             while self._tally.bytes > self._limit:
@@ -334,3 +354,47 @@ class Archive:
                 if number not in self._poorer:
                     self._poorer.add(number)
                     self._given_up(number, version)
+
+    # -- the shelf --------------------------------------------------------------------------------------------------
+
+    def _put_away(self, number: int, version: int, window: PickedWindow) -> None:
+        if self._shelf is not None:
+            self._start(self._write_window(self._shelf, number, version, window))
+
+    async def _write_window(self, shelf: Shelf, number: int, version: int, window: PickedWindow) -> None:
+        async with self._turn:
+            held = self._rounds.get(number)
+            if held is None or held.picked.get(version) is not window:
+                return
+            try:
+                written: PickedWindow | None = await shelf.put_window(number, version, window)
+            except (StoreError, CheckpointError) as error:
+                self._lost(number, version, str(error))
+                written = None
+            if held.picked.get(version) is window:
+                held.put_away(version, written)
+
+    async def _write_cut(self, shelf: Shelf, number: int, cut: Cut) -> None:
+        async with self._turn:
+            held = self._rounds.get(number)
+            if held is None or held.cut is not cut:
+                return
+            try:
+                written = await shelf.put_cut(number, cut)
+            except (StoreError, CheckpointError) as error:
+                self._lost(number, None, str(error))
+                written = Cut()
+            if held.cut is cut:
+                held.keep_cut(written)
+
+    async def _clear_shelf(self, shelf: Shelf, newest: int) -> None:
+        async with self._turn:
+            try:
+                await shelf.forget(lambda number: number <= newest)
+            except StoreError as error:
+                log.error("evidence that nobody asks for stays: %s", error)  # noqa: TRY400 - a line for a person
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)

@@ -43,6 +43,7 @@ from subnet.trust.audit import (
     reads_window,
     replays_step,
     select_pieces,
+    select_pool,
     select_units,
     spread,
 )
@@ -409,7 +410,7 @@ class Auditor:
 
     def _pieces(self, facts: RoundFacts, dossier: Dossier, head: WindowHead, what: str, count: int) -> tuple[int, ...]:
         return select_pieces(
-            self.pieces_at(dossier.stage),
+            self.pool(dossier, head),
             secret=facts.secret,
             seed=dossier.picked[head.version],
             hotkey=dossier.hotkey,
@@ -417,9 +418,10 @@ class Auditor:
             count=count,
         )
 
-    def pieces_at(self, stage: int) -> int:
-        """Pieces of a stage's weights."""
-        return pieces_of(4 * self._parameters[stage])
+    def pool(self, dossier: Dossier, head: WindowHead) -> tuple[int, ...]:
+        """The pieces of a picked window's weights that a miner must be able to show."""
+        total, seed = pieces_of(4 * self._parameters[dossier.stage]), dossier.picked[head.version]
+        return select_pool(total, seed=seed, hotkey=dossier.hotkey, version=head.version)
 
     def _judge(self, facts: RoundFacts, dossier: Dossier) -> StepJudge:
         return StepJudge(

@@ -41,6 +41,8 @@ class NeuronConfig:
     """Bits per second that the machine can send."""
     ring: int
     """Bytes of host memory for what a miner may have to show of its work."""
+    evidence_disk: int
+    """Bytes of disk, in `out`, for what seeds have picked of that."""
     link: Link | None = None
     """The link to imitate between this node and all others."""
 
@@ -87,6 +89,12 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
         metavar="16gb",
         help="a miner's host memory for states and tensors that audits may ask for (default: 16gb)",
     )
+    machine.add_argument(
+        "--evidence-disk",
+        default="100gb",
+        metavar="100gb",
+        help="a miner's disk, under --out, for what audits have picked of that (default: 100gb)",
+    )
     emulated = parser.add_argument_group("emulated link (for tests)")
     emulated.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
     emulated.add_argument("--bandwidth", default=None, metavar="200mbit", help="up and down each (default: no limit)")
@@ -95,6 +103,7 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     try:
         link = Link.parse(latency=flags.latency, bandwidth=flags.bandwidth, loss=flags.loss)
         uplink, ring = parse_bandwidth("uplink", flags.uplink), parse_size("ring", flags.ring)
+        evidence_disk = parse_size("evidence-disk", flags.evidence_disk)
     except QuantityError as error:
         parser.error(str(error))
     return NeuronConfig(
@@ -115,5 +124,6 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
         threads=flags.threads,
         uplink=uplink,
         ring=ring,
+        evidence_disk=evidence_disk,
         link=link,
     )

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 import torch
 
-from neurons.archive import Archive, RoundArchive, Vector
+from neurons.archive import Archive, RoundArchive
 from neurons.exchange import Desk
+from neurons.kept import NotNamedError, Provable
 from neurons.library import Library
 from neurons.node import Node
 from neurons.pipeline import StageWorker
@@ -56,8 +57,12 @@ class _Visit:
     desk: Desk
     audience: Audience
 
-    def vector(self, version: int, part: StatePart) -> Vector:
-        found = self.held.vector(version, part)
+    def weights(self, version: int) -> torch.Tensor:
+        self.require_picked(version)
+        return self.known(self.held.weights(version), version)
+
+    def part(self, version: int, part: StatePart) -> Provable:
+        found = self.held.part(version, part)
         if part in ("closing", "owed", "still_owed"):
             if found is None:
                 raise Dropped(f"round {self.request.round} has no {part} here", "ask for what its closing names")
@@ -84,7 +89,8 @@ class _Visit:
 class EvidenceDesk:
     """Serves what the archive holds: a merge's pieces to siblings, evidence to validators and joiners.
 
-    Evidence is that of picked windows, once their round is closed and it is known who watches it, within quotas.
+    Evidence is that of picked windows, of their states the pieces that seeds name, once their round is closed and it is
+    known who watches it, within quotas.
     """
 
     def __init__(self, run: bytes, archive: Archive, library: Library, uplink: Uplink) -> None:
@@ -165,7 +171,7 @@ class EvidenceDesk:
 
     async def window(self, caller: str, request: WindowRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         visit = self._visit(caller, request)
-        weights = visit.vector(request.version, "weights")
+        weights = visit.weights(request.version)
         with self._uplink.working(caller):
             base = self._library.theta(request.held)
             if base is None:
@@ -174,26 +180,31 @@ class EvidenceDesk:
                 )
             self._require(visit, visit.held.packed.get((request.version, request.held), 1))
             async with self._encoding:
-                data = await asyncio.to_thread(delta.encode, weights.values, base)
+                data = await asyncio.to_thread(delta.encode, weights, base)
             visit.held.packed[request.version, request.held] = len(data)
             return self._give(visit, WeightsDelta(size=len(data)), {"delta": byte_tensor(data).view(1, -1)})
 
     async def state(self, caller: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         visit = self._visit(caller, request)
-        vectors = [visit.vector(request.version, part) for part in request.parts]
+        vectors = [visit.part(request.version, part) for part in request.parts]
         data: list[torch.Tensor] = []
         for part, vector, index in zip(request.parts, vectors, request.pieces, strict=True):
             try:
                 data.append(vector.piece(index))
             except IndexError as error:
                 raise MalformedRequest(f"{part}: {error}", "take the sizes from the run's plan") from None
+            except NotNamedError as error:
+                raise NotPicked(f"{part} of window {request.version}: {error}", "ask for those") from None
         with self._uplink.working(caller):
             self._require(visit, sum(piece.numel() for piece in data))
-            trees = [await asyncio.to_thread(vector.tree) for vector in vectors]
-            proofs = [tree.proof(index) for tree, index in zip(trees, request.pieces, strict=True)]
+            proofs = [
+                await asyncio.to_thread(vector.proof, index)
+                for vector, index in zip(vectors, request.pieces, strict=True)
+            ]
             reply = StatePieces(sizes=[piece.numel() for piece in data], hashes=[len(proof) for proof in proofs])
             hashes = byte_tensor(b"".join(chain.from_iterable(proofs))).view(-1, HASH_BYTES)
-            return self._give(visit, reply, {"data": torch.cat(data, dim=1), "proof": hashes})
+            joined = await asyncio.to_thread(torch.cat, data, 1)  # may have to be read from disk
+            return self._give(visit, reply, {"data": joined, "proof": hashes})
 
     async def unit(self, caller: str, request: UnitRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         visit = self._visit(caller, request)
@@ -206,10 +217,11 @@ class EvidenceDesk:
         visit.require_picked(leaf.version)
         unit = visit.known(visit.held.unit(key), leaf.version)
         with self._uplink.working(caller):
-            tensors = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
-            return self._give(
-                visit, Tensors(), {name: tensor for name, tensor in tensors.items() if tensor is not None}
-            )
+            named = {"input": unit.input, "gradient": unit.gradient, "output": unit.output}
+            tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+            self._require(visit, sum(tensor.nbytes for tensor in tensors.values()))
+            read = await asyncio.to_thread(lambda: {name: tensor.clone() for name, tensor in tensors.items()})
+            return self._give(visit, Tensors(), read)
 
 
 class PushDesk:

@@ -56,7 +56,7 @@ from subnet.trust.ledger import (
     digest,
 )
 from subnet.trust.quota import RETRIES, Sizes, joiners_part, least_rate, validators_part
-from subnet.trust.tree import PIECE_BYTES, PROOF_LIMIT, pieces_of, proven
+from subnet.trust.tree import PIECE_BYTES, PIECE_VALUES, PROOF_LIMIT, pieces_in, pieces_of, proven
 
 log = logging.getLogger("orion.neurons.fetching")
 
@@ -66,8 +66,6 @@ CALL_DEADLINE = 10.0
 """Seconds for one call, besides the transfer. A call that gets no answer is tried again within `PATIENCE`."""
 PAUSE = 0.2
 LONGEST_PAUSE = 5.0
-PIECE_VALUES = PIECE_BYTES // 4
-"""fp32 values in a piece of a state."""
 TRY_AGAIN = (Busy, Unavailable, Unreachable)
 
 
@@ -94,11 +92,6 @@ class NamedState:
     def size(self, index: int) -> int:
         """Bytes of piece `index`."""
         return min(PIECE_BYTES, 4 * self.values - index * PIECE_BYTES)
-
-
-def pieces_in(span: range) -> range:
-    """The pieces in which values lie."""
-    return range(span.start // PIECE_VALUES, (span.stop - 1) // PIECE_VALUES + 1)
 
 
 class Source:

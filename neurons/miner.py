@@ -18,18 +18,20 @@ import sys
 from neurons.archive import Archive
 from neurons.desks import EvidenceDesk, PushDesk
 from neurons.joining import Joiner
-from neurons.keeper import Keeper
+from neurons.keeper import Keeper, KeptCut
 from neurons.library import Library
 from neurons.node import Node, NodeError, main
 from neurons.quota import Uplink
 from neurons.ring import least_ring
 from neurons.rounds import BehindError, RoundMachine, traffic
-from neurons.telemetry import NodeFinished, StateChanged, WindowGivenUp
+from neurons.shelf import Shelf
+from neurons.stores import StoreError
+from neurons.telemetry import EvidenceLost, NodeFinished, StateChanged, WindowGivenUp
 from neurons.vault import Vault
 from subnet.quantities import written
 from subnet.swarm.record import DEVICE_SHIFT, Flags, Phase, Record
 from subnet.swarm.roster import NO_WEIGHTS, Roster, Standing
-from subnet.trust.quota import LEAST_UPLINK
+from subnet.trust.quota import LEAST_UPLINK, ROUNDS_KEPT
 from subnet.trust.tolerance import Device
 
 log = logging.getLogger("orion.neurons.miner")
@@ -51,7 +53,9 @@ class Miner:
         self._node = node
         self._desk_type, self._machine_type = desk, machine
         self._keeper = keeper
-        self._archive = Archive(limit=node.config.ring, given_up=self._give_up)
+        config = node.config
+        shelf = Shelf(config.out, config.name, manifest_hash=node.loaded.digest.hex(), limit=config.evidence_disk)
+        self._archive = Archive(limit=config.ring, shelf=shelf, given_up=self._give_up, lost=self._lose)
         self._library = Library(node.loaded.run_id)
         self._pushes = PushDesk()
         self._machine: RoundMachine | None = None
@@ -78,13 +82,14 @@ class Miner:
             cut = await self._keeper.last_cut()
             if cut is not None:
                 await self._take_stage(cut.stage)
+            await self._recall(None if cut is None else cut.round)
             kept = self._machine.kept_round if self._machine is not None else None
             announced = await node.publish(self._record()) if kept is None else None
             roster = await node.enter()
             # Who was not there when the round began sits the rest of it out: its siblings have its work already.
             late = announced is None or announced > roster.block
-            if kept is not None:
-                await self._resume()
+            if cut is not None and (kept is not None or roster.round < cut.round + ROUNDS_KEPT):
+                await self._resume(cut)
             while not self._over(roster):
                 await self._live(roster, late=late)
                 late = False
@@ -134,14 +139,23 @@ class Miner:
             log.warning("%s", error)
             await joiner.catch_up(roster, counts=True)
 
-    async def _resume(self) -> None:
-        """Go on with the merge that was under way at a kill. Its records stay on chain: no other is published first."""
-        machine = self._machine
-        if machine is None or machine.kept_round is None:
+    async def _recall(self, number: int | None) -> None:
+        """Find the evidence of the round that was cut before a restart."""
+        try:
+            await self._archive.recall(number)
+        except StoreError as error:
+            raise NodeError(str(error)) from error
+
+    async def _resume(self, cut: KeptCut) -> None:
+        """Go on with the merge that was under way at a kill, and answer for its round. Its records stay on chain: no
+        other is published first."""
+        machine, roster = self._machine, self._node.history.roster(cut.round)
+        if machine is None or roster is None or roster.stage_of(self._node.identity.hotkey) != machine.stage:
             return
-        cut = self._node.history.roster(machine.kept_round)
-        if cut is not None and cut.stage_of(self._node.identity.hotkey) == machine.stage:
-            machine.resume_merge(cut, (await self._node.chain.finalized()).number)
+        if machine.kept_round is None:
+            machine.answer_for(roster, cut)
+        else:
+            machine.resume_merge(roster, (await self._node.chain.finalized()).number)
 
     async def _stand_by(self, roster: Roster) -> None:
         """Show a sign of life, and what state is here: a stage that lost its replicas may restart from it."""
@@ -196,6 +210,11 @@ class Miner:
             written(self._node.config.ring),
         )
 
+    def _lose(self, number: int, version: int | None, reason: str) -> None:
+        self._node.telemetry.emit(EvidenceLost(round=number, version=version, reason=reason))
+        what = "what its cut was taken from" if version is None else f"window {version}"
+        log.error("round %d: %s cannot be shown: %s", number, what, reason)
+
     # -- the end --------------------------------------------------------------------------------------------------
 
     async def _finish(self, roster: Roster) -> None:
@@ -205,6 +224,7 @@ class Miner:
         if self._machine is not None:
             await self._machine.settle_all()
         await node.wait(roster.block + max(0, marks.merge - marks.length) + marks.linger)
+        await self._archive.close()
         node.telemetry.emit(traffic(node))
         if node.flags & Flags.LEAVING:
             node.telemetry.emit(StateChanged(round=roster.round, state="left", stage=None, reason="as asked"))

@@ -21,13 +21,14 @@ import torch
 
 from model.data import Corpus
 from model.engine import StageEngine
-from neurons.archive import RoundArchive, State
+from neurons.archive import RoundArchive
 from neurons.compute import ComputeThread, Lane
 from neurons.delivery import RETRY_PAUSE, Delivery
 from neurons.door import Door
 from neurons.drive import Driver
 from neurons.filter import Filter
 from neurons.heads import Heads
+from neurons.kept import State
 from neurons.telemetry import LocalStep, Telemetry, TrainingClosed
 from neurons.training import OpenInput, TrainingRound
 from neurons.windows import UNWITNESSED, Change, Changes, Opened, Stepped, Windows, Witness

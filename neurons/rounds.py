@@ -21,11 +21,12 @@ import torch
 from model.accounting import total_parameters
 from model.engine import Recompute, StageEngine
 from model.stage import build_stage, flatten, unflatten
-from neurons.archive import Archive, RoundArchive, Vector
+from neurons.archive import Archive, RoundArchive
 from neurons.download import forget
 from neurons.exchange import Desk
 from neurons.journal import Journal
 from neurons.keeper import Keeper, KeptCut
+from neurons.kept import Vector
 from neurons.library import Library
 from neurons.merging import merge
 from neurons.node import CHAIN_STALL, Node
@@ -299,9 +300,17 @@ class RoundMachine:
             evidence = replace(evidence, closing=closing)
         self.engine.replace_weights(self.replica.cut(roster.round, sent, feedback))
         held.evidence, held.desk = evidence, Desk(self._node.identity.hotkey, pieces, evidence=evidence.root)
+        self._archive.cut_is_whole(roster.round)
         optimizer = {name: tensor for name, tensor in self.engine.state().items() if not name.startswith(WEIGHTS)}
+        config, archive = self._node.config, self._archive
         self._node.telemetry.emit(
-            EvidenceHeld(round=roster.round, bytes=self._archive.bytes, ring=self._node.config.ring)
+            EvidenceHeld(
+                round=roster.round,
+                bytes=archive.bytes,
+                ring=config.ring,
+                bytes_on_disk=archive.bytes_on_disk,
+                disk=config.evidence_disk,
+            )
         )
         await self._keeper.keep_cut(self.stage, roster.round, self.replica, pieces, evidence, optimizer)
         record = replace(self.state_record, round=roster.round, work=len(evidence.leaves))
@@ -336,16 +345,21 @@ class RoundMachine:
         if cut is None or self.replica.pending is None or self.replica.pending.round != roster.round:
             return
         terms = self._terms(roster)
+        desk = self.answer_for(roster, cut)
+        if block < terms.marks.have - terms.marks.margin:
+            record = replace(self.state_record, round=roster.round, work=len(cut.evidence.leaves))
+            self._voting = {roster.round}
+            self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, desk, record))
+        else:
+            self.watch(roster, end=block + terms.marks.merge - terms.marks.have)
+
+    def answer_for(self, roster: Roster, cut: KeptCut) -> Desk:
+        """Show again, after a restart, what is left of the round that was cut before it."""
         held = self._archive.open(roster.round)
         held.restore(cut.evidence)
         held.desk = Desk(self._node.identity.hotkey, cut.pieces, evidence=cut.evidence.root)
         self._pick(roster, held, lambda: 0)
-        if block < terms.marks.have - terms.marks.margin:
-            record = replace(self.state_record, round=roster.round, work=len(cut.evidence.leaves))
-            self._voting = {roster.round}
-            self._merges[roster.round] = asyncio.create_task(self._merge(roster, terms, held.desk, record))
-        else:
-            self.watch(roster, end=block + terms.marks.merge - terms.marks.have)
+        return held.desk
 
     def forget(self, number: int) -> None:
         """A merge that brought nothing may be tried again."""

@@ -18,19 +18,14 @@ from model.engine import replay_gradient
 from model.optimizer import OptimizerConfig
 from model.stage import Stage, assign_flat
 from neurons.bench import Unit
-from neurons.fetching import PIECE_VALUES, NamedState, Source
+from neurons.fetching import NamedState, Source
 from subnet.swarm.merge import taken_over
 from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.heads import WindowHead
-from subnet.trust.step import Stretch, Values, entered, gradient_error, step_error
+from subnet.trust.step import Stretch, Values, entered, gradient_error, spans_of, step_error
 
 PIECES = 2
 """Looked at where the whole gradient is replayed, which costs far more than they do; else one is."""
-
-
-def span_of(piece: int, parameters: int) -> range:
-    """The values in a piece of a stage's flat weights."""
-    return range(piece * PIECE_VALUES, min((piece + 1) * PIECE_VALUES, parameters))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +41,7 @@ class Shown:
 async def show(source: Source, head: WindowHead, piece: int, *, stage: Stage, config: OptimizerConfig) -> Shown:
     """A piece of weights and moments on both sides of a window's step, in one call. Raises `Withheld`."""
     count = sum(parameter.numel() for parameter in stage.parameters())
-    span = span_of(piece, count)
-    later = range(count + span.start, count + span.stop)
+    span, later = spans_of(piece, count)
     weights, moments = NamedState("weights", head.weights, count), NamedState("optimizer", head.optimizer, 2 * count)
     after, moved = (
         NamedState("next_weights", head.next_weights, count),
@@ -64,7 +58,7 @@ async def moved(
     """Whether a window begins with what its replica's weights became when the state that they started from, `start`,
     became `target` (fp32 (n,) each), in one piece. `before` is the window before. Raises `Withheld`."""
     count = target.numel()
-    span = span_of(piece, count)
+    span, _ = spans_of(piece, count)
     named = [
         NamedState("previous_weights", before.next_weights, count),
         NamedState("weights", head.weights, count),

@@ -129,12 +129,24 @@ class WindowGivenUp:
 
 
 @dataclass(frozen=True, slots=True)
+class EvidenceLost:
+    """A picked window, or without a version what the cut was taken from, could not be put on disk, so it cannot be
+    shown."""
+
+    round: int
+    version: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class EvidenceHeld:
-    """Bytes of host memory in which a miner answers for its rounds, at the cut of this one."""
+    """Bytes of host memory and of disk in which a miner answers for its rounds, at the cut of this one."""
 
     round: int
     bytes: int
     ring: int
+    bytes_on_disk: int
+    disk: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +399,7 @@ Event = (
     | Quarantined
     | TrainingClosed
     | WindowGivenUp
+    | EvidenceLost
     | EvidenceHeld
     | RecordPublished
     | Merged

@@ -17,7 +17,8 @@ import torch
 
 from model.engine import StageEngine, StepReport
 from model.stage import flatten
-from neurons.archive import RoundArchive, State, Vector
+from neurons.archive import RoundArchive
+from neurons.kept import State, Vector
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Direction, Leaf, Ledger, units_hash

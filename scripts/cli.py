@@ -86,6 +86,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--up", default="856mbit", help="a miner's uplink (default: 856mbit)")
     plan.add_argument("--down", default="1322mbit", help="a validator's downlink (default: 1322mbit)")
     plan.add_argument("--host-gb", type=float, default=200.0, help="a miner's host memory, 10^9 bytes (default: 200)")
+    plan.add_argument("--disk-gb", type=float, default=1000.0, help="a miner's disk, 10^9 bytes (default: 1000)")
     run = plan.add_argument_group("the run")
     run.add_argument("--sequence", type=int, default=8192, help="tokens in a sequence (default: 8192)")
     run.add_argument("--batch", type=int, default=1, help="sequences in a microbatch (default: 1)")

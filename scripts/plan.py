@@ -15,11 +15,11 @@ from model.accounting import FORMULA, PEAK_FLOPS, total_parameters, training_flo
 from model.config import ConfigError, preset
 from subnet.metagraph import BLOCK_SECONDS
 from subnet.quantities import QuantityError, parse_bandwidth
-from subnet.trust.cost import HOUR, Cost, CostError, Rules, Shape, cost
-from subnet.trust.quota import UPLINK_SHARE
+from subnet.trust.cost import HOUR, QUANTILE, Cost, CostError, Rules, Shape, cost
+from subnet.trust.quota import ROUNDS_KEPT, UPLINK_SHARE
 
 GB = 1e9
-COLUMNS = ("pending", "picked", "cuts", "to train", "evidence", "weights")
+COLUMNS = ("pending", "cut", "picked", "cuts", "to train", "evidence", "weights")
 
 
 class PlanError(ValueError):
@@ -38,6 +38,7 @@ class PlanOptions:
     up: str
     down: str
     host_gb: float
+    disk_gb: float
     sequence: int
     batch: int
     accumulation: int
@@ -121,10 +122,17 @@ def make_plan(options: PlanOptions) -> AuditPlan:
     limits = (
         Limit(
             name="evidence in a miner's host memory",
-            needed=whole.largest.kept_bytes / GB,
+            needed=whole.largest.host_bytes / GB,
             available=options.host_gb,
             unit="GB",
-            option="--slot-blocks, --windows or --accumulation",
+            option="--slot-blocks or --accumulation",
+        ),
+        Limit(
+            name="evidence on a miner's disk",
+            needed=whole.fullest.disk_bytes / GB,
+            available=options.disk_gb,
+            unit="GB",
+            option="--windows or --round-minutes",
         ),
         Limit(
             name="evidence on a miner's uplink",
@@ -189,6 +197,7 @@ def facts(options: PlanOptions, plan: AuditPlan) -> dict[str, object]:
             "microbatch_seconds": plan.shape.microbatch_seconds,
             "window_seconds": plan.shape.window_seconds,
             "windows_picked_per_hour": whole.picked_per_hour,
+            "windows_kept": whole.picked_kept,
             "flops_share": whole.flops_share,
             "bytes_share": whole.bytes_share,
             "bytes_per_hour": whole.audit_bytes,
@@ -214,11 +223,12 @@ def text(options: PlanOptions, plan: AuditPlan) -> Iterator[str]:
         f"audits: {whole.picked_per_hour:.2g} windows per miner and hour, {options.share:.2%} of units and "
         f"{options.steps:.0%} of picked steps replayed, by {options.validators} validators in sum"
     )
+    yield f"room for {whole.picked_kept} picked windows: as many as {QUANTILE:.1%} of {ROUNDS_KEPT} rounds have at most"
     yield ""
-    yield f"{'':>5} {'':>12} {'kept in host memory, GB':>29} {'sent, GB per hour':>29}"
+    yield f"{'':>5} {'':>12} {'in host memory, GB':>19} {'on disk, GB':>19} {'sent, GB per hour':>29}"
     yield " ".join((f"{'stage':>5} {'parameters':>12}", *map("{:>9}".format, COLUMNS)))
     for stage in whole.stages:
-        kept = (stage.pending_bytes, stage.picked_bytes, stage.cut_bytes)
+        kept = (stage.pending_bytes, stage.cut_bytes, stage.picked_bytes, stage.cuts_bytes)
         sent = (stage.training_bytes, stage.audit_bytes, stage.weight_bytes)
         numbers = [f"{number / GB:>9.1f}" for number in (*kept, *sent)]
         yield " ".join((f"{stage.stage:>5} {stage.parameters / GB:>10.2f} B", *numbers))

@@ -2,10 +2,11 @@
 
 Everything here is a pure function. A slot's seed is the hash of a block that nobody knew while the slot's heads were
 acknowledged; the secret is committed on chain before the round and revealed after it. So a miner knows neither window
-nor unit while it computes, and who reads a validator's report can tell that it did not choose either. The validator
-puts the window's weights into the stage, replays forward (x to y) and backward (x, g to dx), and compares *increments
-per token*: what the unit added to what was carried in. A flat cosine of 0.9 would admit noise of 48 % of the signal
-and, because a residual stream changes little per block, a skipped layer (facts: sota §5.1).
+nor unit while it computes, and who reads a validator's report can tell that it did not choose either. Of a picked
+window's states the seed names a pool of pieces, from which the secret draws: the miner need not keep the others. The
+validator puts the window's weights into the stage, replays forward (x to y) and backward (x, g to dx), and compares
+*increments per token*: what the unit added to what was carried in. A flat cosine of 0.9 would admit noise of 48 % of
+the signal and, because a residual stream changes little per block, a skipped layer (facts: sota §5.1).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Direction, Evidence, Leaf
 
+POOL = 64
+"""Pieces of a picked window's weights, and of what belongs to them, that its seed leaves to be looked at."""
 KEPT_BACK = 0.01
 """A result that comes so near to the wire's limit may have been beyond it on another device."""
 
@@ -113,11 +116,28 @@ def replays_step(head: WindowHead, *, secret: bytes, seed: bytes, hotkey: str, s
     return _share(_draw(_private(secret, seed), "step", hotkey, str(head.version))) < share
 
 
-def select_pieces(total: int, *, secret: bytes, seed: bytes, hotkey: str, label: str, count: int) -> tuple[int, ...]:
-    """`count` different numbers below `total`, ascending: which pieces of a state to look at."""
-    own, found, turn = _private(secret, seed), set[int](), 0
+def select_pool(total: int, *, seed: bytes, hotkey: str, version: int) -> tuple[int, ...]:
+    """The pieces of a picked window's weights that may be looked at: `POOL` different numbers below `total`, ascending,
+    by H(seed, hotkey, version); all where there are no more. The same for the miner and all validators."""
+    if total <= POOL:
+        return tuple(range(total))
+    return _distinct(total, POOL, lambda turn: _draw(seed, hotkey, "pool", str(version), str(turn)))
+
+
+def select_pieces(
+    pool: Sequence[int], *, secret: bytes, seed: bytes, hotkey: str, label: str, count: int
+) -> tuple[int, ...]:
+    """`count` different pieces of a window's pool, ascending: which of them to look at."""
+    own = _private(secret, seed)
+    places = _distinct(len(pool), count, lambda turn: _draw(own, "piece", hotkey, label, str(turn)))
+    return tuple(sorted(pool[place] for place in places))
+
+
+def _distinct(total: int, count: int, draw: Callable[[int], bytes]) -> tuple[int, ...]:
+    """`count` different numbers below `total`, or all of them, ascending; `draw` gives bytes for every turn."""
+    found, turn = set[int](), 0
     while len(found) < min(count, total):
-        found.add(int.from_bytes(_draw(own, "piece", hotkey, label, str(turn))[:8], "little") % total)
+        found.add(int.from_bytes(draw(turn)[:8], "little") % total)
         turn += 1
     return tuple(sorted(found))
 

@@ -3,9 +3,15 @@
 Nothing here is measured; every figure follows from the numbers handed in. Times are seconds, sizes bytes, `Load` fields
 are per hour. All miners of a stage count alike, validators in sum.
 
-    pending windows   a slot's windows wait for its seed: (slot + delay) / window, and the one that is open
-    picked windows    by the slots' seeds, `windows` a slot; kept for two rounds with both states and their units
-    cuts              weights at the cut and what error feedback owes before and after, of as many rounds
+    pending windows   in host memory; a slot's windows wait for its seed: (slot + delay) / window, and the one that is
+                      open; once a round there are the weights from before a merge besides. One that is picked counts as
+                      pending until it is written, for which there is a slot's time
+    picked windows    on disk; by the slots' seeds, `windows` a slot, and in every round the one before which a merge is
+                      taken over; kept for two rounds with the weights they began with, their units, and the pieces of
+                      the other states that the seeds name. How many there are is drawn: room is for as many as
+                      `QUANTILE` of all pairs of rounds have
+    cuts              weights at the cut and what error feedback owes before and after; one in host memory until it is
+                      written, on disk those of two rounds
     units             share of all units, replayed once in sum over validators
     steps             share of picked windows whose whole gradient is replayed: every backward unit of them
     weights           of a picked window, once per validator that looks into it; of a round's first window none, because
@@ -20,13 +26,15 @@ from dataclasses import dataclass
 from model.accounting import boundary_bytes, stage_flops, stage_parameters
 from model.config import ModelConfig
 from model.split import StagePlan, split
+from subnet.trust.audit import POOL
 from subnet.trust.heads import HEAD_BYTES
 from subnet.trust.ledger import LEAF_BYTES
+from subnet.trust.quota import ROUNDS_KEPT
 from subnet.trust.tree import PIECE_BYTES
 
 HOUR = 3600.0
-ROUNDS_KEPT = 2
-"""Rounds that a miner answers for at a time."""
+QUANTILE = 0.999
+"""Of what is drawn, so much is planned for."""
 PIECE_PARTS = 8
 """Of one piece of weights: they and both moments before and after; second moments lie across two pieces."""
 
@@ -131,10 +139,12 @@ class StageLoad:
     parameters: int
     pending_bytes: int
     """Host memory for windows whose seed is not known: states and unit tensors."""
-    picked_bytes: int
-    """Host memory for picked windows."""
     cut_bytes: int
-    """Host memory for what payloads were taken from."""
+    """Host memory for what a payload was taken from."""
+    picked_bytes: int
+    """Disk for picked windows."""
+    cuts_bytes: int
+    """Disk for what payloads were taken from."""
     training_flops: float
     audit_flops: float
     training_bytes: float
@@ -149,8 +159,14 @@ class StageLoad:
         return self.table_bytes + self.unit_bytes + self.weight_bytes + self.piece_bytes
 
     @property
-    def kept_bytes(self) -> int:
-        return self.pending_bytes + self.picked_bytes + self.cut_bytes
+    def host_bytes(self) -> int:
+        """Host memory for evidence."""
+        return self.pending_bytes + self.cut_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk for evidence."""
+        return self.picked_bytes + self.cuts_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +177,8 @@ class Cost:
     replicas: int
     picked_per_hour: float
     """Windows of one miner."""
+    picked_kept: int
+    """Picked windows of one miner that it has room for."""
 
     @property
     def flops_share(self) -> float:
@@ -185,8 +203,13 @@ class Cost:
 
     @property
     def largest(self) -> StageLoad:
-        """The stage that keeps most."""
-        return max(self.stages, key=lambda stage: stage.kept_bytes)
+        """The stage that keeps most in host memory."""
+        return max(self.stages, key=lambda stage: stage.host_bytes)
+
+    @property
+    def fullest(self) -> StageLoad:
+        """The stage that keeps most on disk."""
+        return max(self.stages, key=lambda stage: stage.disk_bytes)
 
     @property
     def busiest(self) -> StageLoad:
@@ -203,11 +226,28 @@ def cost(shape: Shape, rules: Rules) -> Cost:
             "lower the windows per slot or lengthen the slot"
         )
     plans = split(shape.model, shape.stages)
+    slots = ROUNDS_KEPT * math.ceil(shape.round_seconds / rules.slot_seconds)
+    whole = math.floor(rules.windows)
+    kept = ROUNDS_KEPT + slots * whole + most_drawn(slots, rules.windows - whole)
     return Cost(
-        stages=tuple(_stage(shape, rules, plan, picked) for plan in plans),
+        stages=tuple(_stage(shape, rules, plan, picked, kept) for plan in plans),
         replicas=shape.replicas,
         picked_per_hour=picked,
+        picked_kept=kept,
     )
+
+
+def most_drawn(trials: int, chance: float) -> int:
+    """The `QUANTILE` of the binomial distribution: hits of `trials`, each with `chance`, in [0, 1)."""
+    if chance <= 0:
+        return 0
+    below = 0.0
+    for hits in range(trials):
+        ways = math.lgamma(trials + 1) - math.lgamma(hits + 1) - math.lgamma(trials - hits + 1)
+        below += math.exp(ways + hits * math.log(chance) + (trials - hits) * math.log1p(-chance))
+        if below >= QUANTILE:
+            return hits
+    return trials
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,14 +277,13 @@ class _Role:
         return cls(kept=4, sent=2, units=2, shown=2.5, step=2, forwards=1, backwards=0.5)
 
 
-def _stage(shape: Shape, rules: Rules, plan: StagePlan, picked: float) -> StageLoad:
+def _stage(shape: Shape, rules: Rules, plan: StagePlan, picked: float, kept: int) -> StageLoad:
     role = _Role.of(plan)
     parameters = stage_parameters(shape.model, plan)
     weights, boundary = shape.weight_bytes * parameters, shape.boundary
     state = 3 * weights  # with both moments
     tensors = shape.accumulation * role.kept * boundary
     pending = math.ceil((rules.slot_seconds + rules.delay_seconds) / shape.window_seconds) + 1
-    kept = math.ceil(picked * ROUNDS_KEPT * shape.round_seconds / HOUR)
     forward, backward = (shape.tokens * flops for flops in stage_flops(shape.model, plan, tokens=shape.sequence))
     replayed = rules.share * shape.microbatches * role.units
     stepped = picked * rules.steps * shape.accumulation
@@ -253,9 +292,10 @@ def _stage(shape: Shape, rules: Rules, plan: StagePlan, picked: float) -> StageL
     return StageLoad(
         stage=plan.index,
         parameters=parameters,
-        pending_bytes=pending * (state + tensors),
-        picked_bytes=kept * (2 * state + tensors),
-        cut_bytes=ROUNDS_KEPT * 3 * weights,
+        pending_bytes=pending * (state + tensors) + weights,
+        cut_bytes=3 * weights,
+        picked_bytes=kept * (weights + tensors + POOL * PIECE_PARTS * PIECE_BYTES),
+        cuts_bytes=ROUNDS_KEPT * 3 * weights,
         training_flops=shape.microbatches * (forward + backward),
         audit_flops=replayed * (role.forwards * forward + role.backwards * backward) + stepped * (forward + backward),
         training_bytes=shape.microbatches * role.sent * boundary if shape.stages > 1 else 0.0,

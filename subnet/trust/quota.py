@@ -21,6 +21,8 @@ from subnet.transport.synapse import wire_bytes
 from subnet.trust import delta
 from subnet.trust.heads import WindowHead
 
+ROUNDS_KEPT = 2
+"""A round is answered for until so many more have begun."""
 RETRIES = 2
 UPLINK_SHARE = 0.1
 OTHERS_SHARE = 0.1

@@ -21,6 +21,7 @@ corrections and warm-up, which all say the same once both are over: then it is a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,26 @@ import torch
 from model.optimizer import MOMENTUM_DECAY, OptimizerConfig, decay_of, first_momentum, learning_rate
 from model.split import StagePlan
 from model.stage import Stage
+from subnet.trust.tree import PIECE_VALUES, pieces_in
 
 ROUNDING = 2.0**-24
 """u: the largest relative error of one rounded fp32 operation."""
 SMALLEST = 2.0**-126
 """The smallest normal fp32 number: what flushing a subnormal to zero may cost."""
 SLACK = 2.0
+
+
+def spans_of(piece: int, parameters: int) -> tuple[range, range]:
+    """Of a piece of a stage's flat weights: where its values and their first moments lie, each in its vector, and where
+    their second moments do, which follow all first ones."""
+    span = range(piece * PIECE_VALUES, min((piece + 1) * PIECE_VALUES, parameters))
+    return span, range(parameters + span.start, parameters + span.stop)
+
+
+def moments_beside(pieces: Iterable[int], parameters: int) -> tuple[int, ...]:
+    """The pieces of the moments, ascending, that a step on these pieces of the weights takes."""
+    spans = (span for piece in pieces for span in spans_of(piece, parameters))
+    return tuple(sorted({index for span in spans for index in pieces_in(span)}))
 
 
 @dataclass(frozen=True, slots=True)

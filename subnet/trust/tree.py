@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from subnet.swarm import content
 
 PIECE_BYTES = 64 << 10
+PIECE_VALUES = PIECE_BYTES // 4
+"""fp32 values in a piece."""
 HASH_BYTES = 32
 PROOF_LIMIT = 48
 """Hashes in the longest proof accepted: of 2^48 pieces."""
@@ -30,6 +32,11 @@ def _bind(top: bytes, count: int) -> bytes:
 def pieces_of(total: int) -> int:
     """Pieces of `total` bytes."""
     return -(-total // PIECE_BYTES)
+
+
+def pieces_in(span: range) -> range:
+    """The pieces in which values of a flat fp32 vector lie."""
+    return range(span.start // PIECE_VALUES, (span.stop - 1) // PIECE_VALUES + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ async def test_forged_receipts_are_sound_and_pay_nothing(tmp_path: Path) -> None
         for head in swarm.stage(0):
             await head.worker.drive(limit=6)
         archive = swarm.rounds[forger]
-        archive.seeded(0, lambda _: ())  # the seed picks no window of those that are closed: they are dropped
+        archive.seeded(0, lambda _: {})  # the seed picks no window of those that are closed: they are dropped
         archive.reach(1)
         assert len(archive.windows) == 1
         for head in swarm.stage(0):

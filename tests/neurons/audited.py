@@ -24,11 +24,11 @@ from model.engine import Recompute, StageEngine
 from model.split import split
 from model.stage import build_stage, flatten
 from neurons.adopting import Adopter
-from neurons.archive import Vector
 from neurons.auditing import Auditor
 from neurons.bench import Bench
 from neurons.dossier import Dossier, Entry, RoundFacts
 from neurons.follower import RoundStart
+from neurons.kept import Pieces, Vector
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
 from subnet.messages import (
@@ -52,7 +52,7 @@ from subnet.transport.dendrite import NO_SPECS, Dendrite
 from subnet.transport.errors import Dropped
 from subnet.transport.synapse import Synapse, tensor_bytes
 from subnet.trust import delta
-from subnet.trust.audit import UnitTensors
+from subnet.trust.audit import UnitTensors, select_pool
 from subnet.trust.decision import Rule, Suspicion, tests_per_year
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, Statement, WindowHead, statement_message
 from subnet.trust.heads import chain as digests_of
@@ -70,7 +70,8 @@ from subnet.trust.ledger import (
     receipt_message,
     units_hash,
 )
-from subnet.trust.tree import Tree
+from subnet.trust.step import moments_beside
+from subnet.trust.tree import Tree, pieces_of
 from tests.neurons.swarm import SEED, manifest, open_corpus, tiny, tokens_file
 
 PAYLOAD = b"p" * 32
@@ -342,6 +343,13 @@ class ClosedRound:
     def slots(self) -> int:
         return max(head.slot for work in self.works.values() for head in work.heads) + 1
 
+    def seed(self, slot: int) -> bytes:
+        return digest(b"slot %d" % slot)
+
+    def pool(self, work: Work, head: WindowHead) -> tuple[int, ...]:
+        total = pieces_of(4 * self.parameters[work.engine.plan.index])
+        return select_pool(total, seed=self.seed(head.slot), hotkey=work.hotkey, version=head.version)
+
     def facts(self, secret: bytes, *, stake_share: float = 1.0) -> RoundFacts:
         public, base = dict(enumerate(self.public)), dict(enumerate(self.base))
         start = RoundStart(
@@ -351,7 +359,7 @@ class ClosedRound:
             roster=self.roster,
             records={hotkey: work.record for hotkey, work in self.works.items()},
             start=start,
-            seeds=[digest(b"slot %d" % slot) for slot in range(self.slots)],
+            seeds=[self.seed(slot) for slot in range(self.slots)],
             secret=secret,
             stake_share=stake_share,
             statements={},
@@ -420,10 +428,14 @@ class Show:
 
     async def state(self, _: str, request: StateRequest, _tensors: Mapping[str, torch.Tensor]) -> Reply:
         data, proofs = [], []
+        head = next(head for head in self.work.heads if head.version == request.version)
+        pool = self.closed.pool(self.work, head)
+        moments = moments_beside(pool, self.closed.parameters[self.work.engine.plan.index])
         for part, index in zip(request.parts, request.pieces, strict=True):
-            vector = self.work.vector(request.version, part)
-            data.append(vector.piece(index))
-            proofs.append(vector.tree().proof(index))
+            named = moments if part in ("optimizer", "next_optimizer") else pool
+            pieces = Pieces.of(self.work.vector(request.version, part), named)
+            data.append(pieces.piece(index))
+            proofs.append(pieces.proof(index))
         reply = StatePieces(sizes=[piece.numel() for piece in data], hashes=[len(proof) for proof in proofs])
         hashes = rows(b"".join(chain.from_iterable(proofs)), 32)
         return await self._answer(request, reply, {"data": torch.cat(data, dim=1), "proof": hashes})

@@ -14,25 +14,35 @@ from typing import get_args
 import pytest
 import torch
 
+from model.checkpoint import Encoded
 from model.config import BoundaryConfig, BoundaryForm
 from model.split import split
-from neurons.archive import Cut, RoundArchive, Vector
+from neurons.archive import Archive, Pick, RoundArchive
 from neurons.desks import EvidenceDesk
 from neurons.exchange import Desk
 from neurons.fetching import NamedState, Source, Withheld
+from neurons.kept import Cut, PickedWindow, Vector
 from neurons.library import Library
 from neurons.quota import Audience, Uplink
+from neurons.shelf import Shelf
+from neurons.slots import pick
+from neurons.stores import Folder
+from subnet.manifest import LoadedManifest
 from subnet.messages import Shapes, StatePart, StatePieces, StateRequest, UnitRequest
 from subnet.swarm.merge import Merged
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Refused, Unavailable, UnknownRun
 from subnet.transport.synapse import HEADER_LIMIT
-from subnet.trust import delta
-from subnet.trust.audit import pick_windows, select_windows
+from subnet.trust import audit, delta
+from subnet.trust.audit import pick_windows, select_pool
 from subnet.trust.ledger import TABLES, Evidence
 from subnet.trust.quota import Sizes
 from subnet.trust.tree import PIECE_BYTES, Tree, pieces_of
 from tests.neurons.swarm import SEED, Member, Swarm, manifest, open_corpus, tiny, tokens_file
+
+
+def shelf_of(folder: Path, loaded: LoadedManifest) -> Shelf:
+    return Shelf(folder, "miner", manifest_hash=loaded.digest.hex(), limit=1 << 30)
 
 
 @dataclass
@@ -66,12 +76,23 @@ class Shown:
         self.held.keep_cut(replace(self.held.cut, owed=owed, still_owed=still))
         closing = replace(evidence.closing, owed=owed.tree().root, still_owed=still.tree().root)
         evidence = replace(evidence, closing=closing)
-        self.held.seeded(0, partial(select_windows, seed=SEED, hotkey=self.miner.identity.hotkey, slot=0, count=count))
+        self.held.seeded(0, self.pick(count))
         if settled:
             self.held.audience = Audience(self.shares, self.sizes)
         self.held.evidence = evidence
         self.held.desk = Desk(self.miner.identity.hotkey, [b"payload"], evidence=evidence.root)
+        self.miner.archive.cut_is_whole(0)
+        await self.miner.archive.settle()
         return evidence
+
+    def pick(self, count: int) -> Pick:
+        hotkey, pieces = self.miner.identity.hotkey, pieces_of(4 * self.values)
+        return partial(pick, seed=SEED, hotkey=hotkey, slot=0, count=count, pieces=pieces)
+
+    def picked(self, version: int) -> PickedWindow:
+        window = self.held.picked[version]
+        assert window is not None
+        return window
 
     def source(self, *, patience: float = 5.0, share: float = 1.0, dendrite: Dendrite | None = None) -> Source:
         loaded, hotkey = self.swarm.loaded, self.miner.identity.hotkey
@@ -111,22 +132,31 @@ class Shown:
 
 
 @asynccontextmanager
-async def shown(folder: Path, *, uplink: float = 1e9) -> AsyncIterator[Shown]:
+async def shown(folder: Path, *, uplink: float = 1e9, on_disk: bool = False) -> AsyncIterator[Shown]:
     entry = tokens_file(folder)
     boundary = BoundaryConfig(form=BoundaryForm.A, width=8)
     described = manifest(tiny(boundary=boundary), entry, stages=2, wire="bfloat16")
     loaded = described.write(folder / "manifest.toml")
-    async with Swarm(loaded, open_corpus(folder, described, entry)) as swarm:
-        miner, asker = swarm.stage(1)[0], swarm.stage(0)[0]
+    swarm = Swarm(loaded, open_corpus(folder, described, entry))
+    miner, asker = swarm.stage(1)[0], swarm.stage(0)[0]
+    if on_disk:
+        miner.archive = Archive(shelf=shelf_of(folder, loaded))
+    async with swarm:
         library = Library(loaded.run_id)
         EvidenceDesk(loaded.run_id, miner.archive, library, Uplink(uplink)).open(miner.axon)
         await asker.worker.drive(limit=10)
         yield Shown(swarm, miner, asker, library, {asker.identity.hotkey: 1.0})
 
 
-async def test_every_part_of_every_window_and_of_the_cut_is_shown_in_proven_pieces(tmp_path: Path) -> None:
-    async with shown(tmp_path) as show:
+@pytest.mark.parametrize("on_disk", [False, True], ids=["in memory", "on disk"])
+async def test_every_part_of_every_window_and_of_the_cut_is_shown_in_proven_pieces(
+    tmp_path: Path, on_disk: bool
+) -> None:
+    async with shown(tmp_path, on_disk=on_disk) as show:
         evidence = await show.close()
+        assert (show.miner.archive.bytes == 0) == on_disk
+        assert show.held.cut.mapped == on_disk
+        assert {show.picked(head.version).mapped for head in evidence.heads} == {on_disk}
         source, values = show.source(), show.values
         assert evidence.size == sum(len(getattr(evidence.tables(), name)) for name in TABLES)
         assert 4 * values > PIECE_BYTES, "else a proof has no hashes"
@@ -159,7 +189,7 @@ async def test_a_window_before_which_a_merge_was_taken_over_shows_the_weights_be
         weights = torch.frombuffer(
             bytearray(b"".join(await show.source().pieces(after.version, pieces))), dtype=torch.float32
         )
-        assert torch.equal(0.99 * weights, show.held.windows[after.version].opening.weights.values)
+        assert torch.equal(0.99 * weights, show.picked(after.version).weights)
         with pytest.raises(Withheld):
             await show.source().pieces(before.version, pieces)
 
@@ -168,11 +198,11 @@ async def test_weights_travel_as_deltas_and_are_not_packed_for_who_may_not_have_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with shown(tmp_path) as show:
-        evidence, base = await show.close(), show.held.windows[0].opening.weights.values
+        evidence, base = await show.close(), show.picked(0).weights
         await show.library.put(0, Merged(base, torch.empty(0)))
         head = evidence.heads[1]
         data, theta = await show.source().weights(head, base, held=0)
-        assert torch.equal(theta, show.held.windows[head.version].opening.weights.values)
+        assert torch.equal(theta, show.picked(head.version).weights)
         assert len(data) < 4 * show.values
         audience = show.held.audience
         assert audience is not None
@@ -189,7 +219,7 @@ async def test_weights_travel_as_deltas_and_are_not_packed_for_who_may_not_have_
 
 async def test_windows_that_follow_each_other_share_their_states(tmp_path: Path) -> None:
     async with shown(tmp_path) as show:
-        await show.close()
+        await show.miner.worker.close()
         windows = show.held.windows
         assert len(windows) == 3
         assert all(windows[before].closing is windows[after].opening for before, after in pairwise(sorted(windows)))
@@ -214,8 +244,7 @@ async def test_while_the_round_is_open_nothing_is_shown(tmp_path: Path) -> None:
         assert isinstance(refusal, Unavailable)
         assert refusal.message == "the ledger of round 0 is still open; ask after CUT"
         assert refusal.retry_after
-        await show.close()
-        root = show.held.windows[0].opening.weights.tree().root
+        root = (await show.close()).heads[0].weights
         await show.source().pieces(0, [(NamedState("weights", root, show.values), 0)])
 
 
@@ -232,7 +261,8 @@ async def test_only_picked_windows_are_shown_and_their_units(tmp_path: Path) -> 
         evidence = await show.close(count=1)
         hotkey = show.miner.identity.hotkey
         ((picked, _),) = pick_windows(evidence.heads, seeds=[SEED], hotkey=hotkey, count=1)
-        assert list(show.held.windows) == [picked.version]
+        assert not show.held.windows
+        assert list(show.held.picked) == [picked.version]
         source = show.source()
         for head in evidence.heads:
             leaf = evidence.window(head.version)[0]
@@ -253,10 +283,59 @@ async def test_a_picked_window_that_was_lost_is_said_to_be(tmp_path: Path) -> No
         evidence, held = await show.close(), show.held
         held.clear()
         held.restore(evidence)
-        held.seeded(0, partial(select_windows, seed=SEED, hotkey=show.miner.identity.hotkey, slot=0, count=1))
+        held.seeded(0, show.pick(1))
         refusal = await show.refused(version=min(held.picked))
         assert isinstance(refusal, Dropped)
         assert "is not kept here: given up, or lost in a restart" in refusal.message
+
+
+async def test_a_miner_that_was_killed_finds_its_files_and_shows_all_but_what_it_had_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shown(tmp_path, on_disk=True) as show:
+        put, reached = Folder.put, asyncio.Event()
+
+        async def put_or_die(self: Folder, name: str, encoded: Encoded) -> None:
+            if name.endswith("window-00000002.safetensors"):  # killed before this is written
+                reached.set()
+                await asyncio.Event().wait()
+            await put(self, name, encoded)
+
+        monkeypatch.setattr(Folder, "put", put_or_die)
+        closing = asyncio.create_task(show.close())
+        await reached.wait()
+        evidence, killed = show.held.evidence, show.miner.archive
+        assert evidence is not None
+        closing.cancel()
+        for task in killed._working:
+            task.cancel()
+        base = show.held.weights(0)
+        assert base is not None
+        await show.library.put(0, Merged(base.clone(), torch.empty(0)))
+
+        again = Archive(shelf=shelf_of(tmp_path, show.swarm.loaded))
+        await again.recall(0)
+        held = again.open(0)
+        held.restore(evidence)
+        held.desk = Desk(show.miner.identity.hotkey, [b"payload"], evidence=evidence.root)
+        held.seeded(0, show.pick(8))
+        held.audience = Audience(show.shares, show.sizes)
+        killed._rounds = again._rounds  # whom the open axon asks
+        assert again.bytes == 0
+        assert list(held.picked) == [0, 1, 2]
+        for head in evidence.heads[:2]:
+            for part, count in (("weights", show.values), ("next_optimizer", 2 * show.values)):
+                state = NamedState(part, getattr(head, part), count)  # type: ignore[arg-type]
+                await show.source().pieces(head.version, [(state, 0)])
+            for leaf in evidence.window(head.version):
+                assert torch.is_tensor((await show.source().unit(leaf)).input)
+            _, theta = await show.source().weights(head, base, held=0)
+            assert torch.equal(theta, show.picked(head.version).weights)
+        refusal = await show.refused(version=2)
+        assert isinstance(refusal, Dropped)
+        assert "is not kept here: given up, or lost in a restart" in refusal.message
+        refusal = await show.refused(parts=["closing"])
+        assert isinstance(refusal, Dropped), "it stood behind the window that was not written"
 
 
 async def test_what_is_not_there_is_refused_by_what_is_wrong_with_it(tmp_path: Path) -> None:
@@ -276,6 +355,28 @@ async def test_what_is_not_there_is_refused_by_what_is_wrong_with_it(tmp_path: P
         refusal = await show.refused(parts=["owed"])
         assert isinstance(refusal, Dropped)
         assert "owed" in refusal.message
+
+
+async def test_a_piece_that_the_seed_does_not_name_is_refused_and_those_that_it_names_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "POOL", 1)
+    async with shown(tmp_path) as show:
+        evidence = await show.close()
+        hotkey, total = show.miner.identity.hotkey, pieces_of(4 * show.values)
+        for head in evidence.heads:
+            (named,) = select_pool(total, seed=SEED, hotkey=hotkey, version=head.version)
+            state = NamedState("next_weights", head.next_weights, show.values)
+            await show.source().pieces(head.version, [(state, named)])
+            for other in set(range(total)) - {named}:
+                refusal = await show.refused(version=head.version, parts=["next_weights"], pieces=[other])
+                assert isinstance(refusal, NotPicked)
+                assert refusal.message == (
+                    f"next_weights of window {head.version}: piece {other} is none of the 1 that its window's seed "
+                    "names; ask for those"
+                )
+                with pytest.raises(Withheld, match="none of the 1"):
+                    await show.source().pieces(head.version, [(state, other)])
 
 
 @pytest.mark.parametrize(

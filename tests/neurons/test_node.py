@@ -66,6 +66,7 @@ async def publish_run(url: str, folder: Path) -> tuple[NeuronConfig, LoadedManif
         threads=1,
         uplink=200e6,
         ring=10**9,
+        evidence_disk=10**9,
     )
     return config, loaded
 

@@ -198,9 +198,9 @@ def test_who_is_in_no_roster_and_has_no_permit_is_refused_at_the_door(kind: type
 async def test_who_asks_without_end_gets_its_quota_and_no_byte_more(tmp_path: Path) -> None:
     async with shown(tmp_path) as show:
         evidence = await show.close(count=1)
-        (version,) = show.held.windows
+        (version,) = show.held.picked
         source = show.source()
-        root = show.held.windows[version].opening.weights.tree().root
+        root = next(entry.weights for entry in evidence.heads if entry.version == version)
         limit = RETRIES * validators_part(
             show.sizes,
             [entry for entry in evidence.heads if entry.version == version],

@@ -11,6 +11,7 @@ import torch
 from model.engine import StageEngine, StepReport
 from neurons.dossier import RoundFacts
 from subnet.swarm.merge import taken_over
+from subnet.trust import audit
 from subnet.trust.audit import pick_windows
 from subnet.trust.finding import Check, Grade
 from subnet.trust.heads import WindowHead
@@ -144,6 +145,36 @@ async def test_a_step_that_does_not_follow_is_a_proof_that_others_repeat(tmp_pat
         assert two.of(cheat.hotkey).convicted_round == NUMBER
 
 
+async def test_only_pieces_that_a_windows_seed_names_are_looked_at_and_a_cheat_in_them_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One piece is named; a miner shows no other, so who asked for one would call it withheld."""
+    monkeypatch.setattr(audit, "POOL", 1)
+    closed = ClosedRound(tmp_path, bent={(1, 0): another_rate}, steps=1e-9)
+    cheat = closed.stage(1)[0]
+    async with Court(closed, validators=("one", "two"), patience=30.0) as court:
+        one, two = court.validators.values()
+        facts = closed.facts(SECRET)
+        dossiers = await one.audit(facts)
+        assert {entry.finding.hotkey for entry in one.failed()} == {cheat.hotkey}
+        assert failed_checks(one, cheat.hotkey) == {(Check.STEP, Grade.PROOF)}
+        for hotkey, dossier in dossiers.items():
+            work = closed.works[hotkey]
+            named = {(head.version, piece) for head in work.heads for piece in closed.pool(work, head)}
+            assert dossier.pieces
+            assert dossier.pieces <= named
+
+        model = FindingModel.of(one.failed()[0].finding)
+        assert model.piece is not None
+        dossier = two.auditor.open(facts)[cheat.hotkey]
+        dossier.evidence = cheat.evidence
+        dossier.picked = {head.version: seed for head, seed in picked(closed, facts, cheat)}
+        other = model.model_copy(update={"piece": int(model.piece == 0)})
+        assert await two.adopter.reproduce(facts, dossier, [other], accuser="one") == 0
+        assert not two.entries
+        assert await two.adopter.reproduce(facts, dossier, [model], accuser="one") == 1
+
+
 async def test_a_gradient_that_another_says_is_wrong_is_replayed_and_nothing_else_believed(tmp_path: Path) -> None:
     closed = ClosedRound(tmp_path, bent={(0, 0): WRONG_GRADIENTS["none"]}, steps=1.0)
     cheat, honest = closed.stage(0)
@@ -199,6 +230,22 @@ async def test_a_merge_that_is_taken_over_honestly_follows_from_public_state(tmp
         found = [one for one in dossiers[hotkey].findings if one.check is Check.WEIGHTS and one.piece is not None]
         assert {one.version for one in found} == {work.merged}
         assert len(found) == len(dossiers[hotkey].merges) == 1
+
+
+async def test_a_merge_is_looked_at_in_pieces_that_the_windows_seed_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "POOL", 1)
+    closed = with_merge(tmp_path, lambda w: w + 1e-3)
+    liar = closed.stage(1)[1]
+    async with Court(closed, patience=30.0) as court:
+        judge = court.validators["one"]
+        dossiers = await judge.audit(closed.facts(SECRET))
+    assert {entry.finding.hotkey for entry in judge.failed()} == {liar.hotkey}
+    assert failed_checks(judge, liar.hotkey) == {(Check.WEIGHTS, Grade.PROOF)}
+    for hotkey, work in closed.works.items():
+        (after,) = (head for head in work.heads if head.merged)
+        assert dossiers[hotkey].merges == {(after.version, *closed.pool(work, after))}
 
 
 @pytest.mark.parametrize(

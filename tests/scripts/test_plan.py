@@ -10,10 +10,10 @@ from scripts.cli import main
 
 
 def test_a_plan_that_fits_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--host-gb", "600"]) == 0
+    assert main(["plan"]) == 0
     out = capsys.readouterr().out
     assert "100b: 99.7 billion parameters, 16 stages x 3 a100-80gb" in out
-    assert out.count("fits") == 5
+    assert out.count("fits") == 6
     assert max(map(len, out.splitlines())) <= 120
 
 
@@ -22,6 +22,13 @@ def test_what_does_not_fit_is_named_with_its_option(capsys: pytest.CaptureFixtur
     line = next(line for line in capsys.readouterr().out.splitlines() if "does not fit" in line)
     assert line.startswith("evidence in a miner's host memory")
     assert "--slot-blocks" in line
+
+
+def test_a_disk_that_is_too_small_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--disk-gb", "100"]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "does not fit" in line)
+    assert line.startswith("evidence on a miner's disk")
+    assert "--windows" in line
 
 
 def test_json_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from model.engine import replay_backward, replay_forward, replay_tail
 from model.split import split
 from model.stage import Stage, build_stage
 from subnet.trust.audit import (
+    POOL,
     UnitTensors,
     budget,
     comparable,
@@ -23,6 +24,7 @@ from subnet.trust.audit import (
     replay,
     replays_step,
     select_pieces,
+    select_pool,
     select_units,
     select_windows,
     spread,
@@ -278,12 +280,43 @@ def test_a_share_of_windows_has_its_step_replayed() -> None:
     assert all(replays_step(head(version, 0), secret=b"x", seed=b"s", hotkey="m", share=1.0) for version in range(99))
 
 
-@given(st.integers(0, 50), st.integers(0, 50), st.binary(max_size=4))
-def test_pieces_are_different_and_there(total: int, count: int, secret: bytes) -> None:
-    pieces = select_pieces(total, secret=secret, seed=b"s", hotkey="m", label="w", count=count)
-    assert len(pieces) == len(set(pieces)) == min(total, count)
-    assert all(0 <= piece < total for piece in pieces)
+@given(st.sets(st.integers(0, 999), max_size=50), st.integers(0, 50), st.binary(max_size=4))
+def test_pieces_are_different_and_of_the_pool(pool: set[int], count: int, secret: bytes) -> None:
+    pieces = select_pieces(sorted(pool), secret=secret, seed=b"s", hotkey="m", label="w", count=count)
+    assert len(pieces) == len(set(pieces)) == min(len(pool), count)
+    assert set(pieces) <= pool
     assert list(pieces) == sorted(pieces)
+
+
+def test_a_secret_draws_every_piece_of_a_pool_alike() -> None:
+    pool = (3, 50, 51, 700)
+    drawn = Counter(
+        piece
+        for secret in range(4000)
+        for piece in select_pieces(pool, secret=b"%d" % secret, seed=b"s", hotkey="m", label="w", count=1)
+    )
+    assert drawn.keys() == set(pool)
+    assert all(count == pytest.approx(1000, abs=130) for count in drawn.values())
+
+
+@given(st.integers(0, 3 * POOL), st.binary(max_size=4), st.integers(0, 9))
+def test_a_pool_has_as_many_pieces_as_there_are_and_no_more_than_it_may(total: int, seed: bytes, version: int) -> None:
+    pool = select_pool(total, seed=seed, hotkey="m", version=version)
+    assert len(pool) == len(set(pool)) == min(total, POOL)
+    assert all(0 <= piece < total for piece in pool)
+    assert list(pool) == sorted(pool)
+
+
+def test_a_pool_is_another_for_every_seed_miner_and_window_and_reaches_everywhere() -> None:
+    total = 10 * POOL
+
+    def pool(seed: bytes = b"s", hotkey: str = "m", version: int = 0) -> tuple[int, ...]:
+        return select_pool(total, seed=seed, hotkey=hotkey, version=version)
+
+    assert len({pool(), pool(b"t"), pool(hotkey="n"), pool(version=1)}) == 4
+    counts = Counter(piece for version in range(1000) for piece in pool(version=version))
+    assert counts.keys() == set(range(total))
+    assert all(count == pytest.approx(100, abs=60) for count in counts.values())
 
 
 @given(

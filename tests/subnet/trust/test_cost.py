@@ -10,7 +10,8 @@ import pytest
 from model.accounting import stage_flops, stage_parameters
 from model.config import preset
 from model.split import split
-from subnet.trust.cost import PIECE_PARTS, CostError, Rules, Shape, cost
+from subnet.trust.audit import POOL
+from subnet.trust.cost import PIECE_PARTS, CostError, Rules, Shape, cost, most_drawn
 from subnet.trust.heads import HEAD_BYTES
 from subnet.trust.ledger import LEAF_BYTES
 from subnet.trust.tree import PIECE_BYTES
@@ -45,9 +46,14 @@ def test_a_body_stage_by_hand() -> None:
     load = cost(SHAPE, RULES).stages[8]
     weights, boundary = 2 * stage_parameters(SHAPE.model, plan), 8192 * 144 * 2
     tensors = 64 * 4 * boundary
-    assert load.pending_bytes == 3 * (3 * weights + tensors)  # (180 + 48) / 160 is 1.4: two, and the open one
-    assert load.picked_bytes == 4 * (2 * 3 * weights + tensors)  # 2 an hour, for two hours
-    assert load.cut_bytes == 2 * 3 * weights
+    pending = 3 * (3 * weights + tensors)  # (180 + 48) / 160 is 1.4: two, and the open one
+    assert load.pending_bytes == pending + weights  # from before a merge
+    assert load.cut_bytes == 3 * weights
+    assert load.host_bytes == load.pending_bytes + load.cut_bytes
+    kept = 11 + 2  # 40 slots of two hours have 4 on average, at most 11 in 99.96 % of the cases; and two merges
+    assert load.picked_bytes == kept * (weights + tensors + POOL * PIECE_PARTS * PIECE_BYTES)
+    assert load.cuts_bytes == 2 * 3 * weights
+    assert load.disk_bytes == load.picked_bytes + load.cuts_bytes
     forward, backward = (8192 * flops for flops in stage_flops(SHAPE.model, plan, tokens=8192))
     assert load.training_flops == pytest.approx(1440 * (forward + backward))
     units = 0.01 * 1440 * (forward + (forward + backward))
@@ -57,6 +63,21 @@ def test_a_body_stage_by_hand() -> None:
     assert load.unit_bytes == pytest.approx((0.01 * 2880 * 2.5 + 2 * 0.15 * 64 * 2) * boundary)
     assert load.weight_bytes == pytest.approx(2 * (1 - 160 / 3600) * weights)
     assert load.piece_bytes == 2 * 4 * PIECE_PARTS * PIECE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("trials", "chance", "hits"),
+    [(40, 0.1, 11), (40, 0.0, 0), (1, 0.5, 1), (20_000, 0.5, 10_219), (3, 0.0001, 0), (10, 0.999, 10)],
+)
+def test_room_is_for_what_is_hardly_ever_exceeded(trials: int, chance: float, hits: int) -> None:
+    assert most_drawn(trials, chance) == hits
+
+
+def test_whole_windows_of_a_slot_are_not_drawn() -> None:
+    """Two and a half in each of 40 slots."""
+    shape = replace(SHAPE, accumulation=8)
+    assert cost(shape, replace(RULES, windows=2.5)).picked_kept == 2 + 2 * 40 + most_drawn(40, 0.5)
+    assert cost(shape, replace(RULES, windows=2.0)).picked_kept == 2 + 2 * 40
 
 
 def test_shares_are_of_the_whole_swarm() -> None:

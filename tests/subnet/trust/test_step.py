@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.optimizer import NANO_OPTIMIZER, OptimizerConfig, build_optimizer, clip_gradients, learning_rate
 from model.split import split
 from model.stage import Stage, build_stage, flatten
-from subnet.trust.step import Entered, Stretch, Values, entered, gradient_error, step_error
+from subnet.trust.step import Entered, Stretch, Values, entered, gradient_error, moments_beside, spans_of, step_error
+from subnet.trust.tree import PIECE_VALUES
 
 _MODEL = ModelConfig(
     vocab=48,
@@ -27,6 +30,20 @@ _PLANS = split(_MODEL, 3)
 _ADAMW = OptimizerConfig(kind="adamw", lr=4e-3, weight_decay=0.1, warmup_steps=5)
 _NADAM = replace(_ADAMW, kind="nadam")
 _KINDS = pytest.mark.parametrize("config", [_ADAMW, _NADAM], ids=["adamw", "nadam"])
+
+
+@given(st.integers(1, 9 * PIECE_VALUES), st.data())
+def test_a_step_on_some_pieces_takes_the_moments_of_their_values_and_no_piece_more(
+    parameters: int, data: st.DataObject
+) -> None:
+    count = -(-parameters // PIECE_VALUES)
+    pieces = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
+    beside = moments_beside(sorted(pieces), parameters)
+    values = [value for piece in pieces for span in spans_of(piece, parameters) for value in (span[0], span[-1])]
+    assert set(beside) == {value // PIECE_VALUES for value in values}, "a span is no longer than a piece"
+    assert list(beside) == sorted(beside)
+    assert len(beside) <= 3 * len(pieces)
+    assert sum(len(spans_of(piece, parameters)[0]) for piece in range(count)) == parameters
 
 
 @dataclass

@@ -95,12 +95,12 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     audit = plan.add_argument_group("audits")
     audit.add_argument("--validators", type=int, default=4, help="validators (default: 4)")
     audit.add_argument("--slot-blocks", type=int, default=15, help="blocks of 12 s in a slot (default: 15)")
-    audit.add_argument("--windows", type=float, default=0.1, help="picked per miner and slot (default: 0.1)")
-    audit.add_argument("--share", type=float, default=0.01, help="of units, replayed in sum (default: 0.01)")
-    audit.add_argument("--steps", type=float, default=0.15, help="of picked windows, replayed whole (default: 0.15)")
+    audit.add_argument("--windows", type=float, default=0.25, help="picked per miner and slot (default: 0.25)")
+    audit.add_argument("--share", type=float, default=0.02, help="of units, replayed in sum (default: 0.02)")
+    audit.add_argument("--steps", type=float, default=0.02, help="of picked windows, replayed whole (default: 0.02)")
     audit.add_argument("--readers", type=float, default=1.0, help="validators that fetch a picked window (default: 1)")
     audit.add_argument(
-        "--delta", type=float, default=1.0, help="size of a weight delta over that of weights (default: 1)"
+        "--delta", type=float, default=0.6, help="size of a weight delta over that of weights (default: 0.6, bf16)"
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
 

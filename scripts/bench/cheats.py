@@ -27,7 +27,8 @@ from scripts.bench.report import report
 from scripts.bench.swarm import run_swarm
 
 CLEAN = "clean"
-KINDS = ("noise", "sign-flip", "skipped-layer", "replay", "no-backward", "wrong-data", "withheld-evidence")
+KINDS = ("noise", "sign-flip", "low-precision", "replay", "no-backward", "wrong-data", "withheld-evidence")
+"""One of each way to cheat that stages of the small preset can play: its last has one layer and none to skip."""
 LATEST = 2
 """A cheater weighs nothing by so many rounds after the one that was audited."""
 

@@ -184,7 +184,6 @@ LONG = ("--model", "pico", "--stages", "2", "--replicas", "2", "--rounds", "6", 
 MAIN = {
     "noise": "increment is off",
     "scaled-gradient": "backward increment is off",
-    "skipped-layer": "of 0.02",
     "low-precision": "of 0.02",
     "replay": "of 0.02",
     "no-backward": "backward increment is off",

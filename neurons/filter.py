@@ -1,7 +1,8 @@
 """The filter behind the door: what a neighbour sends is computed with only if it looks like what it and its siblings
-sent before (`subnet.trust.boundary`).
+sent before (`subnet.trust.boundary`), and is not what it sent before for another sample: whole microbatches are never
+alike, and one gradient again and again drives an optimizer straight off.
 
-What is outside the bounds is refused, before any receipt, and that is all. It is not computed and kept out of the
+What fails is refused, before any receipt, and that is all. It is not computed and kept out of the
 optimizer instead: every backward leaf of a window counts in its step, which an audit replays, so an honest replica that
 left one out would fail; and what follows from a bad tensor looks bad one stage on, where an honest neighbour would be
 blamed for it. For its sender a refusal is DROP: an activation goes to the other replicas of this stage, each of which
@@ -16,6 +17,7 @@ the next microbatches go another way.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -26,7 +28,7 @@ from neurons.training import TrainingRound
 from subnet.messages import WIRE_LIMIT
 from subnet.transport.errors import Dropped, NotFinite
 from subnet.transport.synapse import require_finite
-from subnet.trust.boundary import Bounds, numbers
+from subnet.trust.boundary import SILENCE, Bounds, Numbers, numbers
 from subnet.trust.ledger import Direction
 
 log = logging.getLogger("orion.neurons.filter")
@@ -50,6 +52,9 @@ class Filter:
         self._bounds = Bounds()
         self._round = -1
         self._refused: dict[tuple[str, int, Direction], str] = {}
+        self._sent: dict[tuple[str, Direction, Numbers], int] = {}
+        """Samples of the round by what was sent for them: tensors whose three numbers are equal to the bit are the
+        same."""
         self._counts: Counter[str] = Counter()
         self._strikes: Counter[tuple[str, Direction]] = Counter()
 
@@ -58,21 +63,22 @@ class Filter:
     ) -> None:
         """Let a push go on to be computed, or not. `tensor` is finite, in host memory, as it crossed the wire.
 
-        Raises `Dropped` naming the number, by what it is off and the limit. A push that was refused is refused again
-        without being looked at, so nobody moves a level by repeating it.
+        Raises `Dropped` naming the number, by what it is off and the limit, or the sample it was sent for. A push that
+        was refused is refused again without being looked at, so nobody moves a level by repeating it.
         """
         if current.number != self._round:
             self._round = current.number
             self._refused.clear()
+            self._sent.clear()
             self._counts.clear()
         key = (caller, sample, direction)
         reason = self._refused.get(key)
         if reason is None:
-            outside = self._bounds.judge(direction, caller, numbers(tensor))
-            if outside is None:
+            unusual = self._unusual(caller, sample, direction, numbers(tensor))
+            if not unusual:
                 del self._strikes[caller, direction]
                 return
-            reason = self._refused[key] = str(outside)
+            reason = self._refused[key] = unusual
             self._counts[caller] += 1
             self._strikes[caller, direction] += 1
             self._note(current, caller, sample, direction, reason)
@@ -82,6 +88,15 @@ class Filter:
             f"{direction.name.lower()} of sample {sample} is unlike the others: {reason}",
             "check this replica's device and weights",
         )
+
+    def _unusual(self, caller: str, sample: int, direction: Direction, values: Numbers) -> str:
+        """Why a push is refused, "" if it is not."""
+        if values[0] > math.log(SILENCE):
+            first = self._sent.setdefault((caller, direction, values), sample)
+            if first != sample:
+                return f"it is what was sent for sample {first}"
+        outside = self._bounds.judge(direction, caller, values)
+        return "" if outside is None else str(outside)
 
     def takes(self, current: TrainingRound, caller: str, sample: int, tensor: torch.Tensor) -> bool:
         """Whether an activation that was fetched from `caller` may be computed with; says why if not."""

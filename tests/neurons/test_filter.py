@@ -63,6 +63,24 @@ def test_a_refusal_names_the_number_the_factor_and_the_limit() -> None:
     assert (event.hotkey, event.direction, event.sample, event.count, event.stage) == ("x", "backward", 900, 1, 1)
 
 
+def test_a_tensor_that_was_sent_for_another_sample_is_refused_in_that_round() -> None:
+    desk = Desk()
+    desk.warm()
+    old, zero = desk.tensor(), torch.zeros(4, 32, 8)
+    for direction, sender, sample in (("BACKWARD", "x", 900), ("BACKWARD", "x", 900), ("FORWARD", "x", 901)):
+        desk.filter.require_usual(desk.round, sender, sample, Direction[direction], old)
+    for sample in (902, 903, 904):
+        with pytest.raises(Dropped, match=f"backward of sample {sample} .* what was sent for sample 900"):
+            desk.filter.require_usual(desk.round, "x", sample, Direction.BACKWARD, old)
+    assert desk.aside == ["x"]
+    desk.filter.require_usual(desk.round, "y", 905, Direction.BACKWARD, old)
+    for sample in (906, 907):  # a gradient of nothing is like another: its size is judged, not that it is the same
+        with pytest.raises(Dropped, match="size"):
+            desk.filter.require_usual(desk.round, "z", sample, Direction.BACKWARD, zero)
+    desk.round = TrainingRound(1, ROSTER, b"seed", RoundArchive())
+    desk.filter.require_usual(desk.round, "x", 908, Direction.BACKWARD, old)
+
+
 def test_repeating_a_refused_push_neither_helps_nor_counts() -> None:
     desk = Desk()
     desk.warm()

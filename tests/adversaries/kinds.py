@@ -162,7 +162,7 @@ PROFILES: Mapping[Kind, Profile] = MappingProxyType(
         Kind.REPLAY: Profile(
             role=Role.ANY,
             gains="All of its compute: each unit is answered with what an earlier one of the same direction gave.",
-            stopped_by="One replay. A receiver refuses a tensor that the same replica sent for another sample of the round.",
+            stopped_by="One replay. Receivers refuse a tensor that a replica sent for another sample of the round.",
             falsifies=_BOTH,
             convicts=_COMPUTED,
         ),

@@ -40,7 +40,7 @@ class Scale:
     microbatch_seconds: float = 2.73
     accumulation: int = 64
     slots: int = 20
-    windows: float = 0.1
+    windows: float = 0.25
     """Picked per slot, on average."""
     readers: float = 1.0
     """Validators that look into a picked window, on average."""

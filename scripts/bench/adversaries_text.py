@@ -146,8 +146,9 @@ def markdown(
         "\n".join(_targets(reached)),
         _fill(
             f"""Replays are not what is missed: it is windows. A verdict takes two, and where a round has few picked
-            windows, each read by one validator on average, some rounds look into fewer. Kinds share their draws, so they miss together: in closed form (below) {100 * certain():.1f} % of those that falsify all units
-            are convicted in the first round with the planned windows, at a budget of {BUDGET:.0%}. Silence is worst: it
+            windows, each read by one validator on average, some rounds look into fewer. Kinds share their draws, so
+            they miss together: in closed form (below) {100 * certain():.1f} % of those that falsify all units are
+            convicted in the first round with the planned windows, at a budget of {BUDGET:.0%}. Silence is worst: it
             convicts only with who asked."""
         ),
         f"## What {FLOPS_PERCENT:g} % of the FLOPs buy",

@@ -278,7 +278,9 @@ class Chain:
 
     async def state(self, _block: int) -> ChainState:
         record = Record(run=RUN, round=0, phase=Phase.READY, flags=Flags.OBSERVER).encode()
-        neuron = SimpleNamespace(hotkey=VALIDATOR, stake=2.0, validator_permit=True, record=record, shards=b"")
+        neuron = SimpleNamespace(
+            hotkey=VALIDATOR, stake=2.0, validator_permit=True, record=record, record_block=1, shards=b""
+        )
         return cast("ChainState", SimpleNamespace(neurons=(neuron,)))
 
 

@@ -123,6 +123,8 @@ class Node:
     """What all records of this node say, see `subnet.swarm.record.Flags`."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Why the last refresh moved whom."""
+    convicts: bytes = b""
+    """A validator's: short names of those whom it holds convicted."""
     _said: Record | None = None
 
     def __post_init__(self) -> None:
@@ -239,7 +241,10 @@ class Node:
         self._said = record
         newest = self.history.newest
         record = replace(
-            record, flags=record.flags | self.flags, roster=newest.digest if newest is not None else record.roster
+            record,
+            flags=record.flags | self.flags,
+            roster=newest.digest if newest is not None else record.roster,
+            shards=record.shards or self.convicts,
         )
         try:
             block = await self.chain.publish(record.encode(), record.shards, until_block=until)

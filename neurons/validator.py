@@ -16,7 +16,6 @@ import logging
 import secrets
 import sys
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import replace
 
 from model.stage import build_stage
 from neurons.adopting import Adopter
@@ -83,8 +82,6 @@ class Validator:
         self._reader = ReportReader(node, adopter)
         self._devices: Mapping[str, Device] = {}
         """What the miners of the round that is audited say they compute with."""
-        self._announced: Record | None = None
-        self._announcing = asyncio.Lock()
         self._late: list[FindingModel] = []
         """Failed findings that came after their round's report."""
 
@@ -144,34 +141,22 @@ class Validator:
                 roster=roster.digest.hex(),
             )
         )
-        self._announced = Record(
-            run=self._node.loaded.run_id,
-            round=roster.round,
-            phase=Phase.READY,
-            root=commit(secret),
-            shards=self._convicts(roster.round),
-        )
-        await self._tell()
+        self._node.convicts = self._convicts(roster.round)
+        record = Record(run=self._node.loaded.run_id, round=roster.round, phase=Phase.READY, root=commit(secret))
+        await self._node.publish(record)
 
     def _convicts(self, number: int) -> bytes:
         """Short names of those who count as convicted in round `number`: who is named by most validators holds no stage
         from the next roster on."""
         return b"".join(map(short_name, self._suspicions.convicts(number)[:NAMES_LIMIT]))
 
-    async def _tell(self) -> None:
-        """Put the newest announcement on chain; one at a time, so that none overtakes a newer one."""
-        async with self._announcing:
-            if self._announced is not None:
-                await self._node.publish(self._announced)
-
     async def _condemn(self) -> None:
         """Say at once whom a verdict has convicted: the next roster is computed before the next announcement."""
-        if self._announced is None:
-            return
-        convicts = self._convicts(self._announced.round)
-        if convicts != self._announced.shards:
-            self._announced = replace(self._announced, shards=convicts)
-            await self._tell()
+        newest = self._node.history.newest
+        convicts = self._node.convicts if newest is None else self._convicts(newest.round)
+        if convicts != self._node.convicts:
+            self._node.convicts = convicts
+            await self._node.say_again()
 
     # -- merges, one round after the other --------------------------------------------------------------------------
 

@@ -234,8 +234,10 @@ class _Refresh:
             if member.hotkey not in self._defects:
                 self._reasons[member.hotkey] = "out: not registered"
             elif member.standing is Standing.BENCH:
-                if self._round < member.until:
-                    self._rows[member.hotkey] = member
+                still = not why and member.hotkey in self._condemned
+                if still or self._round < member.until:
+                    until = max(member.until, self._round + 1) if still else member.until
+                    self._rows[member.hotkey] = replace(member, until=until)
                     self._reasons.pop(member.hotkey, None)
                 elif not why:
                     self._put(member, Standing.WAIT, "its bench is over")
@@ -255,13 +257,7 @@ class _Refresh:
                 for member in named:
                     self._bench(member, why)
         for member in list(self._rows.values()):
-            if member.hotkey not in self._condemned or member.standing not in (Standing.WAIT, Standing.JOIN):
-                continue
-            before = self._previous.member(member.hotkey)
-            if before is not None and before.standing is Standing.BENCH:  # for the same conviction
-                self._rows[member.hotkey] = replace(before, until=self._round + 1)
-                self._reasons.pop(member.hotkey, None)
-            else:
+            if member.hotkey in self._condemned and member.standing in (Standing.WAIT, Standing.JOIN):
                 self._bench(member, why)
 
     def _charge(self) -> None:

@@ -6,6 +6,8 @@ audit budget. Whom those with most of the stake hold convicted has no place in t
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 from subnet.metagraph import ChainState
@@ -52,10 +54,11 @@ def condemned(state: ChainState, run: bytes, *, fresh_from: int) -> frozenset[st
     """Hotkeys that validators with more than half of the stake at work hold convicted. Whose record is older than
     `fresh_from` has no say."""
     fresh = {key: one for key, one in observers(state, run).items() if one.record_block >= fresh_from}
-    weights = stakes(fresh)
-    return frozenset(
-        neuron.hotkey
-        for neuron in state.neurons
-        if 2 * sum(weights[key] for key, one in fresh.items() if short_name(neuron.hotkey) in one.record.convicts)
-        > sum(weights.values())
-    )
+    weights, votes = stakes(fresh), defaultdict[bytes, list[float]](list)
+    for key, one in fresh.items():
+        for name in one.record.convicts:
+            votes[name].append(weights[key])
+    # Exact sums: everybody must count alike, and the built-in one rounds otherwise from Python 3.12 on.
+    whole = math.fsum(weights.values())
+    named = {name for name, stake in votes.items() if 2 * math.fsum(stake) > whole}
+    return frozenset(neuron.hotkey for neuron in state.neurons if named and short_name(neuron.hotkey) in named)

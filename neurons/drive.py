@@ -27,13 +27,17 @@ from subnet.trust.ledger import NO_PEER, NO_RECEIPT, Direction, UnitKey, digest
 
 log = logging.getLogger("orion.neurons.drive")
 
-DRAIN_MARGIN = 1.5
-"""A microbatch is started only if this many times as long as it is expected to take fits before the round closes."""
 DEPTH_LIMIT_PER_STAGE = 4
 """At most this many microbatches in flight per head and stage: bounds input caches and staleness."""
 FLIGHT_FLOOR = 5.0
 FLIGHT_FACTOR = 4.0
 """A head gives a flight up after this many times the slowest recent one (seconds, at least the floor)."""
+
+
+def in_flight(*, stages: int, unit_seconds: float, push_seconds: float) -> int:
+    """Microbatches a head keeps in flight, from mean times: F + B of a unit and a push to its answer, seconds."""
+    limit = DEPTH_LIMIT_PER_STAGE * stages
+    return depth(stages=stages, compute=unit_seconds, latency=0.0, transfer=2 * push_seconds, limit=limit)
 
 
 class Driver:
@@ -87,7 +91,8 @@ class Driver:
         self._flights.begin(len(current.roster.stages[0]) / min(len(stage) for stage in current.roster.stages))
         self._attend(current)
         while not current.stopping and current.started < ends:
-            returns = self._returns(current, closing_at, probe_until=halfway)
+            in_air = current.flights.values()
+            returns = self._flights.returns(loop.time(), in_air, closing_at=closing_at, probe_until=halfway)
             if not returns and not current.flights:
                 return
             self._announce(current, ends)
@@ -107,13 +112,10 @@ class Driver:
         """Microbatches this head keeps in flight now."""
         if self._synchronous:
             return self._manifest.optimizer.accumulation
-        stages = self._engine.plan.count
-        return depth(
-            stages=stages,
-            compute=self.unit_seconds.value,
-            latency=0.0,
-            transfer=2 * self._delivery.push_seconds.value,
-            limit=DEPTH_LIMIT_PER_STAGE * stages,
+        return in_flight(
+            stages=self._engine.plan.count,
+            unit_seconds=self.unit_seconds.value,
+            push_seconds=self._delivery.push_seconds.value,
         )
 
     def land(self, current: TrainingRound, sample: int) -> float | None:
@@ -172,17 +174,6 @@ class Driver:
         ahead = max(1, self.depth())
         if current.lease < ends and current.lease - current.started <= ahead // 2:
             self.heads.announce(current, min(ends, current.started + ahead))
-
-    def _returns(self, current: TrainingRound, closing_at: float, *, probe_until: float) -> bool:
-        """Whether a microbatch that is started now will be back before the round closes, with some margin.
-
-        A slow round before must not keep a head out of this one: who starts nothing measures nothing better. So as long
-        as nothing of this round is back, one may leave until `probe_until` whatever is expected of it.
-        """
-        now = asyncio.get_running_loop().time()
-        if now + DRAIN_MARGIN * self._flights.expected(now, current.flights.values()) <= closing_at:
-            return True
-        return not current.flights and not self._flights.measured and now <= probe_until
 
     def _has_room(self, current: TrainingRound) -> bool:
         if self._synchronous and current.started % self._manifest.optimizer.accumulation == 0:

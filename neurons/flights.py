@@ -12,6 +12,8 @@ from collections.abc import Collection
 
 RECENT = 8
 """Flights whose slowest counts."""
+DRAIN_MARGIN = 1.5
+"""A microbatch is started only if this many times as long as it is expected to take fits before the round closes."""
 
 
 class Flights:
@@ -59,3 +61,13 @@ class Flights:
         if self._landed and self._left is not None:
             queued = (len(in_air) + 1) * (now - self._left) / self._landed
         return max(self.slowest, longest, queued)
+
+    def returns(self, now: float, in_air: Collection[float], *, closing_at: float, probe_until: float) -> bool:
+        """Whether one that leaves now will be back before the round closes, with some margin.
+
+        A slow round before must not keep a head out of this one: who starts nothing measures nothing better. So as long
+        as nothing of this round is back, one may leave until `probe_until` whatever is expected of it.
+        """
+        if now + DRAIN_MARGIN * self.expected(now, in_air) <= closing_at:
+            return True
+        return not in_air and not self.measured and now <= probe_until

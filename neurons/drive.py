@@ -13,7 +13,7 @@ from collections.abc import Callable
 from model.data import Corpus
 from model.engine import StageEngine
 from neurons.delivery import ASLEEP, RETRY_PAUSE, Delivery, RecentMean, Spawn
-from neurons.flights import Flights
+from neurons.flights import Departure, Flights
 from neurons.heads import BEAT, Heads
 from neurons.telemetry import MicrobatchDone, MicrobatchStarted, Telemetry
 from neurons.training import OpenInput, TrainingRound
@@ -118,18 +118,18 @@ class Driver:
             push_seconds=self._delivery.push_seconds.value,
         )
 
-    def land(self, current: TrainingRound, sample: int) -> float | None:
-        """Take a flight out of the air; how long it lasted, None if none of this head's was."""
+    def land(self, current: TrainingRound, sample: int) -> tuple[float, Departure] | None:
+        """Take a flight out of the air; how long it lasted and how it left, None if none of this head's was."""
         left = current.flights.pop(sample, None)
         current.room.set()
-        return None if left is None else asyncio.get_running_loop().time() - left
+        return None if left is None else (asyncio.get_running_loop().time() - left.time, left)
 
     def complete(self, current: TrainingRound, push: Push, loss: float) -> None:
         """A microbatch has come back here: an own one, or one taken over."""
-        seconds = self.land(current, push.sample)
+        flight = self.land(current, push.sample)
         if push.head == self._own:
-            if seconds is not None:
-                self._flights.land(seconds)
+            if flight is not None:
+                self._flights.land(*flight)
             self._count(current, push.index)
         else:
             current.foreign.add(push.sample)
@@ -139,7 +139,7 @@ class Driver:
                 round=current.number,
                 sample=push.sample,
                 loss=loss,
-                seconds=round(seconds or 0.0, 4),
+                seconds=0.0 if flight is None else round(flight[0], 4),
                 depth=self.depth(),
             )
         )
@@ -183,8 +183,7 @@ class Driver:
     def _start(self, current: TrainingRound, head: str, index: int) -> None:
         sample = self.heads.sample(current, head, index)
         now = asyncio.get_running_loop().time()
-        current.flights[sample] = now
-        self._flights.leave(now)
+        current.flights[sample] = self._flights.leave(now, len(current.flights))
         self._telemetry.emit(MicrobatchStarted(round=current.number, sample=sample))
         push = Push(
             run=self._run,
@@ -245,7 +244,7 @@ class Driver:
             if UnitKey(sample, Direction.BACKWARD) in current.receipts:
                 continue
             head, index = self.heads.place(current, sample)
-            late = now - left > overdue or left < current.woke
+            late = now - left.time > overdue or left.time < current.woke
             if late and self.heads.settled(current, sample):
                 log.info("sample %d came back at another head", sample)
                 self._let_go(current, sample)
@@ -255,7 +254,7 @@ class Driver:
                 # Nobody has taken it from here, and its owner is back: it has all it needs itself.
                 if self.heads.in_touch(current, head):
                     self._let_go(current, sample)
-            elif now - left > patience:
+            elif now - left.time > patience:
                 log.warning("sample %d has not come back within %.1f s: another takes its place", sample, patience)
                 self.land(current, sample)
 

@@ -44,9 +44,7 @@ class Benchmark:
     gates: tuple[Gate, ...]
 
 
-BENCHMARKS = (
-    Benchmark("overhead", (Gate("headroom", floor=1.0),)),
-)
+BENCHMARKS = (Benchmark("overhead", (Gate("headroom", floor=1.0),)),)
 
 
 @dataclass(frozen=True, slots=True)

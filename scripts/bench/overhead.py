@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         added += part.times * each
         rows.append({"part": part.name, "times": part.times, "microseconds": round(each * 1e6, 1)})
     state = torch.randint(0, 255, (STATE_BYTES >> (3 if options.quick else 0),), dtype=torch.uint8)
-    hashing = seconds(lambda: Tree.of(memoryview(state.numpy())), repeats=3, budget=0.1)
+    hashing = seconds(lambda: Tree.of(tensor_bytes(state)), repeats=3, budget=0.1)
     state_bytes = 3 * STATE_VALUE_BYTES * stage_parameters(config, plan)
     beside = hashing * state_bytes / state.numel() / ACCUMULATION
     figures = {

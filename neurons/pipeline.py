@@ -142,7 +142,7 @@ class StageWorker:
         return self._round
 
     def closes(self, at: float) -> None:
-        """The round is expected to close at this time of the loop's clock; heads start nothing that would come later."""
+        """When the round is expected to close, by the loop's clock: heads start nothing that would come later."""
         self._current().closing_at = at
 
     async def drive(self, *, limit: int | None = None) -> None:

@@ -19,7 +19,8 @@ from dataclasses import replace
 import torch
 
 from model.accounting import total_parameters
-from model.engine import Recompute, StageEngine
+from model.engine import StageEngine
+from model.recompute import Recompute
 from model.stage import build_stage, flatten, unflatten
 from neurons.archive import Archive, RoundArchive
 from neurons.download import forget

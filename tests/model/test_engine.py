@@ -13,7 +13,6 @@ from model.engine import (
     DuplicateUnitError,
     EngineError,
     NonFiniteError,
-    Recompute,
     StageEngine,
     StateError,
     UnknownUnitError,
@@ -23,6 +22,7 @@ from model.engine import (
     replay_tail,
 )
 from model.optimizer import OptimizerConfig, clip_gradients
+from model.recompute import Recompute
 from model.split import split
 from model.stage import StageInputError, build_stage, flatten, weights_digest
 from scripts.bench.storages import Storages

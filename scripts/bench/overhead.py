@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
-from model.accounting import PEAK_FLOPS, boundary_bytes, stage_flops, stage_parameters
+from model.accounting import boundary_bytes, stage_flops, stage_parameters
 from model.config import preset
+from model.devices import device
 from model.split import split
 from neurons.telemetry import MicrobatchDone, Telemetry
 from scripts.bench.report import report
@@ -42,7 +43,7 @@ ACCUMULATION = 64
 """Microbatches in a local step."""
 MFU = 0.5
 """At which the period is computed: the faster the GPU, the larger the share of what does not become faster."""
-GPU = "A100"
+GPU = "a100-80gb"
 LIMIT = 0.02
 RUN = bytes(8)
 
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     config = preset("100b")
     plan = split(config, 16)[7]
     flops = sum(stage_flops(config, plan, tokens=TOKENS)) * TOKENS
-    period = flops / (MFU * PEAK_FLOPS[GPU])
+    period = flops / (MFU * device(GPU).peak)
     budget, repeats = (0.2, 3) if options.quick else (1.5, 5)
     rows, added = [], 0.0
     for part in parts(options.out):

@@ -166,7 +166,7 @@ class Axon:
             ) as ticket:
                 body = await self._receive(request, ticket)
                 parts = await self._answer(route, ticket.caller, body)
-                return await self._reply(request, parts)
+                return await self._reply(request, ticket.caller, parts)
         except Refused as refusal:
             return await self._refuse(request, refusal)
 
@@ -187,7 +187,7 @@ class Axon:
         body = np.empty(ticket.length, dtype=np.uint8).data
         digest = hashlib.sha256()
         filled = 0
-        stream = None if self.shaper is None else self.shaper.down.stream()
+        stream = None if self.shaper is None else self.shaper.towards(ticket.caller).down.stream()
         try:
             async with asyncio.timeout(self._patience_s(ticket.length)):
                 while filled < ticket.length:
@@ -226,9 +226,9 @@ class Axon:
                 "its operator's log has the traceback",
             ) from None
 
-    async def _reply(self, request: web.BaseRequest, parts: list[memoryview]) -> web.StreamResponse:
+    async def _reply(self, request: web.BaseRequest, caller: str, parts: list[memoryview]) -> web.StreamResponse:
         size = synapse.size_of(parts)
-        stream = None if self.shaper is None else self.shaper.up.stream()
+        stream = None if self.shaper is None else self.shaper.towards(caller).up.stream()
         if size <= synapse.SLICE and stream is None:
             return web.Response(body=b"".join(parts))
         response = web.StreamResponse()

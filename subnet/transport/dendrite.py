@@ -196,10 +196,11 @@ class Dendrite:
         if url is None:
             url = self._urls[endpoint, route] = URL(f"{endpoint}/{route}")
         size = synapse.size_of(parts)
+        shaper = None if self.shaper is None else self.shaper.towards(receiver)
         up = down = None
-        if self.shaper is not None:
-            await self.shaper.depart(size)
-            up, down = self.shaper.up, self.shaper.down
+        if shaper is not None:
+            await shaper.depart(size)
+            up, down = shaper.up, shaper.down
         self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
         headers = auth.sign(self._signer, path=f"/{route}", digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
         data = b"".join(parts) if size <= synapse.SLICE and up is None else _Parts(parts, up)
@@ -208,8 +209,8 @@ class Dendrite:
             limit = max_reply_bytes if response.status == 200 else _ERROR_LIMIT
             blob = await _read(response, limit, down)
             traffic.received += blob.nbytes
-            if self.shaper is not None:
-                await self.shaper.arrive(blob.nbytes)
+            if shaper is not None:
+                await shaper.arrive(blob.nbytes)
             if response.status == 200:
                 return blob
             error = from_wire(response.status, bytes(blob))

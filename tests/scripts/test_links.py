@@ -68,7 +68,7 @@ def test_a_random_loss_is_not_pretended() -> None:
 @pytest.fixture
 def network() -> Iterator[Network]:
     try:
-        made = Network(3, Link(latency_s=0.05, bandwidth_bps=200 * MBIT))
+        made = Network(3, Link(latency_s=0.05, up_bps=200 * MBIT))
     except LinksError as error:
         pytest.skip(str(error))
     with made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -143,12 +144,10 @@ def test_a_bulk_transfer_fills_its_link_and_leaves_the_others_alone(network: Net
 
 
 def test_processes_live_on_their_node_and_nothing_stays(network: Network) -> None:
-    listing = "import socket; print(sorted(name for _, name in socket.if_nameindex())); input()"
-    process = network.start(2, [sys.executable, "-c", listing], stderr=None)
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline().split("\n")[0] == str(sorted(["lo", INTERFACE]))
-    process.communicate("\n")
+    listing = "import socket; print(sorted(name for _, name in socket.if_nameindex()))"
+    command = [*network.enter(2), sys.executable, "-c", listing]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == str(sorted(["lo", INTERFACE]))
     assert INTERFACE not in {name for _, name in socket.if_nameindex()}
 
 

@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from scripts.bench.links.namespace import LinksError, Namespace
 from scripts.bench.links.switch import Passed, Spec
@@ -89,12 +89,9 @@ class Network:
         """What `function` returns or raises on a thread of that node: sockets it makes are the node's."""
         return self._spaces[node].call(function)
 
-    def start(self, node: int, command: Sequence[str], *, stderr: IO[str] | None = None) -> subprocess.Popen[str]:
-        """Start a process on that node; its standard input and output are pipes."""
-        return self.call(
-            node,
-            lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True),
-        )
+    def enter(self, node: int) -> list[str]:
+        """Words to put before a command that is to run on that node."""
+        return self._spaces[node].enter()
 
     def close(self) -> None:
         """End the switch and let go of the namespaces; they vanish with the last process in them."""

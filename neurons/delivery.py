@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 
 import torch
 
@@ -72,6 +72,16 @@ class RecentMean:
 
     def add(self, sample: float) -> None:
         self.value = sample if self.value == 0.0 else 0.9 * self.value + 0.1 * sample
+
+
+def overdue_after(returns: Collection[float]) -> float:
+    """After how many seconds a gradient is overdue where the last ones took so long."""
+    return max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(returns, default=OVERDUE_FLOOR))
+
+
+def push_deadline(push_seconds: float) -> float:
+    """Seconds a push may take: many times what pushes take as a rule, so that a frozen peer is noticed."""
+    return min(PUSH_DEADLINE, max(OVERDUE_FLOOR, PUSH_FACTOR * push_seconds))
 
 
 class Delivery:
@@ -284,7 +294,7 @@ class Delivery:
 
     def patience(self) -> float:
         """After how many seconds a gradient is overdue."""
-        return max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(self._returns, default=OVERDUE_FLOOR))
+        return overdue_after(self._returns)
 
     async def probe(self, current: TrainingRound, push: Forward, leaf: Leaf, y: torch.Tensor) -> None:
         """Offer an activation again to those who signed for it, only to learn whether they are still there."""
@@ -303,8 +313,8 @@ class Delivery:
         self._mark_down(hop)
 
     def _deadline(self) -> float:
-        """Seconds a push may take: many times what pushes take now, so that a frozen peer is noticed."""
-        return min(PUSH_DEADLINE, max(OVERDUE_FLOOR, PUSH_FACTOR * self.push_seconds.value))
+        """Seconds a push may take now."""
+        return push_deadline(self.push_seconds.value)
 
     async def _push(
         self, current: TrainingRound, hop: str, push: Push, tensors: Mapping[str, torch.Tensor], leaf: Leaf

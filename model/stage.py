@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.bottleneck import Receiver, Sender
 from model.checkpoint import content_digest
 from model.config import BoundaryForm, ModelConfig
+from model.recompute import Run, plain
 from model.split import StagePlan
 from model.transformer import Block, Embedding, Linear, RMSNorm, rotary_tables
 
@@ -50,6 +51,7 @@ class Stage(nn.Module):
         else:
             self.boundaries[str(plan.last_layer)] = nn.ModuleDict({"sender": Sender(config)})
         self.register_buffer("rotary", rotary_tables(config), persistent=False)
+        self.run_block: Run = plain
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens int64 (B, T) or boundary (B, T, width) to boundary (B, T, width) or logits (B, T, vocab).
@@ -66,7 +68,7 @@ class Stage(nn.Module):
         for block in self.layers.values():
             if branch is not None:
                 branch_input = carry = residual + branch
-            residual, branch = block(branch_input, carry, tables)
+            residual, branch = self.run_block(cast("Block", block), branch_input, carry, tables)
         if self.plan.is_last:
             logits: Tensor = self.head(self.norm(residual + branch))
             return logits

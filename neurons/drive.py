@@ -80,19 +80,20 @@ class Driver:
         self._spawn = spawn
         self._flights = Flights()
 
-    async def drive(self, current: TrainingRound, *, closing_at: float, limit: int | None) -> None:
+    async def drive(self, current: TrainingRound, *, limit: int | None) -> None:
         """Keep the pipeline full until the round stops, or until `limit` microbatches were started and done."""
         if not all(current.roster.stages):
             return  # nothing would come back through a stage without replicas
         quota = self._manifest.data.samples_per_round // len(current.roster.stages[0])
         ends = quota if limit is None else min(quota, limit)
         loop = asyncio.get_running_loop()
-        halfway = (loop.time() + closing_at) / 2
+        halfway = (loop.time() + current.closing_at) / 2
         self._flights.begin(len(current.roster.stages[0]) / min(len(stage) for stage in current.roster.stages))
         self._attend(current)
         while not current.stopping and current.started < ends:
-            in_air = current.flights.values()
-            returns = self._flights.returns(loop.time(), in_air, closing_at=closing_at, probe_until=halfway)
+            returns = self._flights.returns(
+                loop.time(), current.flights.values(), closing_at=current.closing_at, probe_until=halfway
+            )
             if not returns and not current.flights:
                 return
             self._announce(current, ends)

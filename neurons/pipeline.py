@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TypeVar
 
@@ -142,13 +141,13 @@ class StageWorker:
             self._spawn(self._round.sends, self._delivery.chase(self._round, self._spawn))
         return self._round
 
-    async def drive(self, *, closing_at: float = math.inf, limit: int | None = None) -> None:
-        """At the head: keep the pipeline full until `stop`, or until `limit` microbatches were started and done.
+    def closes(self, at: float) -> None:
+        """When the round is expected to close, by the loop's clock: heads start nothing that would come later."""
+        self._current().closing_at = at
 
-        `closing_at` is when the round closes, by the loop's clock: nothing is started that would not be back by then,
-        judged by how long the slowest of the last microbatches took.
-        """
-        await self._driver.drive(self._current(), closing_at=closing_at, limit=limit)
+    async def drive(self, *, limit: int | None = None) -> None:
+        """At the head: keep the pipeline full until `stop`, or until `limit` microbatches were started and done."""
+        await self._driver.drive(self._current(), limit=limit)
 
     def stop(self) -> None:
         """The head starts nothing more; what is in flight goes on."""

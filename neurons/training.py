@@ -75,6 +75,8 @@ class TrainingRound:
     """Of the routing lottery."""
     archive: RoundArchive
     ledger: Ledger = field(default_factory=Ledger)
+    closing_at: float = math.inf
+    """When it is expected to close, by the loop's clock."""
     accepting: bool = True
     stopping: bool = False
     receipts: dict[UnitKey, tuple[str, str]] = field(default_factory=dict)

@@ -150,9 +150,16 @@ class Axon:
         await self._runner.setup()
         await web.SockSite(self._runner, sock).start()
 
-    async def stop(self) -> None:
-        """Stop listening, give requests in progress a second, close every connection."""
+    async def stop(self, *, abruptly: bool = False) -> None:
+        """Stop listening, give requests in progress a second, close every connection.
+
+        `abruptly` resets the connections first, so that callers see what they see of a process that is killed.
+        """
         if self._runner is not None:
+            if abruptly and self._runner.server is not None:
+                for handler in self._runner.server.connections:
+                    if handler.transport is not None:
+                        handler.transport.abort()
             await self._runner.cleanup()
             self._runner = None
 

@@ -13,7 +13,6 @@ from model.engine import (
     DuplicateUnitError,
     EngineError,
     NonFiniteError,
-    Recompute,
     StageEngine,
     StateError,
     UnknownUnitError,
@@ -23,8 +22,10 @@ from model.engine import (
     replay_tail,
 )
 from model.optimizer import OptimizerConfig, clip_gradients
+from model.recompute import Recompute
 from model.split import split
 from model.stage import StageInputError, build_stage, flatten, weights_digest
+from scripts.bench.storages import Storages
 
 _CONFIG = ModelConfig(vocab=64, hidden=32, layers=4, heads=4, kv_heads=2, ffn=48, context=16)
 _FORM_A = replace(_CONFIG, boundary=BoundaryConfig(form=BoundaryForm.A, width=8))
@@ -39,13 +40,14 @@ def _engines(
     recompute: Recompute = Recompute.KEEP,
     accumulation: int = 4,
     capacity: int = 4,
+    graphs: int | None = None,
 ) -> list[StageEngine]:
     built = [build_stage(config, plan, seed=3) for plan in split(config, stages)]
     total = sum(p.numel() for stage in built for p in stage.parameters())
     return [
         StageEngine(
             stage, optimizer, stage.plan,
-            n_total_params=total, accumulation=accumulation, recompute=recompute, capacity=capacity,
+            n_total_params=total, accumulation=accumulation, recompute=recompute, capacity=capacity, graphs=graphs,
         )
         for stage in built
     ]  # fmt: skip
@@ -91,13 +93,13 @@ def test_stages_in_a_chain_equal_one_process_bit_for_bit(stages: int, recompute:
 
 @pytest.mark.parametrize("config", [_CONFIG, _FORM_A])
 def test_keeping_graphs_and_recomputing_give_the_same_bits(config: ModelConfig) -> None:
-    keep, full = (_engines(config, 3, recompute=recompute) for recompute in Recompute)
+    chains = [_engines(config, 3, recompute=recompute) for recompute in Recompute]
     for step in range(3):
         for unit in range(4):
-            assert _unit(keep, 4 * step + unit) == _unit(full, 4 * step + unit)
-        for a, b in zip(keep, full, strict=True):
-            assert a.step() == b.step()
-            assert weights_digest(a.stage) == weights_digest(b.stage)
+            assert len({_unit(chain, 4 * step + unit) for chain in chains}) == 1
+        for engines in zip(*chains, strict=True):
+            assert len({engine.step() for engine in engines}) == 1
+            assert len({weights_digest(engine.stage) for engine in engines}) == 1
 
 
 def test_a_graph_kept_across_a_step_is_recomputed_with_the_new_weights() -> None:
@@ -120,7 +122,7 @@ def test_a_graph_kept_across_a_step_is_recomputed_with_the_new_weights() -> None
 
 
 def test_weights_replaced_from_outside_drop_the_graphs() -> None:
-    keep, full = (_engines(_FORM_A, 2, recompute=recompute)[0] for recompute in Recompute)
+    keep, full = (_engines(_FORM_A, 2, recompute=way)[0] for way in (Recompute.KEEP, Recompute.FULL))
     x, _ = _batch(0)
     for engine in (keep, full):
         y = engine.forward(0, x)
@@ -190,6 +192,27 @@ def test_the_cache_has_a_cap_and_keys_are_unique() -> None:
         head.drop("a")
     with pytest.raises(UnknownUnitError, match="unit a is not open here"):
         head.backward("a", g)
+
+
+def test_so_many_graphs_are_held_and_the_other_units_are_recomputed() -> None:
+    (few, _), (many, _) = _engines(_FORM_A, 2, graphs=1), _engines(_FORM_A, 2)
+    gradients: list[list[Tensor]] = [[], []]
+    for engine, found in zip((few, many), gradients, strict=True):
+        with Storages() as alive:
+            held = []
+            for number in range(3):
+                y = engine.forward(number, _batch(number)[0])
+                held.append(alive.bytes())
+        grown = [later - earlier for earlier, later in zip([0, *held], held, strict=False)]
+        assert (grown[2] < 0.1 * grown[0]) == (engine is few)
+        for number in range(3):
+            engine.backward(number, torch.ones_like(y))
+        found += [p.grad for p in engine.stage.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    few.forward(4, _batch(4)[0])
+    with Storages() as alive:
+        few.forward(5, _batch(5)[0])
+    assert alive.bytes() < 0.1 * grown[0]
 
 
 @pytest.mark.parametrize("g", [torch.ones(2, 16, 7), torch.ones(2, 16, 8, dtype=torch.float64), torch.ones(2, 8)])

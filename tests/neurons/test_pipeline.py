@@ -497,5 +497,6 @@ async def test_one_slow_flight_keeps_no_head_out_of_a_round(tmp_path: Path) -> N
     async with Swarm(loaded, open_corpus(tmp_path, loaded.manifest, entry)) as swarm:
         (head,) = swarm.stage(0)
         head.worker._driver._flights.land(1000.0, Departure(0.0, 1))
-        await head.worker.drive(closing_at=asyncio.get_running_loop().time() + 4.0)
+        head.worker.closes(asyncio.get_running_loop().time() + 4.0)
+        await head.worker.drive()
         assert head.worker._current().started > 1  # the first one shows that flights are fast again

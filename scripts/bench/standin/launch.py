@@ -34,34 +34,55 @@ class LaunchError(Exception):
     """A process of the swarm ended or said nothing in time: one line."""
 
 
-async def run(spec: Spec, folder: Path, groups: Sequence[Sequence[int]]) -> list[Measured]:
+async def run(
+    spec: Spec,
+    folder: Path,
+    groups: Sequence[Sequence[int]],
+    *,
+    patience: float = HURRY,
+    enter: Sequence[Sequence[str]] | None = None,
+) -> list[Measured]:
     """Run every group of nodes in a process of its own; what each measured. The spec is left in `folder`.
+
+    Args:
+        patience: seconds that steps may take, or that a steady run may take longer than it is meant to.
+        enter: per group, words before the command that starts it.
 
     Raises `LaunchError`.
     """
     path = folder / "standin.json"
     path.write_text(spec.model_dump_json())
-    seconds = 0.0 if spec.steady is None else spec.steady.warm_up + spec.steady.seconds
-    processes = [await _start(path, group) for group in groups]
+    if spec.steady is not None:
+        patience += spec.steady.warm_up + spec.steady.seconds
+    words = [()] * len(groups) if enter is None else enter
+    processes = [await _start(path, group, before) for group, before in zip(groups, words, strict=True)]
+    # In steps those without a head say what they measured when they are told that the heads are done.
+    first = [spec.steady is not None or any(node < spec.replicas for node in group) for group in groups]
+    said: dict[int, Any] = {}
     try:
         await asyncio.gather(*(_line(process, HURRY) for process in processes))
         for process in processes:
             _stdin(process).write(b"go\n")
-        lines = await asyncio.gather(*(_line(process, seconds + HURRY) for process in processes))
-        for process in processes:
-            _stdin(process).close()
+        for turn in (True, False):
+            numbers = [number for number, each in enumerate(first) if each is turn]
+            if not turn:
+                for process in processes:
+                    _stdin(process).close()
+            lines = await asyncio.gather(*(_line(processes[number], patience) for number in numbers))
+            said.update(zip(numbers, lines, strict=True))
         await asyncio.gather(*(asyncio.wait_for(process.wait(), HURRY) for process in processes))
     finally:
         for process in processes:
             if process.returncode is None:
                 process.kill()
         await asyncio.gather(*(process.wait() for process in processes))
-    return [_MEASURED.validate_python(line) for line in lines]
+    return [_MEASURED.validate_python(said[number]) for number in range(len(groups))]
 
 
-async def _start(path: Path, group: Sequence[int]) -> asyncio.subprocess.Process:
+async def _start(path: Path, group: Sequence[int], before: Sequence[str]) -> asyncio.subprocess.Process:
     numbers = ",".join(map(str, group))
     return await asyncio.create_subprocess_exec(
+        *before,
         sys.executable,
         *("-m", "scripts.bench.standin", str(path), "--nodes", numbers),
         stdin=asyncio.subprocess.PIPE,

@@ -11,7 +11,6 @@ used without its application layer, which would cost more than our own work does
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from aiohttp import web
 
+from model import hashing
 from subnet.transport import sockets, synapse
 from subnet.transport.admission import Admission, Ticket
 from subnet.transport.errors import (
@@ -192,7 +192,7 @@ class Axon:
         """The body, in one buffer, proven to be the one that was signed."""
         # numpy's, because its large arrays use huge pages and are not zeroed: half the cost of a bytearray.
         body = np.empty(ticket.length, dtype=np.uint8).data
-        digest = hashlib.sha256()
+        digest = hashing.hasher()
         filled = 0
         stream = None if self.shaper is None else self.shaper.towards(ticket.caller).down.stream()
         try:

@@ -23,6 +23,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.payload import Payload
 from yarl import URL
 
+from model import hashing
 from subnet.transport import auth, sockets, synapse
 from subnet.transport.auth import Signer
 from subnet.transport.errors import BadReply, Refused, Silent, Unreachable, from_wire
@@ -33,8 +34,8 @@ NO_TENSORS: Final[Mapping[str, torch.Tensor]] = MappingProxyType({})
 NO_SPECS: Final[Specs] = MappingProxyType({})
 
 _ERROR_LIMIT: Final = 8 * 1024
-_HASH_OFF_LOOP: Final = 1024 * 1024
-"""Bodies of this many bytes are hashed in a thread: 0.6 ms of stalled loop, ten times what the hop costs."""
+_HASH_OFF_LOOP: Final = 4 * 1024 * 1024
+"""Bodies of this many bytes are hashed in a thread: what would stall the loop for a millisecond."""
 
 
 @dataclass(slots=True)
@@ -152,7 +153,7 @@ class Dendrite:
         try:
             async with asyncio.timeout(deadline):
                 large = synapse.size_of(parts) >= _HASH_OFF_LOOP
-                digest = await asyncio.to_thread(auth.digest_of, parts) if large else auth.digest_of(parts)
+                digest = await asyncio.to_thread(hashing.digest, *parts) if large else hashing.digest(*parts)
                 async with gate:
                     blob = await self._exchange(
                         endpoint, receiver, message.route, parts, digest, max_reply_bytes, traffic

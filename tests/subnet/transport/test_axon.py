@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import socket
@@ -17,6 +16,7 @@ import pytest
 import torch
 from bittensor.sp_core import Keypair
 
+from model import hashing
 from subnet.transport import auth, synapse
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon, Handler
@@ -189,7 +189,7 @@ def head(
         **auth.sign(
             ALICE,
             path=path,
-            digest=hashlib.sha256(body).digest(),
+            digest=hashing.digest(body),
             receiver=BOB_KEY,
             nonce_ns=time.time_ns() - int(age_s * 1e9),
         ),

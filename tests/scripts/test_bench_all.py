@@ -1,4 +1,4 @@
-"""The gate on benchmarks: a ratio that falls is found, one that cannot be measured is said, one that is missing fails."""
+"""The gate on benchmarks: what falls is found, what cannot be measured is said, what is missing fails."""
 
 from __future__ import annotations
 

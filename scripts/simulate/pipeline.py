@@ -37,8 +37,8 @@ class Pipeline:
         self._network = network
         self._setting = setting
         self._accounts = accounts
-        self._last = len(setting.stages) - 1
-        self._capacity = 2 * DEPTH_LIMIT_PER_STAGE * len(setting.stages)
+        self._last = setting.stages - 1
+        self._capacity = max(2 * DEPTH_LIMIT_PER_STAGE * setting.stages, setting.pipeline.depth)
         self._stages: tuple[tuple[Replica, ...], ...] = ()
         self._number = -1
         self._accepting = False
@@ -118,10 +118,9 @@ class Pipeline:
     def _pump(self, head: Replica) -> None:
         """Start what may be started."""
         setting, flights, in_air = self._setting, head.flights, head.in_air
-        depth = head.depth() if setting.depth is None else setting.depth
-        capacity = self._capacity if setting.depth is None else max(self._capacity, setting.depth)
+        depth = head.depth() if setting.measured_depth else setting.pipeline.depth
         inherited = self._inherited.get(head)
-        while head.alive and len(in_air) < depth and len(head.open) < capacity:
+        while head.alive and len(in_air) < depth and len(head.open) < self._capacity:
             if inherited:
                 microbatch = inherited.popleft()
                 if not microbatch.done and microbatch not in head.open:
@@ -278,7 +277,7 @@ class Pipeline:
 
     def _offer(self, replica: Replica, hop: Replica, microbatch: Microbatch, *, in_line: bool) -> None:
         arrived = partial(self._forward_arrived, replica, hop, microbatch, self._clock.now, in_line)
-        self._network.send(replica.port, hop.port, self._setting.boundary_bytes, arrived)
+        self._network.send(replica.port, hop.port, self._setting.pipeline.forward_bytes, arrived)
 
     def _forward_arrived(
         self, replica: Replica, hop: Replica, microbatch: Microbatch, start: float, in_line: bool
@@ -354,7 +353,7 @@ class Pipeline:
             order = [hop, *(heir for name in names if (heir := self._named[name]) is not hop)]
             hop = next((other for other in order if not replica.is_down(other, now)), order[turn % len(order)])
         arrived = partial(self._backward_arrived, replica, hop, microbatch, now, turn)
-        self._network.send(replica.port, hop.port, self._setting.boundary_bytes, arrived)
+        self._network.send(replica.port, hop.port, self._setting.pipeline.backward_bytes, arrived)
 
     def _backward_arrived(
         self, replica: Replica, hop: Replica, microbatch: Microbatch, start: float, turn: int
@@ -405,7 +404,7 @@ class Pipeline:
     def _give_input(self, holder: Replica, hop: Replica, microbatch: Microbatch) -> None:
         if self._goes_on(microbatch) and holder.alive:
             arrived = partial(self._input_arrived, holder, hop, microbatch)
-            self._network.send(holder.port, hop.port, self._setting.boundary_bytes, arrived)
+            self._network.send(holder.port, hop.port, self._setting.pipeline.forward_bytes, arrived)
         else:
             hop.adopting.discard(microbatch)
 

@@ -14,7 +14,7 @@ from neurons.delivery import DOWN_SECONDS, RECENT_RETURNS, RecentMean, overdue_a
 from neurons.drive import in_flight, longest_flight
 from neurons.flights import Departure, Flights
 from scripts.simulate.network import Port
-from scripts.simulate.setting import StageTime
+from subnet.swarm import pace
 from subnet.swarm.routing import room
 
 
@@ -46,19 +46,19 @@ class Microbatch:
 class Replica:
     """One node with one stage."""
 
-    def __init__(self, name: str, *, stage: int, place: int, count: int, time: StageTime, speed: float) -> None:
+    def __init__(self, name: str, *, stage: int, place: int, count: int, speed: pace.Replica) -> None:
         self.name = name
         self.stage = stage
         self.place = place
         self.count = count
         """Stages."""
         self.alive = True
-        self.port = Port()
+        self.port = Port(up=speed.up, down=speed.down)
         self.durations = {
-            Job.FORWARD: time.forward / speed,
-            Job.BACKWARD: time.backward / speed,
-            Job.ADOPTED: time.both / speed,
-            Job.TAIL: time.both / speed,
+            Job.FORWARD: speed.forward,
+            Job.BACKWARD: speed.backward,
+            Job.ADOPTED: speed.unit,
+            Job.TAIL: speed.unit,
         }
         self.push_seconds = RecentMean()
         self.unit_seconds = RecentMean()

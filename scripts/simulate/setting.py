@@ -1,10 +1,12 @@
-"""What is simulated: a swarm's shape, its links, its rounds and its churn, all in seconds and bytes."""
+"""What is simulated: a pipeline of replicas and their links, its rounds and its churn. Times are seconds."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+
+from subnet.swarm.pace import Pipeline
 
 
 class SettingError(ValueError):
@@ -21,66 +23,41 @@ class Wires(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageTime:
-    """Seconds of one microbatch at one stage, on a replica of speed 1."""
-
-    forward: float
-    backward: float
-    """With what a backward must compute again."""
-
-    @property
-    def both(self) -> float:
-        return self.forward + self.backward
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lines:
-    """The network of every node."""
-
-    up: float = math.inf
-    """Bits per second."""
-    down: float = math.inf
-    latency: float = 0.0
-    """Seconds, one way."""
-    wires: Wires = Wires.NODE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
     """When a round trains; the default is one that never ends."""
 
     length: float = math.inf
-    """Seconds from the start of a round to the start of the next."""
+    """From the start of a round to the start of the next."""
     close: float = math.inf
-    """Seconds from the start of a round to the end of its training."""
+    """From the start of a round to the end of its training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Churn:
-    """Failures come at random: every replica's place in the swarm fails at the same rate."""
+    """Replicas that are gone without a word. Every place in the swarm fails at the same rate.
+
+    Who is gone stays in the roster of the next round, for which its last record still speaks. Who comes in its place
+    joins with the first round that begins when it is ready, catches up, and works from the one after.
+    """
 
     failures_per_hour: float = 0.0
     """Of the whole swarm, while it is complete."""
-    replaced_after: float = 600.0
-    """Seconds until somebody else has the place, with the stage's state; it works from the next round on."""
+    ready_after: float = 600.0
+    """From a failure until a newcomer is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """Everything that a simulation depends on."""
 
-    stages: tuple[StageTime, ...]
-    replicas: int
-    boundary_bytes: int
-    """Of an activation, and of its gradient."""
+    pipeline: Pipeline
+    """All stages have equally many replicas. Its routing is that of the nodes, whatever it says."""
     seconds: float
-    lines: Lines = field(default_factory=Lines)
+    wires: Wires = Wires.NODE
     rounds: Rounds = field(default_factory=Rounds)
     churn: Churn = field(default_factory=Churn)
-    speeds: tuple[tuple[float, ...], ...] = ()
-    """By stage and replica, where not all are 1."""
-    depth: int | None = None
-    """Microbatches in flight per head; None for what heads compute from measured times."""
+    measured_depth: bool = False
+    """Whether heads compute from measured times how many they keep in flight, or keep the pipeline's depth."""
     microbatches: int | None = None
     """That each head starts in a round, at most."""
     seed: int = 0
@@ -88,26 +65,26 @@ class Setting:
     def __post_init__(self) -> None:
         """Raises `SettingError`."""
         checks = (
-            ("--stages", len(self.stages), 1, math.inf),
-            ("--replicas", self.replicas, 1, math.inf),
             ("--minutes", self.seconds / 60, 1e-3, 1e7),
-            ("--up in bit/s", self.lines.up, 1.0, math.inf),
-            ("--down in bit/s", self.lines.down, 1.0, math.inf),
-            ("--rtt in s", 2 * self.lines.latency, 0.0, 600.0),
             ("--failures-per-hour", self.churn.failures_per_hour, 0.0, 1e6),
-            ("--replace-minutes", self.churn.replaced_after / 60, 0.0, math.inf),
-            ("--depth", 1 if self.depth is None else self.depth, 1, math.inf),
+            ("--ready-minutes", self.churn.ready_after / 60, 0.0, 1e7),
         )
         for option, value, least, most in checks:
             if not least <= value <= most:
                 raise SettingError(f"{option} is {value:g}, outside {least:g} to {most:g}: choose one inside")
-        if self.speeds and [len(stage) for stage in self.speeds] != [self.replicas] * len(self.stages):
+        counts = {len(stage) for stage in self.pipeline.stages}
+        if len(counts) != 1:
+            raise SettingError(f"stages have {sorted(counts)} replicas: give all stages equally many")
+        if not 0 < self.rounds.close <= self.rounds.length:
             raise SettingError(
-                f"speeds are not {len(self.stages)} stages of {self.replicas} replicas: name all or none"
+                f"a round trains {self.rounds.close:g} s of its {self.rounds.length:g}: lengthen --round-minutes"
             )
-        slowest = min((speed for stage in self.speeds for speed in stage), default=1.0)
-        if not slowest > 0 or not all(stage.forward > 0 and stage.backward > 0 for stage in self.stages):
-            raise SettingError("a stage takes no time or has no speed: give times and speeds above 0")
 
-    def speed(self, stage: int, place: int) -> float:
-        return self.speeds[stage][place] if self.speeds else 1.0
+    @property
+    def stages(self) -> int:
+        return len(self.pipeline.stages)
+
+    @property
+    def replicas(self) -> int:
+        """Of each stage."""
+        return len(self.pipeline.stages[0])

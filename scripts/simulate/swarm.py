@@ -72,7 +72,7 @@ def failures_of(setting: Setting) -> Iterator[Failure]:
         at += float(chance.exponential(1 / rate))
         if at > setting.seconds:
             return
-        yield Failure(at, int(chance.integers(len(setting.stages))), int(chance.integers(setting.replicas)))
+        yield Failure(at, int(chance.integers(setting.stages)), int(chance.integers(setting.replicas)))
 
 
 class _Swarm:
@@ -80,13 +80,18 @@ class _Swarm:
         self.setting = setting
         self.failures = tuple(failures)
         self.clock = Clock()
-        self.accounts = Accounts(len(setting.stages), timeline)
-        self.network = Network(self.clock, setting.lines)
+        self.accounts = Accounts(setting.stages, timeline)
+        self.network = Network(self.clock, latency=setting.pipeline.latency, wires=setting.wires)
         self.pipeline = Pipeline(self.clock, self.network, setting, self.accounts)
         self.places: list[list[Replica]] = [
-            [self._replica(stage, place, 0) for place in range(setting.replicas)]
-            for stage in range(len(setting.stages))
+            [self._replica(stage, place, 0) for place in range(setting.replicas)] for stage in range(setting.stages)
         ]
+        self.ready: list[Replica] = []
+        """Who waits for a round to begin in order to join."""
+        self.joining: list[Replica] = []
+        """Who catches up in this round and works from the next one on."""
+        self.dying: set[Replica] = set()
+        """Who has died since this round began."""
         self.vacant: dict[tuple[int, int], float] = {}
         """Since when nobody works in a place."""
         self.closed_at: float | None = None
@@ -127,20 +132,22 @@ class _Swarm:
             f"stage {stage} place {place} generation {generation}",
             stage=stage,
             place=place,
-            count=len(setting.stages),
-            time=setting.stages[stage],
-            speed=setting.speed(stage, place),
+            count=setting.stages,
+            speed=setting.pipeline.stages[stage][place],
         )
 
     def _begin(self, number: int) -> None:
         setting, clock = self.setting, self.clock
         now = clock.now
         self._settle_closed()
-        roster = tuple(tuple(sorted(_living(stage), key=lambda replica: replica.name)) for stage in self.places)
-        for replica in (replica for stage in roster for replica in stage):
-            since = self.vacant.pop((replica.stage, replica.place), None)
-            if since is not None:
-                self.accounts.vacant(replica.stage, replica.place, since, now)
+        for replica in self.joining:
+            self.places[replica.stage][replica.place] = replica
+            self.accounts.vacant(replica.stage, replica.place, self.vacant.pop((replica.stage, replica.place)), now)
+        self.joining, self.ready = self.ready, []
+        # The last record of who died in the last round still speaks for it.
+        members = [[replica for replica in stage if replica.alive or replica in self.dying] for stage in self.places]
+        self.dying.clear()
+        roster = tuple(tuple(sorted(stage, key=lambda replica: replica.name)) for stage in members)
         closing_at = now + setting.rounds.close
         if math.isfinite(setting.rounds.length):
             clock.at(closing_at, self._close)
@@ -167,18 +174,14 @@ class _Swarm:
             return
         now = self.clock.now
         self.struck.append(failure)
+        self.dying.add(replica)
         self.pipeline.kill(replica)
-        # Who fails before the round that it waits for leaves its place as vacant as it found it.
-        self.vacant.setdefault((failure.stage, failure.place), now)
-        self.clock.at(now + self.setting.churn.replaced_after, self._replace, replica, len(self.struck))
+        self.vacant[failure.stage, failure.place] = now
+        self.clock.at(now + self.setting.churn.ready_after, self._arrive, replica, len(self.struck))
 
-    def _replace(self, dead: Replica, generation: int) -> None:
-        """Somebody is ready to take the place when the next round begins."""
-        self.places[dead.stage][dead.place] = self._replica(dead.stage, dead.place, generation)
-
-
-def _living(replicas: list[Replica]) -> list[Replica]:
-    return [replica for replica in replicas if replica.alive]
+    def _arrive(self, dead: Replica, generation: int) -> None:
+        """Somebody is there who will join when the next round begins."""
+        self.ready.append(self._replica(dead.stage, dead.place, generation))
 
 
 def simulate(

@@ -70,8 +70,9 @@ class _Unit:
 class StageEngine:
     """Trains one stage. `accumulation` units make one step; at most `capacity` units are open at a time.
 
-    `graphs` bounds those whose graph is held at a time; the others are recomputed, as with `Recompute.FULL`. A stage
-    that recomputes rebuilds its graphs as selective ones, so that a whole one never needs room.
+    `graphs` bounds those whose graph is held at a time; the others are recomputed, as with `Recompute.FULL`. A graph is
+    held only if its backward is due before the next step, which would drop it: backwards come about in the order of the
+    forwards. A stage that recomputes rebuilds its graphs as selective ones, so that a whole one never needs room.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class StageEngine:
                 "wait for a backward or raise capacity"
             )
         self._used = True
-        if sum(unit.y is not None for unit in self._units.values()) >= self._graphs:
+        if not self._holds():
             out = replay_forward(self.stage, x)
             self._units[key] = _Unit(x)
             return out
@@ -306,6 +307,11 @@ class StageEngine:
         self._used = False
         self._units.clear()
         self.discard_gradients()
+
+    def _holds(self) -> bool:
+        """Whether the next unit's graph is held."""
+        due = len(self._units) < self.accumulation - self._accumulated
+        return due and sum(unit.y is not None for unit in self._units.values()) < self._graphs
 
     def _drop_graphs(self) -> None:
         for unit in self._units.values():

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from model.accounting import FORMULA, PEAK_FLOPS, total_parameters, training_flops_per_token
+from model.accounting import FORMULA, total_parameters, training_flops_per_token
 from model.config import ConfigError, preset
+from model.devices import device
 from subnet.metagraph import BLOCK_SECONDS
 from subnet.quantities import QuantityError, parse_bandwidth
 from subnet.trust.cost import HOUR, QUANTILE, Cost, CostError, Rules, Shape, cost
@@ -82,9 +83,7 @@ class AuditPlan:
 
 def make_plan(options: PlanOptions) -> AuditPlan:
     """Raises `PlanError`, `CostError`, `ConfigError`, `QuantityError`."""
-    peak = PEAK_FLOPS.get(options.gpu.upper().partition("-")[0])
-    if peak is None:
-        raise PlanError(f"--gpu {options.gpu!r} is not known: one of {', '.join(name.lower() for name in PEAK_FLOPS)}")
+    peak = device(options.gpu).peak
     if not 0 < options.mfu <= 1:
         raise PlanError(f"--mfu is {options.mfu:g}; it must be above 0 and at most 1: change it")
     if options.validators < 1:

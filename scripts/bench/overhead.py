@@ -22,8 +22,10 @@ from pathlib import Path
 
 import torch
 
-from model.accounting import PEAK_FLOPS, boundary_bytes, stage_flops, stage_parameters
+from model import hashing
+from model.accounting import boundary_bytes, stage_flops, stage_parameters
 from model.config import preset
+from model.devices import device
 from model.split import split
 from neurons.telemetry import MicrobatchDone, Telemetry
 from scripts.bench.report import report
@@ -42,7 +44,7 @@ ACCUMULATION = 64
 """Microbatches in a local step."""
 MFU = 0.5
 """At which the period is computed: the faster the GPU, the larger the share of what does not become faster."""
-GPU = "A100"
+GPU = "a100-80gb"
 LIMIT = 0.02
 RUN = bytes(8)
 
@@ -64,7 +66,7 @@ def parts(out: Path) -> list[Part]:
     me, peer = Identity.from_uri("//Alice"), Identity.from_uri("//Bob")
     push = Forward(run=RUN.hex(), round=3, sample=70_000, head=peer.hotkey, index=1_000, version=12)
     blob = memoryview(bytearray(b"".join(synapse.encode(push, {"y": tensor}))))
-    body = auth.digest_of([blob])
+    body = hashing.digest(blob)
     headers = auth.sign(peer, path="/forward", digest=body, receiver=me.hotkey, nonce_ns=1)
     key, output = UnitKey(push.sample, Direction.FORWARD), digest(tensor_bytes(tensor))
     message = receipt_message(RUN, 3, producer=peer.hotkey, key=key, stage=4, output=output)
@@ -75,7 +77,7 @@ def parts(out: Path) -> list[Part]:
     events = Telemetry.open(out / "overhead-events.jsonl", now=time.time)
     done = MicrobatchDone(round=3, sample=push.sample, loss=2.5, seconds=40.0, depth=24)
     return [
-        Part("hash a body that arrives or leaves", 4, lambda: auth.digest_of([blob])),
+        Part("hash a body that arrives or leaves", 4, lambda: hashing.digest(blob)),
         Part("hash a tensor for its leaf", 4, lambda: digest(tensor_bytes(tensor))),
         Part("look for values that are not finite", 4, lambda: require_finite({"y": tensor}, limit=WIRE_LIMIT)),
         Part("encode a push", 2, lambda: synapse.encode(push, {"y": tensor})),
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     config = preset("100b")
     plan = split(config, 16)[7]
     flops = sum(stage_flops(config, plan, tokens=TOKENS)) * TOKENS
-    period = flops / (MFU * PEAK_FLOPS[GPU])
+    period = flops / (MFU * device(GPU).peak)
     budget, repeats = (0.2, 3) if options.quick else (1.5, 5)
     rows, added = [], 0.0
     for part in parts(options.out):

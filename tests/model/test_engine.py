@@ -194,25 +194,42 @@ def test_the_cache_has_a_cap_and_keys_are_unique() -> None:
         head.backward("a", g)
 
 
+def _held(engine: StageEngine, numbers: range) -> list[bool]:
+    """Whether a graph is held of each unit, which it opens: by the bytes that stay."""
+    found = []
+    for number in numbers:
+        with Storages() as alive:
+            engine.forward(number, _batch(number)[0])
+            found.append(alive.bytes() > 8 * 2 * 16 * 32 * 4)
+    return found
+
+
 def test_so_many_graphs_are_held_and_the_other_units_are_recomputed() -> None:
     (few, _), (many, _) = _engines(_FORM_A, 2, graphs=1), _engines(_FORM_A, 2)
-    gradients: list[list[Tensor]] = [[], []]
-    for engine, found in zip((few, many), gradients, strict=True):
-        with Storages() as alive:
-            held = []
-            for number in range(3):
-                y = engine.forward(number, _batch(number)[0])
-                held.append(alive.bytes())
-        grown = [later - earlier for earlier, later in zip([0, *held], held, strict=False)]
-        assert (grown[2] < 0.1 * grown[0]) == (engine is few)
+    assert _held(few, range(3)) == [True, False, False]
+    assert _held(many, range(3)) == [True, True, True]
+    for engine in (few, many):
         for number in range(3):
-            engine.backward(number, torch.ones_like(y))
-        found += [p.grad for p in engine.stage.parameters() if p.grad is not None]
+            engine.backward(number, torch.ones(2, 16, 8))
+    gradients = [[p.grad for p in engine.stage.parameters() if p.grad is not None] for engine in (few, many)]
+    assert len(gradients[0]) > 0
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    few.forward(4, _batch(4)[0])
-    with Storages() as alive:
-        few.forward(5, _batch(5)[0])
-    assert alive.bytes() < 0.1 * grown[0]
+    assert _held(few, range(3, 5)) == [True, False]
+
+
+def test_a_graph_that_the_next_step_would_drop_is_not_held() -> None:
+    head = _engines(_FORM_A, 2, accumulation=3, capacity=8)[0]
+    assert _held(head, range(5)) == [True, True, True, False, False]
+    for number in range(2):
+        head.backward(number, torch.ones(2, 16, 8))
+    assert _held(head, range(5, 6)) == [False]
+    head.backward(2, torch.ones(2, 16, 8))
+    head.step()
+    assert _held(head, range(6, 7)) == [False], "three units were opened before it"
+    head.backward(3, torch.ones(2, 16, 8))
+    head.drop(4)
+    head.drop(5)
+    assert _held(head, range(7, 9)) == [True, False]
 
 
 @pytest.mark.parametrize("g", [torch.ones(2, 16, 7), torch.ones(2, 16, 8, dtype=torch.float64), torch.ones(2, 8)])

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
-from model.engine import Recompute, StageEngine, StepReport
+from model.engine import StageEngine, StepReport
 from model.optimizer import OptimizerConfig
+from model.recompute import Recompute
 from model.split import StagePlan
 from model.stage import Stage
 

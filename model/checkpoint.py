@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
-FORMAT = "orion-checkpoint-2"
+from model import hashing
+
+FORMAT = "orion-checkpoint-3"
 HEADER_LIMIT = 16 << 20
 """Bytes; a longer header is no checkpoint's."""
 PIECE = 8 << 20
@@ -120,7 +123,7 @@ class Encoded:
 def content_digest(tensors: Mapping[str, Tensor]) -> bytes:
     """32 bytes that change with any name, dtype, shape or bit of the tensors, and with nothing else.
 
-    SHA-256 tree over the tensors in order of name: a leaf hashes (name, dtype, shape, data), a node its two
+    BLAKE3 tree over the tensors in order of name: a leaf hashes (name, dtype, shape, data), a node its two
     children, an odd one rises unchanged; leaves and nodes have different prefixes.
     """
     return _tree({name: _leaf(name, tensor) for name, tensor in tensors.items()})
@@ -370,9 +373,9 @@ def _seal(metadata: Mapping[str, str]) -> str:
 def _tree(leaves: Mapping[str, bytes]) -> bytes:
     level = [leaves[name] for name in sorted(leaves)]
     if not level:
-        return hashlib.sha256(b"").digest()
+        return hashing.digest()
     while len(level) > 1:
-        pairs = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)]
+        pairs = [hashing.digest(b"\x01", a, b) for a, b in zip(level[::2], level[1::2], strict=False)]
         level = pairs + ([level[-1]] if len(level) % 2 else [])
     return level[0]
 
@@ -383,9 +386,9 @@ def _leaf(name: str, tensor: Tensor) -> bytes:
     return leaf.digest()
 
 
-def _leaf_start(name: str, tensor: Tensor) -> "hashlib._Hash":
+def _leaf_start(name: str, tensor: Tensor) -> blake3:
     label = f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{','.join(map(str, tensor.shape))}\0"
-    return hashlib.sha256(b"\x00" + label.encode())
+    return hashing.hasher(b"\x00" + label.encode())
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -74,9 +74,13 @@ class RecentMean:
         self.value = sample if self.value == 0.0 else 0.9 * self.value + 0.1 * sample
 
 
-def overdue_after(returns: Collection[float]) -> float:
-    """After how many seconds a gradient is overdue where the last ones took so long."""
-    return max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(returns, default=OVERDUE_FLOOR))
+def overdue_after(returns: Collection[float], *, crossing: float) -> float:
+    """After how many seconds a gradient is overdue where the last ones took so long.
+
+    Before the first is back `crossing` must do: all stages' computing of a microbatch, of which only forwards may be
+    known so far, so twice as much may be the truth.
+    """
+    return max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(returns, default=max(OVERDUE_FLOOR, 2 * crossing)))
 
 
 def push_deadline(push_seconds: float) -> float:
@@ -96,13 +100,16 @@ class Delivery:
         dendrite: Dendrite,
         endpoint_of: Callable[[str], str | None],
         boundary: TensorSpec,
+        crossing: Callable[[], float],
     ) -> None:
+        """`crossing` is about how many seconds all stages compute for one microbatch, 0 if nothing is measured."""
         self._identity = identity
         self._run = run
         self._plan = plan
         self._dendrite = dendrite
         self._endpoint_of = endpoint_of
         self._boundary = boundary
+        self._crossing = crossing
         self._returns: deque[float] = deque(maxlen=RECENT_RETURNS)
         self._down: dict[str, float] = {}
         self._looking: set[str] = set()
@@ -121,9 +128,10 @@ class Delivery:
         *,
         avoid: str | None = None,
         again: str | None = None,
+        first: float | None = None,
     ) -> None:
         """Push `y` to the planned hop (`avoid`: the one to ask last, `again`: first), else to siblings, until one
-        accepts, nobody waits for its gradient any more, or the round closes."""
+        accepts, nobody waits for its gradient any more, or the round closes. `first` is when it was delivered."""
         stage = self._plan.index + 1
         replicas = current.roster.stages[stage]
         order = hops(replicas, seed=current.seed, head=push.head, stage=stage, index=push.index)
@@ -156,7 +164,9 @@ class Delivery:
                     order = tuple(other for other in order if other != hop)
                     continue
                 now = asyncio.get_running_loop().time()
-                current.awaited[push.sample] = Awaited(hop, now, shared=receipt is None)
+                current.awaited[push.sample] = Awaited(
+                    hop, now, now if first is None else first, shared=receipt is None
+                )
                 current.sinks.setdefault(push.sample, set()).add(hop)
                 if receipt is not None:
                     current.ledger.receipt(leaf.key, sink=replicas.index(hop), signature=receipt)
@@ -253,7 +263,7 @@ class Delivery:
         """The gradient of a delivered output has come back."""
         awaited = current.awaited.pop(sample, None)
         if awaited is not None:
-            self._returns.append(asyncio.get_running_loop().time() - awaited.since)
+            self._returns.append(asyncio.get_running_loop().time() - awaited.first)
 
     def overdue(self, current: TrainingRound) -> list[int]:
         """Samples whose gradient should have been back by now."""
@@ -275,6 +285,7 @@ class Delivery:
             if late > ASLEEP:  # this process was stopped: nobody else was late
                 for awaited in current.awaited.values():
                     awaited.since += late
+                    awaited.first += late
             for sample in self.overdue(current):
                 leaf, output = current.ledger.leaf(UnitKey(sample, Direction.FORWARD)), current.outputs.get(sample)
                 awaited = current.awaited.pop(sample)
@@ -289,12 +300,14 @@ class Delivery:
                     log.info("gradient of sample %d is overdue at %s: a sibling gets the input", sample, avoid)
                 spawn(
                     current.sends,
-                    self.forward(current, current.pushes[sample], leaf, output, avoid=avoid, again=again),
+                    self.forward(
+                        current, current.pushes[sample], leaf, output, avoid=avoid, again=again, first=awaited.first
+                    ),
                 )
 
     def patience(self) -> float:
         """After how many seconds a gradient is overdue."""
-        return overdue_after(self._returns)
+        return overdue_after(self._returns, crossing=self._crossing())
 
     async def probe(self, current: TrainingRound, push: Forward, leaf: Leaf, y: torch.Tensor) -> None:
         """Offer an activation again to those who signed for it, only to learn whether they are still there."""

@@ -40,6 +40,11 @@ def in_flight(*, stages: int, unit_seconds: float, push_seconds: float) -> int:
     return depth(stages=stages, compute=unit_seconds, latency=0.0, transfer=2 * push_seconds, limit=limit)
 
 
+def longest_flight(slowest: float, *, crossing: float) -> float:
+    """After how many seconds a flight is not counted on any more; see `overdue_after` for `crossing`."""
+    return FLIGHT_FACTOR * max(FLIGHT_FLOOR, slowest or 2 * crossing)
+
+
 class Driver:
     """The first stage's own part. Other stages have one too; there it has nothing to do."""
 
@@ -118,6 +123,11 @@ class Driver:
             unit_seconds=self.unit_seconds.value,
             push_seconds=self._delivery.push_seconds.value,
         )
+
+    @property
+    def crossing(self) -> float:
+        """Seconds that all stages compute for one microbatch if they are as fast as this one; 0 before the first."""
+        return self._engine.plan.count * self.unit_seconds.value
 
     def land(self, current: TrainingRound, sample: int) -> tuple[float, Departure] | None:
         """Take a flight out of the air; how long it lasted and how it left, None if none of this head's was."""
@@ -271,4 +281,4 @@ class Driver:
 
     def _patience(self) -> float:
         """After how many seconds a flight is not counted on any more."""
-        return FLIGHT_FACTOR * max(FLIGHT_FLOOR, self._flights.slowest)
+        return longest_flight(self._flights.slowest, crossing=self.crossing)

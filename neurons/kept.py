@@ -54,7 +54,7 @@ class Vector:
         self._hashing = threading.Lock()
 
     def tree(self) -> Tree:
-        """Hashed when first asked for, in whatever thread that is: about half a second per gigabyte."""
+        """Hashed when first asked for, in whatever thread that is: about a quarter of a second per gigabyte."""
         with self._hashing:
             if self._tree is None:
                 self._tree = Tree.of(tensor_bytes(self.values))

@@ -98,6 +98,7 @@ class StageWorker:
             dendrite=dendrite,
             endpoint_of=endpoint_of,
             boundary=Shapes.of(loaded.manifest).boundary,
+            crossing=lambda: self._driver.crossing,
         )
         self._synchronous = synchronous
         self._door = Door(identity, loaded, engine.plan, self._delivery)

@@ -36,6 +36,8 @@ class Awaited:
     sink: str
     since: float
     """Loop time of the delivery."""
+    first: float
+    """Of the first one, where it was offered again since: what a return is measured from."""
     shared: bool = False
     """The other side had it from a sibling already: it is asked again, but nobody else is given the same work."""
 

@@ -31,6 +31,7 @@ from itertools import combinations, pairwise
 
 from torch import Tensor
 
+from model import hashing
 from model.optimizer import OuterConfig
 from subnet.swarm.codec import Codec, Raw
 from subnet.swarm.merge import Merged, Source, mean, step
@@ -126,7 +127,7 @@ class Shard:
     state: Merged
     """The shard of the next public state."""
     digest: bytes
-    """First 8 bytes of the SHA-256 of that: θ, then momentum."""
+    """First 8 bytes of the hash of that: θ, then momentum."""
 
 
 def part_of(state: Merged, part: range) -> Merged:
@@ -142,9 +143,8 @@ def reduce(codec: Codec, before: Merged, contributions: Iterable[Tensor], outer:
 def opened(codec: Codec, before: Merged, payload: Raw, outer: OuterConfig) -> Shard:
     """The shard that a holder's reply stands for; the caller compares its digest. Raises `PayloadError`."""
     state = step(before, codec.decode(payload, before.theta.numel()), outer)
-    tree = hashlib.sha256(tensor_bytes(state.theta))
-    tree.update(tensor_bytes(state.momentum))
-    return Shard(bytes(payload), state, tree.digest()[:SHARD_DIGEST_BYTES])
+    digest = hashing.digest(tensor_bytes(state.theta), tensor_bytes(state.momentum))
+    return Shard(bytes(payload), state, digest[:SHARD_DIGEST_BYTES])
 
 
 def digests_of(plan: Butterfly, records: Mapping[str, Record | None], number: int) -> tuple[dict[str, bytes], ...]:

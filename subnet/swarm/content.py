@@ -6,12 +6,13 @@ root on chain cannot send different things to different peers. Payloads of a mer
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
+
+from model import hashing
 
 PIECE_BYTES = 4 << 20
 """Largest piece of a cut that has no reason to be another: a few round trips at 200 Mbit/s."""
-LEAF_BYTES = 32
+LEAF_BYTES = hashing.DIGEST_BYTES
 
 
 def cut(data: bytes | bytearray | memoryview, *, piece_bytes: int = PIECE_BYTES) -> tuple[memoryview, ...]:
@@ -22,9 +23,7 @@ def cut(data: bytes | bytearray | memoryview, *, piece_bytes: int = PIECE_BYTES)
 
 def leaf(piece: bytes | bytearray | memoryview) -> bytes:
     """The hash one piece is known by."""
-    digest = hashlib.sha256(b"\x00")
-    digest.update(piece)
-    return digest.digest()
+    return hashing.digest(b"\x00", piece)
 
 
 def leaves(pieces: Iterable[bytes | bytearray | memoryview]) -> tuple[bytes, ...]:
@@ -33,4 +32,4 @@ def leaves(pieces: Iterable[bytes | bytearray | memoryview]) -> tuple[bytes, ...
 
 def root(hashes: Sequence[bytes]) -> bytes:
     """32 bytes that fix the pieces, their order and their number."""
-    return hashlib.sha256(b"\x01orion/content/1" + len(hashes).to_bytes(8, "little") + b"".join(hashes)).digest()
+    return hashing.digest(b"\x01orion/content/2", len(hashes).to_bytes(8, "little"), *hashes)

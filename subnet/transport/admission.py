@@ -36,7 +36,7 @@ Allow = Callable[[str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """An admitted request: who sent it, how many bytes follow and what their SHA-256 is."""
+    """An admitted request: who sent it, how many bytes follow and what their BLAKE3 is."""
 
     caller: str
     length: int

@@ -1,19 +1,20 @@
 """Who is speaking: `btauth/1` request signatures, checked before the body.
 
-The signature of `bittensor.http_auth` covers protocol, scheme, method, path, the body's SHA-256, a
-nanosecond nonce, sender and receiver. Its own `verify` wants the whole body first, so a stranger could make
-a node buffer megabytes, an impostor could hold a neighbour's slots, and a slow upload outlives the
-freshness window. Here the sender names the digest in ``Content-Digest`` (RFC 9530), so identity, freshness
-and replay are judged from the headers alone, and the body is hashed as it arrives and compared at its end.
-Requests stay valid `btauth/1`: `http_auth.verify` accepts them (a test holds this).
+The signature of `bittensor.http_auth` covers protocol, scheme, method, path, the SHA-256 of what it takes
+for the body, a nanosecond nonce, sender and receiver. Its own `verify` wants the whole body first, so a
+stranger could make a node buffer megabytes, an impostor could hold a neighbour's slots, and a slow upload
+outlives the freshness window. Here what is signed as the body is the text of ``Content-Digest`` (RFC 9530),
+which names the BLAKE3 of the real one: identity, freshness and replay are judged from the headers alone,
+and the body is hashed as it arrives and compared at its end. `http_auth.verify`, given that text, accepts
+our requests, and we accept what `http_auth.sign` makes of it (tests hold both).
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -24,7 +25,7 @@ from subnet.transport.errors import BadSignature, MalformedRequest, StaleRequest
 
 DIGEST_HEADER: Final = "Content-Digest"
 METHOD: Final = "POST"
-_DIGEST_PREFIX: Final = "sha-256=:"
+_DIGEST: Final = re.compile(r"blake3=:([A-Za-z0-9+/]{43}=):")
 _SR25519: Final = "sr25519"
 
 
@@ -42,28 +43,26 @@ class Signer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What verified headers prove: `caller` signed, at `nonce_ns`, a body whose SHA-256 is `digest`."""
+    """What verified headers prove: `caller` signed, at `nonce_ns`, a body whose BLAKE3 is `digest`."""
 
     caller: str
     nonce_ns: int
     digest: bytes
 
 
-def digest_of(parts: Sequence[memoryview]) -> bytes:
-    """SHA-256 over the parts in order (1.8 GB/s with SHA instructions; releases the GIL)."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
+def content_digest(digest: bytes) -> str:
+    """The value of ``Content-Digest`` for a body with this BLAKE3 (32 bytes)."""
+    return f"blake3=:{base64.b64encode(digest).decode()}:"
 
 
 def sign(signer: Signer, *, path: str, digest: bytes, receiver: str, nonce_ns: int) -> dict[str, str]:
     """Headers that authenticate one POST of a body with this digest to this receiver's path."""
     scheme = CRYPTO_TYPE_NAMES[signer.crypto_type]
+    stated = content_digest(digest)
     payload = _payload(
         scheme=scheme,
         path=path,
-        digest=digest,
+        stated=stated,
         nonce=str(nonce_ns),
         sender=signer.ss58_address,
         receiver=receiver,
@@ -74,7 +73,7 @@ def sign(signer: Signer, *, path: str, digest: bytes, receiver: str, nonce_ns: i
         http_auth.HEADER_RECEIVER: receiver,
         http_auth.HEADER_NONCE: str(nonce_ns),
         http_auth.HEADER_SIGNATURE: "0x" + signer.sign(payload).hex(),
-        DIGEST_HEADER: f"{_DIGEST_PREFIX}{base64.b64encode(digest).decode()}:",
+        DIGEST_HEADER: stated,
     }
     if scheme != _SR25519:
         headers[http_auth.HEADER_CRYPTO] = scheme
@@ -114,18 +113,18 @@ def verify(
     sender = claimed_hotkey(headers)
     nonce = _header(headers, http_auth.HEADER_NONCE)
     signature_text = _header(headers, http_auth.HEADER_SIGNATURE)
-    digest_text = _header(headers, DIGEST_HEADER)
+    stated = _header(headers, DIGEST_HEADER)
     try:
         crypto_type = parse_crypto_type(headers.get(http_auth.HEADER_CRYPTO, _SR25519))
         signature = bytes.fromhex(signature_text.removeprefix("0x"))
         nonce_ns = int(nonce) if nonce.isascii() and nonce.isdigit() and len(nonce) <= 20 else None
-        digest = base64.b64decode(digest_text.removeprefix(_DIGEST_PREFIX).removesuffix(":"), validate=True)
-    except (ValueError, binascii.Error):
-        nonce_ns, digest = None, b""
-    if nonce_ns is None or len(digest) != 32:
+    except ValueError:
+        nonce_ns = None
+    match = _DIGEST.fullmatch(stated)
+    if nonce_ns is None or match is None:
         raise MalformedRequest(
             "signature scheme, signature, nonce or Content-Digest is unreadable",
-            "send the btauth/1 headers and Content-Digest: sha-256=:base64:",
+            "send the btauth/1 headers and Content-Digest: blake3=:base64:",
         )
     target = _header(headers, http_auth.HEADER_RECEIVER)
     if target != receiver:
@@ -139,7 +138,7 @@ def verify(
     payload = _payload(
         scheme=CRYPTO_TYPE_NAMES[crypto_type],
         path=path,
-        digest=digest,
+        stated=stated,
         nonce=nonce,
         sender=sender,
         receiver=target,
@@ -152,7 +151,7 @@ def verify(
         ) from None
     if not valid:
         raise BadSignature(f"signature is not {sender}'s for POST {path}", "sign with the hotkey that the header names")
-    return Claim(sender, nonce_ns, digest)
+    return Claim(sender, nonce_ns, base64.b64decode(match[1]))
 
 
 def _header(headers: Mapping[str, str], name: str) -> str:
@@ -162,7 +161,8 @@ def _header(headers: Mapping[str, str], name: str) -> str:
     return value
 
 
-def _payload(*, scheme: str, path: str, digest: bytes, nonce: str, sender: str, receiver: str) -> bytes:
-    """The signed bytes of `http_auth.build_payload`, from the body's digest instead of the body."""
-    lines = (http_auth.PROTOCOL, scheme, METHOD, path, digest.hex(), nonce, sender, receiver)
+def _payload(*, scheme: str, path: str, stated: str, nonce: str, sender: str, receiver: str) -> bytes:
+    """The signed bytes of `http_auth.build_payload`, with the text of ``Content-Digest`` as the body."""
+    signed = hashlib.sha256(stated.encode()).hexdigest()
+    lines = (http_auth.PROTOCOL, scheme, METHOD, path, signed, nonce, sender, receiver)
     return "\n".join(lines).encode()

@@ -11,7 +11,6 @@ used without its application layer, which would cost more than our own work does
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from aiohttp import web
 
+from model import hashing
 from subnet.transport import sockets, synapse
 from subnet.transport.admission import Admission, Ticket
 from subnet.transport.errors import (
@@ -150,9 +150,16 @@ class Axon:
         await self._runner.setup()
         await web.SockSite(self._runner, sock).start()
 
-    async def stop(self) -> None:
-        """Stop listening, give requests in progress a second, close every connection."""
+    async def stop(self, *, abruptly: bool = False) -> None:
+        """Stop listening, give requests in progress a second, close every connection.
+
+        `abruptly` resets the connections first, so that callers see what they see of a process that is killed.
+        """
         if self._runner is not None:
+            if abruptly and self._runner.server is not None:
+                for handler in self._runner.server.connections:
+                    if handler.transport is not None:
+                        handler.transport.abort()
             await self._runner.cleanup()
             self._runner = None
 
@@ -166,7 +173,7 @@ class Axon:
             ) as ticket:
                 body = await self._receive(request, ticket)
                 parts = await self._answer(route, ticket.caller, body)
-                return await self._reply(request, parts)
+                return await self._reply(request, ticket.caller, parts)
         except Refused as refusal:
             return await self._refuse(request, refusal)
 
@@ -185,9 +192,9 @@ class Axon:
         """The body, in one buffer, proven to be the one that was signed."""
         # numpy's, because its large arrays use huge pages and are not zeroed: half the cost of a bytearray.
         body = np.empty(ticket.length, dtype=np.uint8).data
-        digest = hashlib.sha256()
+        digest = hashing.hasher()
         filled = 0
-        stream = None if self.shaper is None else self.shaper.down.stream()
+        stream = None if self.shaper is None else self.shaper.towards(ticket.caller).down.stream()
         try:
             async with asyncio.timeout(self._patience_s(ticket.length)):
                 while filled < ticket.length:
@@ -226,9 +233,9 @@ class Axon:
                 "its operator's log has the traceback",
             ) from None
 
-    async def _reply(self, request: web.BaseRequest, parts: list[memoryview]) -> web.StreamResponse:
+    async def _reply(self, request: web.BaseRequest, caller: str, parts: list[memoryview]) -> web.StreamResponse:
         size = synapse.size_of(parts)
-        stream = None if self.shaper is None else self.shaper.up.stream()
+        stream = None if self.shaper is None else self.shaper.towards(caller).up.stream()
         if size <= synapse.SLICE and stream is None:
             return web.Response(body=b"".join(parts))
         response = web.StreamResponse()

@@ -23,6 +23,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.payload import Payload
 from yarl import URL
 
+from model import hashing
 from subnet.transport import auth, sockets, synapse
 from subnet.transport.auth import Signer
 from subnet.transport.errors import BadReply, Refused, Silent, Unreachable, from_wire
@@ -33,8 +34,8 @@ NO_TENSORS: Final[Mapping[str, torch.Tensor]] = MappingProxyType({})
 NO_SPECS: Final[Specs] = MappingProxyType({})
 
 _ERROR_LIMIT: Final = 8 * 1024
-_HASH_OFF_LOOP: Final = 1024 * 1024
-"""Bodies of this many bytes are hashed in a thread: 0.6 ms of stalled loop, ten times what the hop costs."""
+_HASH_OFF_LOOP: Final = 4 * 1024 * 1024
+"""Bodies of this many bytes are hashed in a thread: what would stall the loop for a millisecond."""
 
 
 @dataclass(slots=True)
@@ -152,7 +153,7 @@ class Dendrite:
         try:
             async with asyncio.timeout(deadline):
                 large = synapse.size_of(parts) >= _HASH_OFF_LOOP
-                digest = await asyncio.to_thread(auth.digest_of, parts) if large else auth.digest_of(parts)
+                digest = await asyncio.to_thread(hashing.digest, *parts) if large else hashing.digest(*parts)
                 async with gate:
                     blob = await self._exchange(
                         endpoint, receiver, message.route, parts, digest, max_reply_bytes, traffic
@@ -196,10 +197,11 @@ class Dendrite:
         if url is None:
             url = self._urls[endpoint, route] = URL(f"{endpoint}/{route}")
         size = synapse.size_of(parts)
+        shaper = None if self.shaper is None else self.shaper.towards(receiver)
         up = down = None
-        if self.shaper is not None:
-            await self.shaper.depart(size)
-            up, down = self.shaper.up, self.shaper.down
+        if shaper is not None:
+            await shaper.depart(size)
+            up, down = shaper.up, shaper.down
         self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
         headers = auth.sign(self._signer, path=f"/{route}", digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
         data = b"".join(parts) if size <= synapse.SLICE and up is None else _Parts(parts, up)
@@ -208,8 +210,8 @@ class Dendrite:
             limit = max_reply_bytes if response.status == 200 else _ERROR_LIMIT
             blob = await _read(response, limit, down)
             traffic.received += blob.nbytes
-            if self.shaper is not None:
-                await self.shaper.arrive(blob.nbytes)
+            if shaper is not None:
+                await shaper.arrive(blob.nbytes)
             if response.status == 200:
                 return blob
             error = from_wire(response.status, bytes(blob))

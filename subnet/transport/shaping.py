@@ -1,6 +1,7 @@
 """An emulated link: the real node code over loopback, as slow and lossy as a home connection.
 
-`Dendrite` and `Axon` of one node share one `Shaper`. What is modelled, all of it on top of what loopback does:
+`Dendrite` and `Axon` of one node share one `Shaper`. It stands for the node's line to everybody or, on demand, for a
+line of its own to each neighbour. What is modelled, all of it on top of what loopback does:
 
 * Bandwidth. An uplink and a downlink, full duplex. Bytes leave one after the other; streams that are open at a time
   take turns by `TURN` bytes, so a small push passes through a large payload instead of waiting behind it. Bodies are
@@ -54,6 +55,9 @@ class Link:
     """Bits per second that it can receive."""
     loss: float = 0.0
     """Share of segments lost, 0 to 1."""
+    per_neighbour: bool = False
+    """Whether each neighbour is reached through a link of its own. The sender's end alone sets the pace of such a one,
+    so both ends are to be emulated; `down_bps` does not count."""
 
     @classmethod
     def parse(cls, *, latency: str | None = None, bandwidth: str | None = None, loss: str | None = None) -> Link | None:
@@ -146,8 +150,18 @@ class Shaper:
     def __init__(self, link: Link, generator: np.random.Generator) -> None:
         self.link = link
         self._generator = generator
+        self._neighbours: dict[str, Shaper] = {}
         self.up = Pipe(link.up_bps)
-        self.down = Pipe(link.down_bps)
+        self.down = Pipe(math.inf if link.per_neighbour else link.down_bps)
+
+    def towards(self, neighbour: str) -> Shaper:
+        """What stands between this node and the one of that hotkey."""
+        if not self.link.per_neighbour:
+            return self
+        found = self._neighbours.get(neighbour)
+        if found is None:
+            found = self._neighbours[neighbour] = Shaper(self.link, self._generator)
+        return found
 
     async def depart(self, size: int) -> None:
         """What a request of `size` bytes waits for, its own passage through `up` apart. Raises `Unreachable`."""

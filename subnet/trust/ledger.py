@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 
+from model import hashing
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, Ack, WindowHead, parse_acks, parse_heads
 
 NO_PEER = 255
@@ -126,7 +127,7 @@ def receipt_message(run: bytes, number: int, *, producer: str, key: UnitKey, sta
 
 def digest(data: bytes | bytearray | memoryview) -> bytes:
     """Digest of a tensor's bytes as they crossed the wire (32 bytes)."""
-    return hashlib.sha256(data).digest()
+    return hashing.digest(data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,26 +7,26 @@ stage of 6.2 billion parameters.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from model import hashing
 from subnet.swarm import content
 
 PIECE_BYTES = 64 << 10
 PIECE_VALUES = PIECE_BYTES // 4
 """fp32 values in a piece."""
-HASH_BYTES = 32
+HASH_BYTES = hashing.DIGEST_BYTES
 PROOF_LIMIT = 48
 """Hashes in the longest proof accepted: of 2^48 pieces."""
 
 
 def _node(left: bytes, right: bytes) -> bytes:
-    return hashlib.sha256(b"\x02" + left + right).digest()
+    return hashing.digest(b"\x02", left, right)
 
 
 def _bind(top: bytes, count: int) -> bytes:
-    return hashlib.sha256(b"\x03orion/tree/1" + count.to_bytes(8, "little") + top).digest()
+    return hashing.digest(b"\x03orion/tree/2", count.to_bytes(8, "little"), top)
 
 
 def pieces_of(total: int) -> int:
@@ -47,7 +47,7 @@ class Tree:
 
     @classmethod
     def of(cls, data: bytes | bytearray | memoryview) -> Tree:
-        """Hashes `data`, cut into `PIECE_BYTES`: about half a second per gigabyte."""
+        """Hashes `data`, cut into `PIECE_BYTES`: about a quarter of a second per gigabyte."""
         return cls.over(content.leaves(content.cut(data, piece_bytes=PIECE_BYTES)))
 
     @classmethod

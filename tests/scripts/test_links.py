@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -68,7 +69,7 @@ def test_a_random_loss_is_not_pretended() -> None:
 @pytest.fixture
 def network() -> Iterator[Network]:
     try:
-        made = Network(3, Link(latency_s=0.05, bandwidth_bps=200 * MBIT))
+        made = Network(3, Link(latency_s=0.05, up_bps=200 * MBIT))
     except LinksError as error:
         pytest.skip(str(error))
     with made:
@@ -143,12 +144,10 @@ def test_a_bulk_transfer_fills_its_link_and_leaves_the_others_alone(network: Net
 
 
 def test_processes_live_on_their_node_and_nothing_stays(network: Network) -> None:
-    listing = "import socket; print(sorted(name for _, name in socket.if_nameindex())); input()"
-    process = network.start(2, [sys.executable, "-c", listing], stderr=None)
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline().split("\n")[0] == str(sorted(["lo", INTERFACE]))
-    process.communicate("\n")
+    listing = "import socket; print(sorted(name for _, name in socket.if_nameindex()))"
+    command = [*network.enter(2), sys.executable, "-c", listing]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == str(sorted(["lo", INTERFACE]))
     assert INTERFACE not in {name for _, name in socket.if_nameindex()}
 
 

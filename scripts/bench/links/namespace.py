@@ -1,13 +1,18 @@
 """A network namespace that is there as long as somebody is in it or holds it open, and leaves nothing behind.
 
 A namespace belongs to a thread, not to a process: work that is to be done inside one runs on a thread of its own, and
-the sockets and processes it makes stay inside.
+the sockets and processes it makes stay inside. A command is run inside by
+
+    python -m scripts.bench.links.namespace FILE COMMAND ...
+
+where FILE is the namespace's, as `Namespace.enter` says it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -36,10 +41,14 @@ class Namespace:
         """What `function` returns, or raises, inside. Sockets and processes that it makes are of this namespace."""
 
         def inside() -> T:
-            _check(_libc().setns(self._fd, _CLONE_NEWNET), "enter a network namespace")
+            _set(self._fd)
             return function()
 
         return _on_thread(inside)
+
+    def enter(self) -> list[str]:
+        """Words to put before a command that is to run inside. They hold while this process lives and holds it open."""
+        return [sys.executable, "-m", __name__, f"/proc/{os.getpid()}/fd/{self._fd}"]
 
     def close(self) -> None:
         """Hold it open no longer."""
@@ -57,6 +66,10 @@ class Namespace:
 def _unshare() -> int:
     _check(_libc().unshare(_CLONE_NEWNET), "make a network namespace")
     return os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _set(fd: int) -> None:
+    _check(_libc().setns(fd, _CLONE_NEWNET), "enter a network namespace")
 
 
 def _libc() -> ctypes.CDLL:
@@ -84,3 +97,15 @@ def _on_thread(function: Callable[[], T]) -> T:
     thread.start()
     thread.join()
     return outcome.result()
+
+
+def main() -> None:
+    """Become a command inside."""
+    file, *command = sys.argv[1:]
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    _set(fd)
+    os.execvp(command[0], command)  # noqa: S606 - without a shell is what is meant
+
+
+if __name__ == "__main__":
+    main()

@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from scripts.bench.links.namespace import LinksError, Namespace
 from scripts.bench.links.switch import Passed, Spec
@@ -20,8 +20,8 @@ from subnet.transport.shaping import Link
 
 T = TypeVar("T")
 
-QUEUE_S: Final = 0.1
-"""What a link's queue holds, in seconds: home routers hold about that much."""
+QUEUE_S: Final = 0.5
+"""What a link's queue holds, in seconds: more than a window of BBR that starts up, so that nothing is dropped."""
 CONGESTION: Final = "bbr"
 """Congestion control of every node: what `subnet.transport.sockets` asks for, so that others have it too."""
 _SETTINGS: Final = Path("/proc/sys/net/ipv4")
@@ -40,7 +40,8 @@ class Network:
     def __init__(self, nodes: int, link: Link, *, queue_s: float = QUEUE_S) -> None:
         """
         Args:
-            link: between any two nodes. Loss is what happens when its queue is full: `link.loss` must be 0.
+            link: from each node to each other one, at `up_bps`. Only what finds the queue full is lost: `link.loss`
+                must be 0.
             queue_s: what that queue holds, in seconds of the link's time.
 
         Raises:
@@ -58,7 +59,7 @@ class Network:
             files = [self._open(host) for host in self.hosts]
             spec = Spec(
                 interfaces=dict(zip(self.hosts, files, strict=True)),
-                bandwidth_bps=link.bandwidth_bps,
+                bandwidth_bps=link.up_bps,
                 latency_s=link.latency_s,
                 queue_s=queue_s,
             )
@@ -88,12 +89,9 @@ class Network:
         """What `function` returns or raises on a thread of that node: sockets it makes are the node's."""
         return self._spaces[node].call(function)
 
-    def start(self, node: int, command: Sequence[str], *, stderr: IO[str] | None = None) -> subprocess.Popen[str]:
-        """Start a process on that node; its standard input and output are pipes."""
-        return self.call(
-            node,
-            lambda: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True),
-        )
+    def enter(self, node: int) -> list[str]:
+        """Words to put before a command that is to run on that node."""
+        return self._spaces[node].enter()
 
     def close(self) -> None:
         """End the switch and let go of the namespaces; they vanish with the last process in them."""

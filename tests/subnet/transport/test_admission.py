@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import ExitStack
 
 import pytest
@@ -10,6 +9,7 @@ from bittensor import http_auth
 from bittensor.sp_core import Keypair
 from multidict import CIMultiDict
 
+from model import hashing
 from subnet.transport import auth
 from subnet.transport.admission import Admission, ReplayCache
 from subnet.transport.errors import (
@@ -53,7 +53,7 @@ def admission(clock: Clock, *, slots: int = 2, buffer_bytes: int = 100) -> Admis
 def request(
     nonce_ns: int, signer: Keypair = ALICE, receiver: str = BOB.ss58_address, length: int = len(BODY)
 ) -> CIMultiDict[str]:
-    digest = hashlib.sha256(BODY).digest()
+    digest = hashing.digest(BODY)
     headers = auth.sign(signer, path="/push", digest=digest, receiver=receiver, nonce_ns=nonce_ns)
     return CIMultiDict(headers | {"Content-Length": str(length)})
 
@@ -67,7 +67,7 @@ def test_bittensors_own_verifier_accepts_our_headers() -> None:
     headers = request(5)
     caller = http_auth.verify(
         headers,
-        BODY,
+        headers["Content-Digest"].encode(),
         method="POST",
         path="/push",
         self_hotkey_ss58=BOB.ss58_address,
@@ -81,12 +81,15 @@ def test_headers_signed_by_bittensor_are_accepted() -> None:
     clock = Clock()
     door = admission(clock)
     headers = request(clock.ns)
+    stated = headers["Content-Digest"].encode()
     headers.update(
-        http_auth.sign(ALICE, method="POST", path="/push", body=BODY, receiver_ss58=BOB.ss58_address, nonce_ns=clock.ns)
+        http_auth.sign(
+            ALICE, method="POST", path="/push", body=stated, receiver_ss58=BOB.ss58_address, nonce_ns=clock.ns
+        )
     )
     with door.admit(headers, route="push", path="/push", max_bytes=64) as ticket:
         assert (ticket.caller, ticket.length) == (ALICE.ss58_address, len(BODY))
-        assert ticket.digest == hashlib.sha256(BODY).digest()
+        assert ticket.digest == hashing.digest(BODY)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,15 @@ def test_headers_signed_by_bittensor_are_accepted() -> None:
         ({"X-Bittensor-Crypto": "rsa"}, MalformedRequest, 400, "unreadable"),
         ({"X-Bittensor-Crypto": "ed25519"}, BadSignature, 401, "is not"),
         ({"Content-Digest": None}, MalformedRequest, 400, "Content-Digest is missing"),
-        ({"Content-Digest": "sha-256=:AAAA:"}, MalformedRequest, 400, "unreadable"),
+        ({"Content-Digest": "blake3=:AAAA:"}, MalformedRequest, 400, "unreadable"),
+        ({"Content-Digest": auth.content_digest(bytes(32))[:-1]}, MalformedRequest, 400, "unreadable"),
+        (
+            {"Content-Digest": auth.content_digest(bytes(32)).replace("blake3", "sha-256")},
+            MalformedRequest,
+            400,
+            "unreadable",
+        ),
+        ({"Content-Digest": auth.content_digest(bytes(32))}, BadSignature, 401, "is not"),
         ({"X-Bittensor-Receiver": None}, MalformedRequest, 400, "X-Bittensor-Receiver is missing"),
         ({"X-Bittensor-Receiver": EVE.ss58_address}, WrongReceiver, 421, "signed for"),
     ],

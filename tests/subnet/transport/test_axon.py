@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import socket
@@ -17,6 +16,7 @@ import pytest
 import torch
 from bittensor.sp_core import Keypair
 
+from model import hashing
 from subnet.transport import auth, synapse
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon, Handler
@@ -189,7 +189,7 @@ def head(
         **auth.sign(
             ALICE,
             path=path,
-            digest=hashlib.sha256(body).digest(),
+            digest=hashing.digest(body),
             receiver=BOB_KEY,
             nonce_ns=time.time_ns() - int(age_s * 1e9),
         ),
@@ -510,6 +510,18 @@ async def test_stopping_the_axon_ends_open_connections(alice: Dendrite) -> None:
         await push(alice, node)
     with pytest.raises(Unreachable):
         await push(alice, node)
+
+
+async def test_an_axon_that_stops_abruptly_resets_what_is_in_progress(node: Node, alice: Dendrite) -> None:
+    node.gate.clear()
+    call = asyncio.create_task(push(alice, node))
+    await node.entered.acquire()
+    stopping = asyncio.create_task(node.axon.stop(abruptly=True))
+    with pytest.raises(Unreachable):
+        await call
+    assert not stopping.done()  # the handler still has its second
+    node.gate.set()
+    await stopping
 
 
 async def test_stopping_the_dendrite_ends_its_calls(node: Node, alice: Dendrite) -> None:

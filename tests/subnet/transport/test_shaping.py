@@ -126,6 +126,28 @@ def test_a_push_passes_through_payloads(large: int) -> None:
     assert end == pytest.approx(10.0 * large + 0.003)  # nothing of the bandwidth is lost by taking turns
 
 
+def test_a_line_to_everybody_is_the_same_for_all() -> None:
+    line = shaper(Link(up_bps=80 * MBIT))
+    assert line.towards("alice") is line.towards("bob") is line
+
+
+def test_a_line_to_each_neighbour_is_shared_with_nobody_else_and_paced_where_it_begins() -> None:
+    async def main() -> dict[str, float]:
+        loop, node = asyncio.get_running_loop(), shaper(Link(up_bps=80 * MBIT, down_bps=80 * MBIT, per_neighbour=True))
+        ends: dict[str, float] = {}
+
+        async def transfer(neighbour: str, size: int) -> None:
+            await node.towards(neighbour).up.stream().carry(size)
+            ends[neighbour] = loop.time()
+
+        await node.towards("alice").down.stream().carry(10_000_000)
+        assert loop.time() == 0.0
+        await asyncio.gather(transfer("alice", 10_000_000), transfer("alice", 10_000_000), transfer("bob", 5_000_000))
+        return ends
+
+    assert run(main()) == pytest.approx({"alice": 2.0, "bob": 0.5})
+
+
 def test_a_cancelled_transfer_lets_the_others_go_on() -> None:
     async def main() -> float:
         loop, link = asyncio.get_running_loop(), shaper(Link(up_bps=80 * MBIT, down_bps=80 * MBIT))
@@ -269,6 +291,47 @@ async def test_real_calls_take_what_the_link_needs(shaped: str) -> None:
             assert dendrite.counters["store"].sent > size
     finally:
         await axon.stop()
+
+
+async def test_calls_to_two_neighbours_pass_side_by_side_each_through_its_own_link() -> None:
+    size, link = 1_000_000, Link(latency_s=0.01, up_bps=16 * MBIT, per_neighbour=True)  # half a second each
+    alice = Keypair.create_from_uri("//Alice")
+    others = [Keypair.create_from_uri(f"//{name}") for name in ("Bob", "Carol")]
+    spec = {"x": TensorSpec(torch.uint8, (size,))}
+    took: list[float] = []
+
+    async def store(_caller: str, _request: Store, _tensors: dict[str, torch.Tensor]) -> Reply:
+        return Done(), {}
+
+    axons = [
+        Axon(
+            Admission(key.ss58_address, allow=lambda _hotkey, _route: None, now_ns=time.time_ns),
+            shaper=shaper(link),
+        )
+        for key in others
+    ]
+    for axon in axons:
+        axon.serve(Store, store, specs=spec)
+        await axon.start()
+    loop = asyncio.get_running_loop()
+    try:
+        async with Dendrite(alice, now_ns=time.time_ns, shaper=shaper(link)) as dendrite:
+
+            async def push(number: int) -> None:
+                start = loop.time()
+                tensors = {"x": torch.zeros(size, dtype=torch.uint8)}
+                endpoint, receiver = axons[number].endpoint, others[number].ss58_address
+                await dendrite.call(endpoint, receiver, Store(), tensors, reply=Done, deadline=30)
+                took.append(loop.time() - start)
+
+            start = loop.time()
+            await asyncio.gather(push(0), push(0), push(1))
+            whole = loop.time() - start
+    finally:
+        for axon in axons:
+            await axon.stop()
+    assert whole >= 0.02 + 2 * 0.5 - 0.03
+    assert min(took) < 0.75 * whole  # the one that has its link to itself
 
 
 async def test_a_deadline_covers_the_link() -> None:

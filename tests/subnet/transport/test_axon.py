@@ -656,18 +656,6 @@ async def test_stopping_the_axon_ends_open_connections(alice: Dendrite) -> None:
         await push(alice, node)
 
 
-async def test_an_axon_that_stops_abruptly_resets_what_is_in_progress(node: Node, alice: Dendrite) -> None:
-    node.gate.clear()
-    call = asyncio.create_task(push(alice, node))
-    await node.entered.acquire()
-    stopping = asyncio.create_task(node.axon.stop(abruptly=True))
-    with pytest.raises(Unreachable):
-        await call
-    assert not stopping.done()  # the handler still has its second
-    node.gate.set()
-    await stopping
-
-
 async def test_stopping_the_dendrite_ends_its_calls(node: Node, alice: Dendrite) -> None:
     node.gate.clear()
     calls = [asyncio.create_task(push(alice, node, Push(sample=sample))) for sample in range(6)]

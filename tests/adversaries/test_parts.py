@@ -247,7 +247,7 @@ def test_two_identities_on_one_device_take_turns(tmp_path: Path) -> None:
             except BlockingIOError:
                 busy.append(True)
 
-    engine.stage.register_forward_hook(look)
+    engine.stage.norm.register_forward_hook(look)
     tokens = torch.zeros(1, 9, dtype=torch.int64)
     engine.tail(0, tokens[:, :-1], tokens[:, 1:])
     look()

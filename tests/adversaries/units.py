@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -112,15 +111,32 @@ def _compute(stage: nn.Module, weights: Weights, unit: Unit) -> Result:
         with torch.no_grad():
             return Result(output=functional_call(stage, dict(weights), (unit.x,)))
     x = unit.x.detach().requires_grad_(unit.x.is_floating_point())
-    y: Tensor = functional_call(stage, dict(weights), (x,))
-    loss, g = 0.0, unit.g
-    if unit.targets is not None:
-        mean = F.cross_entropy(y.float().flatten(0, 1), unit.targets.flatten())
+    if unit.targets is None:
+        y: Tensor = functional_call(stage, dict(weights), (x,))
+        loss, g = 0.0, unit.g
+    else:
+        mean: Tensor = functional_call(_Loss(stage), _under("stage", weights), (x, unit.targets))
         loss, y, g = float(mean.detach()), mean / unit.accumulation, None
     wanted = [*weights.values(), *([x] if x.requires_grad else [])]
     found = torch.autograd.grad(y, wanted, g, allow_unused=True)
     gradients = {name: grad for name, grad in zip(weights, found, strict=False) if grad is not None}
     return Result(output=found[-1] if x.requires_grad else None, loss=loss, gradients=gradients)
+
+
+class _Loss(nn.Module):
+    """A tail's loss as a module's forward, which is what `functional_call` calls."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.stage.loss(x, targets)  # type: ignore[operator]
+        return loss
+
+
+def _under(name: str, weights: Weights) -> dict[str, Tensor]:
+    return {f"{name}.{key}": weight for key, weight in weights.items()}
 
 
 def _noise(true: Result, strength: float, generator: torch.Generator) -> Result:

@@ -214,7 +214,7 @@ def _row(stage: StageSpeed, busy: float, audits: AuditPlan | None) -> str:
     held = f", {memory.graphs} held" if memory.graphs else ""
     return (
         f"{stage.plan.layers:>6} {stage.parameters / GB:>6.2f} B {stage.flops / 1e12:>5.0f} "
-        f"{memory.weights / GB:>7.1f} {' '.join(f'{part / GB:>5.1f}' for part in small)} {memory.in_flight / GB:>6.1f} "
-        f"{(memory.workspace + memory.reserve) / GB:>5.1f} {memory.total / GB:>7.1f} {memory.card / GB:>4.0f}   "
+        f"{memory.weights / GB:>7.1f} {' '.join(f'{part / GB:>5.1f}' for part in small)} {memory.in_flight / GB:>6.0f} "
+        f"{(memory.workspace + memory.reserve) / GB:>5.1f} {memory.total / GB:>7.0f} {memory.card / GB:>4.0f}   "
         f"{ring / GB:>5.0f} {merging / GB:>5.0f} {busy:>5.0%}  {memory.recompute}{held}"
     )

@@ -26,7 +26,7 @@ KNOBS = {
     "links": "--up and --down",
     "queues": "--depth, --routing lanes, or a smaller --rtt",
     "drain": "a longer --round-minutes",
-    "merges": "a merge that overlaps (--as orion)",
+    "merges": "--as orion, whose merges overlap, or a longer --round-minutes",
     "departures": "more --replicas, or a shorter --round-minutes",
     "unmerged": "a shorter --round-minutes",
 }
@@ -39,7 +39,7 @@ EXPLAINED = {
     "links": "bandwidth",
     "queues": "too few in flight for how replicas are chosen",
     "drain": "pipelines that empty and fill at a round's end",
-    "merges": "training stands still",
+    "merges": "training stands still, or weights change hands",
     "departures": "stages that miss a replica",
     "unmerged": "gradients that die with their miner",
 }

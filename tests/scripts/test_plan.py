@@ -153,6 +153,7 @@ def test_a_faster_card_makes_its_stage_faster(capsys: pytest.CaptureFixture[str]
         (["--recompute", "keep", "--gpu", "a100-80gb"], "with --recompute keep needs"),
         (["--round-minutes", "0.5"], "is over before a microbatch is back"),
         (["--codec", "bf16", "--up", "50mbit"], "it must fit behind the next round's training"),
+        (["--codec", "bf16", "--up", "250mbit", "--round-minutes", "12"], "take 10"),
         (["--windows", "5"], "windows are picked in an hour"),
         (["--accumulation", "1000"], "lower the accumulation or lengthen the round"),
     ],

@@ -31,6 +31,8 @@ KNOBS = {
     "unmerged": "a shorter --round-minutes",
 }
 """What lessens a loss."""
+MOST_ROWS = 8
+"""Stages, or runs of equal ones, that a person is shown."""
 EXPLAINED = {
     "kernels": "what the card reaches of its peak while it computes",
     "recompute": "forwards that run twice",
@@ -198,12 +200,16 @@ def _table(speed: Speed, audits: AuditPlan | None) -> Iterator[str]:
         f"{'work':>5} {'in all':>7} {'of':>4}   {'ring':>5} {'merge':>5} {'busy':>5}  recompute"
     )
     rows = [_row(stage, busy, audits) for stage, busy in zip(speed.stages, speed.pace.utilisation, strict=True)]
-    first = 0
+    first, lines = 0, []
     for row, alike in groupby(rows):
         count = len(list(alike))
         span = f"{first}" if count == 1 else f"{first}-{first + count - 1}"
         first += count
-        yield f"{span:>5} {row}"
+        lines.append(f"{span:>5} {row}")
+    hidden = lines[MOST_ROWS // 2 : -(MOST_ROWS // 2)]
+    if len(hidden) > 1:
+        lines[MOST_ROWS // 2 : -(MOST_ROWS // 2)] = [f"{'...':>5} {len(hidden)} lines more: --json has all stages"]
+    yield from lines
 
 
 def _row(stage: StageSpeed, busy: float, audits: AuditPlan | None) -> str:

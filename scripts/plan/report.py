@@ -26,11 +26,13 @@ KNOBS = {
     "links": "--up and --down",
     "queues": "--depth, --routing lanes, or a smaller --rtt",
     "drain": "a longer --round-minutes",
-    "merges": "a merge that overlaps (--as orion)",
+    "merges": "--as orion, whose merges overlap, or a longer --round-minutes",
     "departures": "more --replicas, or a shorter --round-minutes",
     "unmerged": "a shorter --round-minutes",
 }
 """What lessens a loss."""
+MOST_ROWS = 8
+"""Stages, or runs of equal ones, that a person is shown."""
 EXPLAINED = {
     "kernels": "what the card reaches of its peak while it computes",
     "recompute": "forwards that run twice",
@@ -39,7 +41,7 @@ EXPLAINED = {
     "links": "bandwidth",
     "queues": "too few in flight for how replicas are chosen",
     "drain": "pipelines that empty and fill at a round's end",
-    "merges": "training stands still",
+    "merges": "training stands still, or weights change hands",
     "departures": "stages that miss a replica",
     "unmerged": "gradients that die with their miner",
 }
@@ -198,12 +200,16 @@ def _table(speed: Speed, audits: AuditPlan | None) -> Iterator[str]:
         f"{'work':>5} {'in all':>7} {'of':>4}   {'ring':>5} {'merge':>5} {'busy':>5}  recompute"
     )
     rows = [_row(stage, busy, audits) for stage, busy in zip(speed.stages, speed.pace.utilisation, strict=True)]
-    first = 0
+    first, lines = 0, []
     for row, alike in groupby(rows):
         count = len(list(alike))
         span = f"{first}" if count == 1 else f"{first}-{first + count - 1}"
         first += count
-        yield f"{span:>5} {row}"
+        lines.append(f"{span:>5} {row}")
+    hidden = lines[MOST_ROWS // 2 : -(MOST_ROWS // 2)]
+    if len(hidden) > 1:
+        lines[MOST_ROWS // 2 : -(MOST_ROWS // 2)] = [f"{'...':>5} {len(hidden)} lines more: --json has all stages"]
+    yield from lines
 
 
 def _row(stage: StageSpeed, busy: float, audits: AuditPlan | None) -> str:
@@ -214,7 +220,7 @@ def _row(stage: StageSpeed, busy: float, audits: AuditPlan | None) -> str:
     held = f", {memory.graphs} held" if memory.graphs else ""
     return (
         f"{stage.plan.layers:>6} {stage.parameters / GB:>6.2f} B {stage.flops / 1e12:>5.0f} "
-        f"{memory.weights / GB:>7.1f} {' '.join(f'{part / GB:>5.1f}' for part in small)} {memory.in_flight / GB:>6.1f} "
-        f"{(memory.workspace + memory.reserve) / GB:>5.1f} {memory.total / GB:>7.1f} {memory.card / GB:>4.0f}   "
+        f"{memory.weights / GB:>7.1f} {' '.join(f'{part / GB:>5.1f}' for part in small)} {memory.in_flight / GB:>6.0f} "
+        f"{(memory.workspace + memory.reserve) / GB:>5.1f} {memory.total / GB:>7.0f} {memory.card / GB:>4.0f}   "
         f"{ring / GB:>5.0f} {merging / GB:>5.0f} {busy:>5.0%}  {memory.recompute}{held}"
     )

@@ -21,7 +21,7 @@ from model.memory import (
 )
 from model.recompute import Recompute
 from model.split import StagePlan, split
-from scripts.plan.options import EVICTION_SECONDS, Run
+from scripts.plan.options import EVICTION_SECONDS, PlanError, Run
 from subnet.swarm.codec import codec_of
 from subnet.swarm.downtime import (
     ROSTER_ROUNDS,
@@ -34,11 +34,14 @@ from subnet.swarm.downtime import (
 )
 from subnet.swarm.pace import Pace, Pipeline, Replica, pace
 from subnet.swarm.routing import depth as hiding_depth
+from subnet.trust.quota import UPLINK_SHARE
 
 SLACK = 1.5
 """W in what units of equal length would need: they vary, and then queues form (`subnet.swarm.pace`)."""
 ENOUGH = 0.99
 """Of the pace of the deepest pipeline."""
+HANDOVERS = 4
+"""Copies of a stage's weights between card and host in a round: out and back at the cut, and where it is merged."""
 WORTH = 0.9
 """Graphs are held where no more than so many forwards run again in spite of them."""
 STEP_VALUES = 7
@@ -98,7 +101,7 @@ class Speed:
     days: float
     """To the target."""
     uplink: float
-    """Share of the busiest replica's uplink that boundaries take."""
+    """Share that boundaries take of what merges and evidence leave of the busiest replica's uplink."""
 
     @property
     def bubble(self) -> float:
@@ -237,11 +240,12 @@ def _step(run: Run, parameters: int, card: Device) -> float:
 
 def _pipeline(run: Run, stages: tuple[StageSpeed, ...], depth: int) -> Pipeline:
     size = boundary_bytes(run.model, tokens=run.units.tokens, itemsize=run.units.value_bytes)
+    up = run.up * _uplink_left(run)
     replicas = []
     for stage in stages:
         slowness = [1 / run.flops(card) for card in stage.cards]
         mean = sum(slowness) / len(slowness)
-        replicas.append(tuple(_replica(run, stage, each / mean) for each in slowness))
+        replicas.append(tuple(_replica(run, stage, each / mean, up=up) for each in slowness))
     return Pipeline(
         stages=tuple(replicas),
         forward_bytes=size,
@@ -252,11 +256,24 @@ def _pipeline(run: Run, stages: tuple[StageSpeed, ...], depth: int) -> Pipeline:
     )
 
 
-def _replica(run: Run, stage: StageSpeed, factor: float) -> Replica:
+def _uplink_left(run: Run) -> float:
+    """Share of an uplink that evidence and merges leave for boundaries. Raises `PlanError`."""
+    rounds = _rounds(run)
+    taken = rounds.merge / rounds.length if rounds.overlapped else 0.0
+    taken += UPLINK_SHARE if run.style.evidence else 0.0
+    if taken >= 1:
+        raise PlanError(
+            f"merges and evidence take {taken:.0%} of an uplink of {run.up / 1e6:,.0f} Mbit/s: raise --up or "
+            "--round-minutes, or choose --codec topk2bit"
+        )
+    return 1 - taken
+
+
+def _replica(run: Run, stage: StageSpeed, factor: float, *, up: float) -> Replica:
     forward, backward = factor * stage.forward, factor * stage.backward
     if stage.plan.is_last:
         forward, backward = 0.0, forward + backward
-    return Replica(forward=forward, backward=backward, up=run.up, down=run.down)
+    return Replica(forward=forward, backward=backward, up=up, down=run.down)
 
 
 def _hiding(run: Run, stages: tuple[StageSpeed, ...], pipeline: Pipeline) -> int:
@@ -277,11 +294,13 @@ def _rounds(run: Run) -> Rounds:
         codec = codec_of(run.codec)
         merge = gather_seconds if codec.error_feedback else butterfly_seconds
         seconds = merge(codec, parameters, replicas=run.replicas, up=run.up, down=run.down)
+    overlapped = run.style.merge == "overlapped"
     return Rounds(
         length=run.round_seconds,
         margin=run.style.margin,
         merge=seconds,
-        overlapped=run.style.merge == "overlapped",
+        overlapped=overlapped,
+        pause=HANDOVERS * run.units.value_bytes * parameters / HOST_LINK if overlapped else 0.0,
     )
 
 

@@ -38,6 +38,8 @@ class Rounds:
     merge: float
     """Seconds of one merge."""
     overlapped: bool
+    pause: float = 0.0
+    """Seconds in which a replica computes nothing, while an overlapped merge takes and changes its weights."""
 
     def __post_init__(self) -> None:
         if not 0 < self.length < math.inf or not 0 <= self.merge < math.inf or self.margin < 0:
@@ -64,7 +66,7 @@ class Rounds:
     @property
     def merge_share(self) -> float:
         """Of clock time, in which nobody trains."""
-        return 0.0 if self.overlapped else self.merge / (self.length + self.merge)
+        return self.pause / self.length if self.overlapped else self.merge / (self.length + self.merge)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,14 @@ def test_json_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     assert [limit["fits"] for limit in plan["audit"]["limits"]] == [True] * 6
 
 
+def test_many_unequal_stages_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--model", "1b", "--stages", "16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
+    assert sum("lines more: --json has all stages" in line for line in lines) == 1
+
+
 @pytest.mark.parametrize("flags", [(), ("--as", "published")])
 def test_a_stranger_reads_it_in_forty_lines(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *flags]) == 0
@@ -153,6 +161,7 @@ def test_a_faster_card_makes_its_stage_faster(capsys: pytest.CaptureFixture[str]
         (["--recompute", "keep", "--gpu", "a100-80gb"], "with --recompute keep needs"),
         (["--round-minutes", "0.5"], "is over before a microbatch is back"),
         (["--codec", "bf16", "--up", "50mbit"], "it must fit behind the next round's training"),
+        (["--codec", "bf16", "--up", "250mbit", "--round-minutes", "12"], "take 10"),
         (["--windows", "5"], "windows are picked in an hour"),
         (["--accumulation", "1000"], "lower the accumulation or lengthen the round"),
     ],

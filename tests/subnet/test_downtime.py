@@ -24,6 +24,7 @@ def test_a_serial_merge_stops_training_and_an_overlapped_one_does_not() -> None:
     serial = Rounds(length=3600, margin=1, merge=600, overlapped=False)
     assert serial.merge_share == pytest.approx(1 / 7)
     assert Rounds(length=3600, margin=1, merge=600, overlapped=True).merge_share == 0
+    assert Rounds(length=3600, margin=1, merge=600, overlapped=True, pause=36).merge_share == pytest.approx(0.01)
     assert serial.drain_share(36) == pytest.approx(0.01)
 
 

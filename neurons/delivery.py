@@ -101,15 +101,17 @@ class Delivery:
         dendrite: Dendrite,
         endpoint_of: Callable[[str], str | None],
         boundary: TensorSpec,
+        lane: int,
         crossing: Callable[[], float],
     ) -> None:
-        """`crossing` is about how many seconds all stages compute for one microbatch, 0 if nothing is measured."""
+        """`lane` is how many microbatches of a head take one lane, `crossing` about how many seconds all stages compute for one microbatch, 0 if nothing is measured."""
         self._identity = identity
         self._run = run
         self._plan = plan
         self._dendrite = dendrite
         self._endpoint_of = endpoint_of
         self._boundary = boundary
+        self._lane = lane
         self._crossing = crossing
         self._returns: deque[float] = deque(maxlen=RECENT_RETURNS)
         self._reach = Reach()
@@ -135,7 +137,16 @@ class Delivery:
         accepts, nobody waits for its gradient any more, or the round closes. `first` is when it was delivered."""
         stage = self._plan.index + 1
         replicas = current.roster.stages[stage]
-        order = hops(replicas, seed=current.seed, head=push.head, stage=stage, index=push.index)
+        heads = current.roster.stages[0]
+        order = hops(
+            replicas,
+            seed=current.seed,
+            stage=stage,
+            head=heads.index(push.head),
+            heads=len(heads),
+            index=push.index,
+            lane=self._lane,
+        )
         planned = order[0]
         order = tuple(sorted(order, key=lambda hop: (self.is_down(hop), hop == avoid, hop != again)))
         missed: set[str] = set()

@@ -98,6 +98,7 @@ class StageWorker:
             dendrite=dendrite,
             endpoint_of=endpoint_of,
             boundary=Shapes.of(loaded.manifest).boundary,
+            lane=loaded.manifest.swarm.lane,
             crossing=lambda: self._driver.crossing,
         )
         self._synchronous = synchronous

@@ -68,6 +68,7 @@ class Verdict:
             verify,
             first_sample=loaded.manifest.samples(roster.round).start,
             seed=closed.route_seed,
+            lane=loaded.manifest.swarm.lane,
             windows=payable(loaded.run_id, closed, evidence, me=me),
         )
         records = records_of(closed.cut)

@@ -32,6 +32,8 @@ RECORD_BLOCKS = 4
 SLOTS = 2
 """In a round."""
 
+LANE = 4
+"""Microbatches: a short round has a few dozen per head, and still shall mix them."""
 BATCH = 8
 """Sequences in a microbatch."""
 ACCUMULATION = 2
@@ -73,7 +75,7 @@ def local_manifest(
             name=f"localnet-{model}", netuid=netuid, authority=authority, activation_block=activation_block, seed=seed
         ),
         model=ModelSection.of(config, wire_dtype="bfloat16"),
-        swarm=SwarmSection(stages=stages, replicas=replicas, gather_blocks=4),
+        swarm=SwarmSection(stages=stages, replicas=replicas, gather_blocks=4, lane=LANE),
         data=DataSection(
             batch=BATCH,
             sequence=config.context,

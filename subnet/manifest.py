@@ -106,6 +106,9 @@ class SwarmSection(_Section):
     """Replicas per stage that must be there before round 0 begins; 64 is what the have-bitmap holds."""
     gather_blocks: Positive
     """While gathering, the roster is tried at every block `activation_block + k * gather_blocks`."""
+    lane: Positive
+    """Microbatches of a head that take the same replicas before these are drawn anew: few mix pathways soon, many keep
+    pipelines evenly filled (`subnet.swarm.routing`)."""
 
 
 class ShardSection(_Section):

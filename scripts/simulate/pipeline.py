@@ -26,7 +26,7 @@ from scripts.simulate.events import Clock
 from scripts.simulate.network import Network
 from scripts.simulate.replica import Job, Microbatch, Replica
 from scripts.simulate.setting import Setting
-from subnet.swarm.routing import heirs, hops, sample_id
+from subnet.swarm.routing import LANE, heirs, hops, sample_id
 
 DRAWS = 4096
 """At a time."""
@@ -253,7 +253,15 @@ class Pipeline:
 
     def _free_hop(self, replica: Replica, microbatch: Microbatch, avoid: Replica | None) -> Replica | None:
         now, stage, head = self._clock.now, replica.stage + 1, microbatch.head.name
-        names = hops(self._names[stage], seed=self._seed, head=head, stage=stage, index=microbatch.index)
+        names = hops(
+            self._names[stage],
+            seed=self._seed,
+            stage=stage,
+            head=self._names[0].index(head),
+            heads=len(self._names[0]),
+            index=microbatch.index,
+            lane=LANE,
+        )
         if not replica.full and not replica.knows_down and avoid is None:
             return self._named[names[0]]
         second: Replica | None = None

@@ -39,7 +39,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
 
 from subnet.swarm.roster import Roster
 from subnet.swarm.routing import head_of, hops
@@ -408,6 +407,7 @@ def settle(
     *,
     first_sample: int,
     seed: bytes,
+    lane: int,
     windows: Mapping[str, Collection[int]],
 ) -> Settlement:
     """Which units of a round count, per miner, and the pathways they form.
@@ -417,11 +417,12 @@ def settle(
             from it earn nothing.
         first_sample: the round's first sample id: it decides which head each sample belongs to.
         seed: of the round's routing lottery.
+        lane: microbatches between two of its draws.
         windows: by hotkey, the versions whose heads were acknowledged in time (`subnet.trust.heads.acknowledged`).
     """
     book = _Book(run, roster, evidence, verify, first_sample)
     tracks = {sample: book.track(sample) for sample in sorted(book.samples())}
-    astray = _off_plan(book, tracks, seed)
+    astray = _off_plan(book, tracks, seed, lane)
     paid = {}
     for hotkey, leaves in book.units.items():
         counts, unpaid = Counter[Direction](), Counter[Unpaid]()
@@ -462,9 +463,9 @@ class _Hop:
     kept: bool
 
 
-def _off_plan(book: _Book, tracks: Mapping[int, _Track | None], seed: bytes) -> set[tuple[str, int]]:
+def _off_plan(book: _Book, tracks: Mapping[int, _Track | None], seed: bytes, lane: int) -> set[tuple[str, int]]:
     """(sender, sample) of the microbatches that were sent elsewhere than planned, beyond what is allowed."""
-    sent = _by_sender(book, tracks, seed)
+    sent = _by_sender(book, tracks, seed, lane)
     took = {  # share that went elsewhere, by sender and planned receiver
         sender: {planned: sum(not hop.kept for hop in meant) / len(meant) for planned, meant in _by_plan(own).items()}
         for sender, own in sent.items()
@@ -483,9 +484,11 @@ def _off_plan(book: _Book, tracks: Mapping[int, _Track | None], seed: bytes) -> 
     return excess
 
 
-def _by_sender(book: _Book, tracks: Mapping[int, _Track | None], seed: bytes) -> dict[str, list[_Hop]]:
+def _by_sender(
+    book: _Book, tracks: Mapping[int, _Track | None], seed: bytes, lane: int
+) -> dict[str, list[_Hop]]:
     """What each replica sent on, in the order of the samples; not what was meant for who served no evidence."""
-    plan = _planner(book, seed)
+    plan = _planner(book, seed, lane)
     sent: dict[str, list[_Hop]] = defaultdict(list)
     for sample, track in tracks.items():
         for stage, place in enumerate(track.forward if track is not None else ()):
@@ -504,17 +507,13 @@ def _by_plan(sent: list[_Hop]) -> dict[str, list[_Hop]]:
     return by
 
 
-def _planner(book: _Book, seed: bytes) -> Callable[[int, int], str]:
+def _planner(book: _Book, seed: bytes, lane: int) -> Callable[[int, int], str]:
     """(sample, stage) -> who should do it there."""
-    heads = book.roster.stages[0]
-
-    @lru_cache(maxsize=4096)
-    def block(head: str, stage: int, number: int) -> tuple[str, ...]:
-        replicas = book.roster.stages[stage]
-        return hops(replicas, seed=seed, head=head, stage=stage, index=number * len(replicas))
+    stages = book.roster.stages
+    heads = len(stages[0])
 
     def plan(sample: int, stage: int) -> str:
-        number, position = divmod((sample - book.first_sample) // len(heads), len(book.roster.stages[stage]))
-        return block(book.owner(sample), stage, number)[position]
+        index, head = divmod(sample - book.first_sample, heads)
+        return hops(stages[stage], seed=seed, stage=stage, head=head, heads=heads, index=index, lane=lane)[0]
 
     return plan

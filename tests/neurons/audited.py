@@ -215,7 +215,8 @@ class ClosedRound:
         index, owner = divmod(sample - first, len(heads))
         path = [self.works[heads[owner]]]
         for stage in range(1, len(self.plans)):
-            order = hops(self.roster.stages[stage], seed=SEED, head=heads[owner], stage=stage, index=index)
+            replicas, lane = self.roster.stages[stage], self.loaded.manifest.swarm.lane
+            order = hops(replicas, seed=SEED, stage=stage, head=owner, heads=len(heads), index=index, lane=lane)
             path.append(self.works[order[0]])
         tokens = self.corpus.sample(sample)
         wire = torch.bfloat16

@@ -89,7 +89,7 @@ def manifest(
         version=1,
         run=RunSection(name="test", netuid=9, authority="5" + "C" * 47, activation_block=0, seed=11),
         model=ModelSection.of(config, wire_dtype=wire),
-        swarm=SwarmSection(stages=stages, replicas=replicas, gather_blocks=1),
+        swarm=SwarmSection(stages=stages, replicas=replicas, gather_blocks=1, lane=1),
         data=DataSection(
             batch=4,
             sequence=config.context,

@@ -169,7 +169,7 @@ class Spec(_Section):
             version=1,
             run=RunSection(name="stand-in", netuid=9, authority="5" + "C" * 47, activation_block=0, seed=self.seed),
             model=ModelSection.of(self.model, wire_dtype="bfloat16"),
-            swarm=SwarmSection(stages=self.stages, replicas=self.replicas, gather_blocks=1),
+            swarm=SwarmSection(stages=self.stages, replicas=self.replicas, gather_blocks=1, lane=LANE),
             data=DataSection(
                 batch=self.boundary.batch,
                 sequence=self.boundary.sequence,

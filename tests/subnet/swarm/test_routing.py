@@ -23,26 +23,36 @@ def test_samples_of_a_round_are_disjoint() -> None:
     assert sorted(samples) == list(range(150))
 
 
-def test_load_is_equal_to_within_one_microbatch() -> None:
-    for count in (1, 7, 50, 300):
-        planned = Counter(hops(REPLICAS, seed=b"s", head="h", stage=2, index=index)[0] for index in range(count))
-        assert max(planned.values()) - min(planned[replica] for replica in REPLICAS) <= 1
+def planned(heads: int, head: int, index: int, *, stage: int = 2, lane: int = 4) -> str:
+    return hops(REPLICAS, seed=b"s", stage=stage, head=head, heads=heads, index=index, lane=lane)[0]
+
+
+@given(st.integers(1, 7), st.integers(1, 40), st.integers(1, 40))
+def test_samples_in_a_row_are_on_as_many_replicas(heads: int, lane: int, rows: int) -> None:
+    """Within one draw; so the load of replicas is equal to within one microbatch a draw."""
+    row = [planned(heads, head, index, lane=rows) for index in range(rows) for head in range(heads)]
+    for start in range(0, len(row) - len(REPLICAS) + 1, len(REPLICAS)):
+        assert sorted(row[start : start + len(REPLICAS)]) == sorted(REPLICAS)
+    whole = Counter(planned(heads, head, index, lane=lane) for index in range(rows) for head in range(heads))
+    assert max(whole.values()) - min(whole[replica] for replica in REPLICAS) <= 1 + rows // lane
+
+
+def test_as_many_heads_as_replicas_have_lanes_of_their_own() -> None:
+    for era in range(20):
+        lanes = {head: {planned(3, head, 4 * era + place) for place in range(4)} for head in range(3)}
+        assert all(len(lane) == 1 for lane in lanes.values())
+        assert set().union(*lanes.values()) == set(REPLICAS)
 
 
 def test_pathways_mix() -> None:
-    pairs = Counter(
-        (
-            hops(REPLICAS, seed=b"s", head="h", stage=1, index=index)[0],
-            hops(REPLICAS, seed=b"s", head="h", stage=2, index=index)[0],
-        )
-        for index in range(900)
-    )
+    pairs = Counter((planned(3, 1, index, stage=1), planned(3, 1, index, stage=2)) for index in range(3600))
     assert len(pairs) == 9
-    assert min(pairs.values()) > 60
+    assert min(pairs.values()) > 300
 
 
 def test_every_replica_is_somewhere_to_go() -> None:
-    assert sorted(hops(REPLICAS, seed=b"s", head="h", stage=1, index=5)) == sorted(REPLICAS)
+    assert sorted(hops(REPLICAS, seed=b"s", stage=1, head=0, heads=3, index=5, lane=4)) == sorted(REPLICAS)
+    assert hops((), seed=b"s", stage=1, head=0, heads=3, index=5, lane=4) == ()
 
 
 def test_depth_is_the_closed_form() -> None:

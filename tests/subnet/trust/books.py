@@ -24,6 +24,7 @@ from subnet.trust.settlement import Settlement, settle
 
 RUN = b"run-0001"
 SEED = b"a lottery's seed"
+LANE = 3
 CLOSING = Closing(NO_DIGEST, NO_DIGEST, NO_DIGEST)
 Route = Callable[[int, int], int]
 """(sample, stage) -> index of the replica."""
@@ -78,7 +79,8 @@ class Book:
         replicas = self.roster.stages[stage]
         if stage == 0:
             return sample % len(heads)
-        first = hops(replicas, seed=SEED, head=heads[sample % len(heads)], stage=stage, index=sample // len(heads))[0]
+        index, head = divmod(sample, len(heads))
+        first = hops(replicas, seed=SEED, stage=stage, head=head, heads=len(heads), index=index, lane=LANE)[0]
         return replicas.index(first)
 
     def enter(
@@ -154,6 +156,7 @@ class Book:
             verify,
             first_sample=0,
             seed=SEED,
+            lane=LANE,
             windows=every if windows is None else windows,
         )
 

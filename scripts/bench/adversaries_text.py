@@ -173,7 +173,7 @@ def _fill(text: str) -> str:
 
 
 def _geometry(name: str, scale: Scale) -> str:
-    what = "The defaults of `orion plan`" if name == "planned" else "Wider slots, each with a window that all read"
+    what = "`orion plan`'s audit defaults" if name == "planned" else "Wider slots, each with a window that all read"
     return f"""{what}: {scale.round_seconds:g} s a round, {scale.steps} local steps of {scale.accumulation} microbatches
         at {scale.microbatch_seconds:g} s, {scale.slots} slots with {scale.windows:g} picked windows each,
         {scale.readers:g} of {scale.validators} validators of equal stake reading one. The bound is

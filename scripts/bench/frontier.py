@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from math import comb
 
 from scripts.bench.sentencing import PLANNED, Scale
 from scripts.cli import parser
-from scripts.plan import AuditPlan, PlanOptions, make_plan
+from scripts.plan.audits import GB, AuditPlan, plan_audits
+from scripts.plan.options import PlanOptions, Run, read
+from scripts.plan.speed import Speed, plan_speed
 from subnet.metagraph import BLOCK_SECONDS
 from subnet.trust.audit import budget
 
@@ -33,7 +36,6 @@ WHOLE_STEPS = (0.3, 0.1)
 READERS = (1.0, 2.0)
 FLOPS = "audits' share of FLOPs"
 UPLINK = "evidence on a miner's uplink"
-MEMORY = "evidence in a miner's host memory"
 SHARE_STEP = 0.0005
 
 
@@ -83,7 +85,7 @@ def chance(scale: Scale, *, units: int, share: float, bad: float) -> float:
 
 
 def settings() -> Iterator[Setting]:
-    """All of them. Raises what `make_plan` raises."""
+    """All of them. Raises what `plan_speed` and `plan_audits` raise."""
     for slots, windows in PICKS:
         for whole_steps in WHOLE_STEPS:
             for readers in READERS:
@@ -95,7 +97,8 @@ def setting(slots: int, windows: float, readers: float, whole_steps: float) -> S
     share = 0.0
     while fits(planned(scale, whole_steps, share + SHARE_STEP)):
         share = round(share + SHARE_STEP, 6)
-    limits = {limit.name: limit for limit in planned(scale, whole_steps, share).limits}
+    plan = planned(scale, whole_steps, share)
+    limits = {limit.name: limit for limit in plan.limits}
     units = 2 * scale.steps * scale.accumulation
     return Setting(
         slots=slots,
@@ -106,7 +109,7 @@ def setting(slots: int, windows: float, readers: float, whole_steps: float) -> S
         flops_percent=round(limits[FLOPS].needed, 3),
         uplink_mbit=round(limits[UPLINK].needed, 1),
         uplink_limit_mbit=round(limits[UPLINK].available, 1),
-        memory_gb=round(limits[MEMORY].needed, 1),
+        memory_gb=round(plan.cost.largest.host_bytes / GB, 1),
         both=round(chance(scale, units=units, share=share, bad=FRACTION), 4),
         one=round(chance(scale, units=units, share=share, bad=FRACTION / 2), 4),
     )
@@ -120,12 +123,28 @@ def fits(plan: AuditPlan) -> bool:
 def planned(scale: Scale, whole_steps: float, share: float) -> AuditPlan:
     """What `orion plan` says of it, everything else as its defaults are."""
     hours = scale.round_seconds / 3600
-    flags = vars(parser().parse_args(["plan"])) | {
-        "slot_blocks": round(scale.round_seconds / scale.slots / BLOCK_SECONDS),
-        "windows": scale.windows,
-        "steps": whole_steps * hours / (scale.slots * scale.windows),
-        "share": share,
-        "readers": scale.readers,
-        "delta": DELTA,
-    }
-    return make_plan(PlanOptions(**{name: value for name, value in flags.items() if name not in ("command", "json")}))
+    options = replace(
+        _defaults(60 * hours),
+        slot_blocks=round(scale.round_seconds / scale.slots / BLOCK_SECONDS),
+        windows=scale.windows,
+        steps=whole_steps * hours / (scale.slots * scale.windows),
+        share=share,
+        readers=scale.readers,
+        delta=DELTA,
+    )
+    plan = plan_audits(options, *_run(60 * hours))
+    if plan is None:
+        raise TypeError("the defaults of `orion plan` keep no evidence")
+    return plan
+
+
+def _defaults(round_minutes: float) -> PlanOptions:
+    flags = vars(parser().parse_args(["plan", "--round-minutes", str(round_minutes)]))
+    return PlanOptions(**{name: value for name, value in flags.items() if name not in ("command", "json")})
+
+
+@cache
+def _run(round_minutes: float) -> tuple[Run, Speed]:
+    """How fast it runs does not depend on how it is audited."""
+    run = read(_defaults(round_minutes))
+    return run, plan_speed(run)

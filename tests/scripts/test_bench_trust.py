@@ -121,7 +121,7 @@ def test_the_frontiers_closed_form_agrees_with_what_is_played(readers: float, ba
 
 def test_no_setting_of_the_frontier_takes_more_flops_than_planned() -> None:
     poor, rich = setting(20, 0.1, 1.0, 0.3), setting(20, 0.3, 1.0, 0.1)
-    assert poor.flops_percent <= rich.flops_percent <= 3.0
+    assert all(2.9 < entry.flops_percent <= 3.0 for entry in (poor, rich))  # one step of the share below the limit
     assert poor.uplink_mbit < rich.uplink_mbit
     assert poor.both < rich.both
     assert all(entry.one < entry.both for entry in (poor, rich))

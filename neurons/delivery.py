@@ -23,7 +23,8 @@ from model.split import StagePlan
 from neurons.reach import Reach
 from neurons.training import Awaited, TrainingRound
 from subnet.identity import Identity, verify
-from subnet.messages import Accepted, Backward, Forward, InputRequest, Push, Tensors
+from subnet.manifest import LoadedManifest
+from subnet.messages import Accepted, Backward, Forward, InputRequest, Push, Shapes, Tensors
 from subnet.swarm.routing import heirs, hops
 from subnet.transport.dendrite import NO_SPECS, NO_TENSORS, Dendrite
 from subnet.transport.errors import (
@@ -36,7 +37,7 @@ from subnet.transport.errors import (
     Unavailable,
     Unreachable,
 )
-from subnet.transport.synapse import S, Specs, Synapse, TensorSpec
+from subnet.transport.synapse import S, Specs, Synapse
 from subnet.trust.ledger import NO_RECEIPT, Direction, Leaf, UnitKey, receipt_message
 
 log = logging.getLogger("orion.neurons.delivery")
@@ -96,22 +97,20 @@ class Delivery:
         self,
         *,
         identity: Identity,
-        run: bytes,
+        loaded: LoadedManifest,
         plan: StagePlan,
         dendrite: Dendrite,
         endpoint_of: Callable[[str], str | None],
-        boundary: TensorSpec,
-        lane: int,
         crossing: Callable[[], float],
     ) -> None:
-        """`lane` is how many microbatches of a head take one lane, `crossing` about how many seconds all stages compute for one microbatch, 0 if nothing is measured."""
+        """`crossing` is about how many seconds all stages compute for one microbatch, 0 if nothing is measured."""
         self._identity = identity
-        self._run = run
+        self._run = loaded.run_id
         self._plan = plan
         self._dendrite = dendrite
         self._endpoint_of = endpoint_of
-        self._boundary = boundary
-        self._lane = lane
+        self._boundary = Shapes.of(loaded.manifest).boundary
+        self._lane = loaded.manifest.swarm.lane
         self._crossing = crossing
         self._returns: deque[float] = deque(maxlen=RECENT_RETURNS)
         self._reach = Reach()

@@ -44,7 +44,6 @@ from subnet.messages import (
     Noted,
     Notice,
     Push,
-    Shapes,
     Tensors,
 )
 from subnet.swarm.roster import Roster
@@ -93,12 +92,10 @@ class StageWorker:
         self._ferry = ferry_of(engine, WIRE_DTYPES[loaded.manifest.model.wire_dtype])
         self._delivery = Delivery(
             identity=identity,
-            run=loaded.run_id,
+            loaded=loaded,
             plan=engine.plan,
             dendrite=dendrite,
             endpoint_of=endpoint_of,
-            boundary=Shapes.of(loaded.manifest).boundary,
-            lane=loaded.manifest.swarm.lane,
             crossing=lambda: self._driver.crossing,
         )
         self._synchronous = synchronous

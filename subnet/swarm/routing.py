@@ -14,9 +14,13 @@ import hashlib
 import math
 from functools import lru_cache
 
-LANE = 32
-"""Microbatches of a head between two draws, as planned for long rounds: each costs about as many as are in flight a few
-of their places, so 16 would cost twice what 32 do, and an hour has some 50 draws a head."""
+LANE = 64
+"""Microbatches of a head between two draws, as planned for long rounds: a draw costs some of what is in flight its even
+spacing (1 to 3 % of the pace at 64, 4 to 6 at 32), and a round of half an hour has a dozen of them."""
+IN_THE_WAY = 0.25
+"""Part of a unit's time that a microbatch waits at a stage for one of the other direction: F·B/(F + B)², at most."""
+SPREAD = 1.2
+"""So many times more than exact times would need are kept in flight, for units whose times vary by a tenth."""
 WAITING = 3
 """Units accepted and not computed, the one that runs included, with which a replica is full if pushes take no time.
 Fewer would send away work that equal siblings find unequally busy by chance; more needs more in flight."""
@@ -61,15 +65,17 @@ def heirs(replicas: tuple[str, ...], *, seed: bytes, sample: int) -> tuple[str, 
 
 
 def depth(*, stages: int, compute: float, latency: float, transfer: float, limit: int) -> int:
-    """In-flight microbatches per head that hide the network: W = ceil(P + (P-1)(2L + x_f + x_b)/(F+B)).
+    """In-flight microbatches per head that hide the network: W = ceil(P + (P-1)(2L + x_f + x_b)/(F+B)) (facts: sota
+    §2.2), with P + P/4 for P, because forwards and backwards are in each other's way, and a fifth more for times that
+    vary: by the closed form alone stages would idle for a tenth to a sixth of their time (docs/plan.md).
 
-    `compute` is F+B of one stage, `latency` L one way and `transfer` x_f + x_b, all in seconds (facts: sota §2.2).
+    `compute` is F+B of one stage, `latency` L one way and `transfer` x_f + x_b, all in seconds.
     At least P, at most `limit` (what the input caches hold).
     """
     if compute <= 0:
         return min(stages, limit)
-    wanted = stages + (stages - 1) * (2 * latency + transfer) / compute
-    return max(1, min(limit, math.ceil(wanted)))
+    wanted = (1 + IN_THE_WAY) * stages + (stages - 1) * (2 * latency + transfer) / compute
+    return max(1, min(limit, math.ceil(SPREAD * wanted)))
 
 
 def room(*, unit_seconds: float, push_seconds: float, limit: int) -> int:

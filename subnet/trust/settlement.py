@@ -484,9 +484,7 @@ def _off_plan(book: _Book, tracks: Mapping[int, _Track | None], seed: bytes, lan
     return excess
 
 
-def _by_sender(
-    book: _Book, tracks: Mapping[int, _Track | None], seed: bytes, lane: int
-) -> dict[str, list[_Hop]]:
+def _by_sender(book: _Book, tracks: Mapping[int, _Track | None], seed: bytes, lane: int) -> dict[str, list[_Hop]]:
     """What each replica sent on, in the order of the samples; not what was meant for who served no evidence."""
     plan = _planner(book, seed, lane)
     sent: dict[str, list[_Hop]] = defaultdict(list)

@@ -30,6 +30,7 @@ from subnet.manifest import (
     ShardSection,
     SwarmSection,
 )
+from subnet.swarm.routing import LANE
 from subnet.transport.shaping import Link
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -57,8 +57,8 @@ def test_every_replica_is_somewhere_to_go() -> None:
 
 def test_depth_is_the_closed_form() -> None:
     # sota §2.2, Orion-like: P = 16, F + B = 2.63 s, L = 30 ms, x = 22 ms each way.
-    wanted = ceil(16 + 15 * (0.06 + 0.044) / 2.63)
-    assert depth(stages=16, compute=2.63, latency=0.03, transfer=0.044, limit=64) == wanted == 17
-    assert depth(stages=8, compute=0.1, latency=0.05, transfer=0.844, limit=1000) == ceil(8 + 7 * 0.944 / 0.1)
+    wanted = ceil(1.2 * (16 + 4 + 15 * (0.06 + 0.044) / 2.63))
+    assert depth(stages=16, compute=2.63, latency=0.03, transfer=0.044, limit=64) == wanted == 25
+    assert depth(stages=8, compute=0.1, latency=0.05, transfer=0.844, limit=1000) == ceil(1.2 * (10 + 7 * 0.944 / 0.1))
     assert depth(stages=4, compute=0.01, latency=1.0, transfer=0.0, limit=16) == 16
     assert depth(stages=4, compute=0.0, latency=1.0, transfer=0.0, limit=16) == 4

@@ -160,6 +160,7 @@ async def test_forged_receipts_are_sound_and_pay_nothing(tmp_path: Path) -> None
         verify,
         first_sample=samples.start,
         seed=SEED,
+        lane=swarm.loaded.manifest.swarm.lane,
         windows={hotkey: {head.version for head in table.heads} for hotkey, table in evidence.items()},
     )
     assert settlement.paid[forger].unpaid == {Unpaid.NOT_COMPLETED: len(forged)}

@@ -106,6 +106,7 @@ def paid_for(swarm: Swarm, evidence: dict[str, Evidence]) -> Settlement:
         verify,
         first_sample=0,
         seed=SEED,
+        lane=swarm.loaded.manifest.swarm.lane,
         windows={hotkey: {head.version for head in table.heads} for hotkey, table in evidence.items()},
     )
 

@@ -72,6 +72,7 @@ async def test_paid_work_follows_speed(tmp_path: Path, factor: float) -> None:
         verify,
         first_sample=0,
         seed=SEED,
+        lane=swarm.loaded.manifest.swarm.lane,
         windows={hotkey: {leaf.version for leaf in table.leaves} for hotkey, table in evidence.items()},
     )
     assert len(settlement.pathways) == 2 * MICROBATCHES

@@ -1,6 +1,6 @@
 """A unit pays once, only if linked and receipted; silence takes nobody else's pay; collusion gains nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -367,6 +367,12 @@ def strayed(settlement: Settlement, hotkey: str) -> int:
     return settlement.paid[hotkey].unpaid.get(Unpaid.OFF_PLAN, 0) // 2
 
 
+def meant(book: Book, head: int, which: Callable[[int], bool]) -> int:
+    """How many of a head's forty samples the lottery means for such replicas of the next stage."""
+    heads = len(book.roster.stages[0])
+    return sum(which(book.planned(sample, 1)) for sample in range(head, 40 * heads, heads))
+
+
 def test_a_head_that_sends_all_to_a_friend_pays_for_it_and_its_friend_s_sibling_may_do_what_it_gets() -> None:
     plan = Book(stages=3, replicas=2, samples=80)
     deal = Book(
@@ -376,7 +382,7 @@ def test_a_head_that_sends_all_to_a_friend_pays_for_it_and_its_friend_s_sibling_
     )
     head, friend = deal.roster.stages[0][0], deal.roster.stages[1][0]
     settlement = deal.settle()
-    off = 20 - int(OFF_PLAN_SHARE * 40)
+    off = meant(plan, 0, lambda replica: replica != 0) - int(OFF_PLAN_SHARE * 40)
     assert strayed(settlement, head) == off
     for hotkey in deal.hotkeys:
         assert units(settlement, hotkey) == len(deal.leaves[hotkey]) - 2 * off * (hotkey == head)
@@ -409,7 +415,8 @@ def test_up_to_half_of_the_senders_cannot_excuse_each_other(dealing: int) -> Non
     )
     settlement = deal.settle()
     for index, head in enumerate(deal.roster.stages[0]):
-        assert strayed(settlement, head) == (30 - int(OFF_PLAN_SHARE * 40) if index < dealing else 0)
+        off = meant(plan, index, lambda replica: replica != 0) - int(OFF_PLAN_SHARE * 40)
+        assert strayed(settlement, head) == (off if index < dealing else 0)
 
 
 @pytest.mark.parametrize("busy", [0.2, 0.5, 0.9])
@@ -458,7 +465,7 @@ def test_what_excuses_leaving_one_replica_does_not_excuse_leaving_another() -> N
 
     book = Book(stages=2, replicas=4, samples=160, route=route)
     settlement = book.settle()
-    off = 10 - int(OFF_PLAN_SHARE * 40)
+    off = meant(book, 0, lambda replica: replica == 1) - int(OFF_PLAN_SHARE * 40)
     assert [strayed(settlement, head) for head in book.roster.stages[0]] == [off, 0, 0, 0]
 
 

@@ -139,7 +139,7 @@ class StageWorker:
         self._windows = Windows(self._round.ledger, archive, first, witness)
         if self._changes:
             self._change_when_idle()
-        if not self.plan.is_last and not self._synchronous:
+        if not self._synchronous:
             self._spawn(self._round.sends, self._delivery.chase(self._round, self._spawn))
         return self._round
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.optimizer import OptimizerConfig, build_optimizer, clip_bound, clip_gradients, learning_rate
-from model.recompute import Recompute, plain, selective
+from model.recompute import Recompute, runner
 from model.split import StagePlan
 from model.stage import Stage, assign_flat
 
@@ -73,6 +73,7 @@ class StageEngine:
     `graphs` bounds those whose graph is held at a time; the others are recomputed, as with `Recompute.FULL`. A graph is
     held only if its backward is due before the next step, which would drop it: backwards come about in the order of the
     forwards. A stage that recomputes rebuilds its graphs as selective ones, so that a whole one never needs room.
+    `compiled` is for CUDA devices, see `recompute.runner`.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class StageEngine:
         recompute: Recompute,
         capacity: int,
         graphs: int | None = None,
+        compiled: bool = False,
     ) -> None:
         if accumulation < 1 or capacity < 1:
             raise EngineError(
@@ -97,7 +99,7 @@ class StageEngine:
         self.recompute = recompute
         self.capacity = capacity
         self._graphs = 0 if recompute is Recompute.FULL else capacity if graphs is None else graphs
-        stage.run_block = plain if recompute is Recompute.KEEP else selective
+        stage.run_block = runner(recompute, compiled=compiled)
         self._version = 0
         self._steps = 0
         self._used = False

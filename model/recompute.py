@@ -44,6 +44,17 @@ Run = Callable[[Block, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """How a stage calls a block on (branch input, carry, rotary tables), see `Block.forward`."""
 
 
+def runner(recompute: Recompute, *, compiled: bool) -> Run:
+    """How a stage calls its blocks with this policy: full recompute rebuilds selective graphs.
+
+    Compiled, one graph serves all blocks; it fuses what is not a product, so its numbers differ in their last bits from
+    those of the same policy uncompiled, and its whole graphs hold less than `block_bytes` says, its selective ones as
+    much. For CUDA devices: on a CPU a first call takes a minute and gains nothing.
+    """
+    run = plain if recompute is Recompute.KEEP else selective
+    return torch.compile(run, dynamic=False) if compiled else run
+
+
 def plain(block: Block, branch_input: Tensor, carry: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
     """`block` as autograd records it."""
     h, f = block(branch_input, carry, tables)

@@ -62,10 +62,6 @@ class Ferry(Protocol):
         behind the one that computes, priorities count for all others, and a job takes as long as the device does."""
         ...
 
-    def close(self) -> None:
-        """Nothing more is carried."""
-        ...
-
 
 def ferry_of(engine: StageEngine, wire: torch.dtype) -> Ferry:
     """For where the engine's stage is."""
@@ -93,9 +89,6 @@ class HostFerry:
         answer()
 
     def keep_pace(self) -> None:
-        return
-
-    def close(self) -> None:
         return
 
 
@@ -151,9 +144,6 @@ class CudaFerry:
         if self._before is not None:
             self._before.synchronize()
         self._before = done
-
-    def close(self) -> None:
-        self._waiter.shutdown(wait=False, cancel_futures=True)
 
     @staticmethod
     def _land(departure: Departure, left: torch.cuda.Event) -> None:

@@ -209,7 +209,6 @@ class StageWorker:
             for task in (*self._round.work, *self._round.sends):
                 task.cancel()
         self._compute.stop()
-        self._ferry.close()
 
     # -- pushes in ------------------------------------------------------------------------------------------------
 

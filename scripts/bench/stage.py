@@ -22,7 +22,7 @@ import asyncio
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -66,6 +66,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     repeats: int
+    compiled: bool
 
     def engine(self, recompute: Recompute) -> StageEngine:
         return StageEngine(
@@ -76,6 +77,7 @@ class Setting:
             accumulation=ACCUMULATION,
             recompute=recompute,
             capacity=2,
+            compiled=self.compiled,
         )
 
     def boundary(self, seed: int) -> Tensor:
@@ -222,6 +224,17 @@ def beside_plan(measured: dict[str, int], planned: StageMemory) -> dict[str, obj
     return rows | {"total": {"bytes": all_of, "planned": total, "ratio": round(all_of / total, 4)}}
 
 
+def agreement(policies: Mapping[str, Mapping[str, object]]) -> float:
+    """The worst quotient of measured and planned bytes in all, the smaller by the larger: 1 is exact."""
+    worst = 1.0
+    for row in policies.values():
+        memory = row["memory"]
+        assert isinstance(memory, dict)  # noqa: S101 - what `beside_plan` gives
+        ratio = float(memory["total"]["ratio"])
+        worst = min(worst, ratio, 1 / ratio)
+    return round(worst, 4)
+
+
 def boundary_of(setting: Setting) -> dict[str, float]:
     """Seconds of each leg of one boundary tensor's way from a residual to the next stage's first block."""
     config, plan = setting.config, setting.plan
@@ -292,7 +305,7 @@ def measure(setting: Setting, policies: list[Recompute], *, side: int) -> dict[s
     card = card_of(setting.device)
     peak, source = peak_of(setting.device, setting.dtype, card, side=side)
     forward, backward = stage_flops(setting.config, setting.plan, tokens=setting.tokens)
-    rows: dict[str, object] = {}
+    rows: dict[str, dict[str, object]] = {}
     legs = boundary_of(setting)
     for recompute in policies:
         pace = pace_of(setting, recompute)
@@ -312,6 +325,7 @@ def measure(setting: Setting, policies: list[Recompute], *, side: int) -> dict[s
         "peak_flops": round(peak),
         "peak": source,
         "policies": rows,
+        "memory_agreement": agreement(rows),
         "boundary_seconds": {leg: round(taken, 6) for leg, taken in legs.items()},
         "boundary_bytes": boundary_bytes(setting.config, tokens=setting.tokens, itemsize=2),
     }
@@ -326,6 +340,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=Fraction, default=None, help="of widths and tokens (default: 1; 1/16 on a CPU)")
     parser.add_argument("--recompute", nargs="+", type=Recompute, default=list(Recompute), help="(default: all three)")
     parser.add_argument("--repeats", type=int, default=5, help="units timed with each policy (default: 5)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=cuda,
+        help="blocks by torch.compile (default: on a card)",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench") / time.strftime("%Y%m%d-%H%M%S"))
     parser.add_argument("--quick", action="store_true", help="half a minute, for CI: scale 1/32, two units each")
     options = parser.parse_args(argv)
@@ -345,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         device=torch.device("cuda" if cuda else "cpu"),
         dtype=torch.bfloat16 if cuda else torch.float32,
         repeats=2 if options.quick else options.repeats,
+        compiled=options.compile,
     )
     measured = measure(setting, options.recompute, side=4096 if cuda else 512 if options.quick else 1536)
     figures = {
@@ -355,6 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         "hidden": config.hidden,
         "tokens": setting.tokens,
         "dtype": str(setting.dtype).removeprefix("torch."),
+        "compiled": setting.compiled,
         "accumulation": ACCUMULATION,
         "formula": FORMULA,
         "gpu": torch.cuda.get_device_name() if cuda else "not measured yet",

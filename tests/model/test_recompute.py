@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
-from model.recompute import Recompute, Run, block_bytes, plain, selective
+from model.recompute import Recompute, Run, block_bytes, plain, runner, selective
 from model.split import split
 from model.stage import Stage, build_stage
 from model.transformer import Block
@@ -81,3 +81,32 @@ def test_without_gradients_nothing_is_held() -> None:
 
 def test_an_input_alone_is_held_with_full_recompute() -> None:
     assert block_bytes(_CONFIG, Recompute.FULL, torch.bfloat16) == 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("recompute", [Recompute.KEEP, Recompute.SELECTIVE])
+def test_compiled_blocks_give_the_same_numbers_and_hold_no_more(recompute: Recompute) -> None:
+    x, g = _random((1, 96, 64), torch.float32, 0), _random((1, 96, 64), torch.float32, 1)
+    found: list[list[Tensor]] = []
+    held = []
+    for compiled in (False, True):
+        stage = _stage(torch.float32)
+        run, block = runner(recompute, compiled=compiled), _block(stage)
+        leaf = x.clone().requires_grad_()
+        storages = {}
+
+        def note(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            h, f = run(block, leaf, leaf, stage.rotary)
+        torch.autograd.backward([h, f], [g, g])
+        assert leaf.grad is not None
+        found.append([h, f, leaf.grad, *(p.grad for p in stage.parameters() if p.grad is not None)])
+        weights = sum(storages.get(p.data_ptr(), 0) for p in (*stage.parameters(), stage.rotary))
+        held.append(sum(storages.values()) - weights)
+    for eager, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-5)
+    assert held[1] <= 96 * block_bytes(_CONFIG, recompute, torch.float32) + 2 * x.nbytes

@@ -57,7 +57,6 @@ def test_what_boards_has_the_stage_s_dtype_and_what_leaves_the_wire_s(device: st
     back = departure.landed()
     assert (back.dtype, back.device.type) == (torch.bfloat16, "cpu")
     assert torch.equal(back, x + 1)
-    ferry.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", _CUDA])
@@ -69,7 +68,6 @@ def test_what_the_other_side_would_refuse_lands_as_a_fault(value: float, device:
     with pytest.raises(NotFinite):
         bad.landed()
     assert good.landed().tolist() == [1.0] * 4
-    ferry.close()
 
 
 def test_the_stage_s_place_decides() -> None:

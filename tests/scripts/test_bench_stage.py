@@ -34,6 +34,9 @@ def test_memory_is_what_the_plan_says(result: dict[str, object], recompute: str)
     in_flight = memory["in_flight"]
     assert in_flight["bytes"] == pytest.approx(in_flight["planned"], rel=0.1)
     assert memory["workspace"]["bytes"] > 0
+    agreed = result["memory_agreement"]
+    assert isinstance(agreed, float)
+    assert 0.9 <= agreed <= min(memory["total"]["ratio"], 1 / memory["total"]["ratio"]) + 1e-3
 
 
 def test_only_a_full_recompute_executes_more_than_is_useful(result: dict[str, object]) -> None:

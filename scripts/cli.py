@@ -71,31 +71,18 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     live.add_argument("--wallet-path", type=Path, default=Path("~/.bittensor/wallets"), help="folder of wallets")
 
 
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    plan = commands.add_parser(
-        "plan",
-        help="say how fast a run would train and what it costs, before anybody rents anything",
-        description="Say how fast a run trains, what holds it up, what it costs, what each stage needs of its card, "
-        "and what auditing takes. Arithmetic, no measurement; exit status 1 if something does not fit. docs/plan.md "
-        "explains every figure.",
-    )
-    plan.add_argument("--model", default="100b", help="model preset (default: 100b)")
-    plan.add_argument("--stages", type=int, default=16, help="pipeline stages (default: 16)")
-    plan.add_argument("--replicas", type=int, default=3, help="miners per stage (default: 3)")
-    plan.add_argument(
+def _add_shape(command: argparse.ArgumentParser) -> None:
+    """What `plan` and `simulate` are asked alike: the model, the machines, the links and the way of running."""
+    command.add_argument("--model", default="100b", help="model preset (default: 100b)")
+    command.add_argument("--stages", type=int, default=16, help="pipeline stages (default: 16)")
+    command.add_argument("--replicas", type=int, default=3, help="miners per stage (default: 3)")
+    command.add_argument(
         "--gpu", default="a100-80gb", help="card of all, or a mixed fleet like a100-80gb:40,h100:8 (default: a100-80gb)"
     )
-    plan.add_argument("--up", default="856mbit", help="a miner's uplink (default: 856mbit)")
-    plan.add_argument("--down", default="1322mbit", help="downlink of miners and validators (default: 1322mbit)")
-    plan.add_argument("--rtt", default="60ms", help="there and back between two miners (default: 60ms)")
-    plan.add_argument("--price", type=float, default=1.25, help="dollars per card and hour (default: 1.25)")
-    plan.add_argument("--tokens", default="1t", help="to train on, like 500b (default: 1t)")
-    plan.add_argument(
-        "--host-gb", type=float, default=None, help="a miner's host memory, 10^9 bytes (default: the card's)"
-    )
-    plan.add_argument("--disk-gb", type=float, default=1000.0, help="a miner's disk, 10^9 bytes (default: 1000)")
-    plan.add_argument("--stay-hours", type=float, default=522.0, help="a miner stays, on average (default: 522)")
-    run = plan.add_argument_group("the run (defaults: the way of running)")
+    command.add_argument("--up", default="856mbit", help="a miner's uplink (default: 856mbit)")
+    command.add_argument("--down", default="1322mbit", help="downlink of miners and validators (default: 1322mbit)")
+    command.add_argument("--rtt", default="60ms", help="there and back between two miners (default: 60ms)")
+    run = command.add_argument_group("the run (defaults: the way of running)")
     run.add_argument(
         "--as",
         dest="style",
@@ -116,6 +103,24 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--codec", default="topk2bit", choices=("topk2bit", "int8", "bf16"), help="of a merge (default: topk2bit)"
     )
     run.add_argument("--round-minutes", type=float, default=None, help="training between two merges")
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say how fast a run would train and what it costs, before anybody rents anything",
+        description="Say how fast a run trains, what holds it up, what it costs, what each stage needs of its card, "
+        "and what auditing takes. Arithmetic, no measurement; exit status 1 if something does not fit. docs/plan.md "
+        "explains every figure.",
+    )
+    _add_shape(plan)
+    plan.add_argument("--price", type=float, default=1.25, help="dollars per card and hour (default: 1.25)")
+    plan.add_argument("--tokens", default="1t", help="to train on, like 500b (default: 1t)")
+    plan.add_argument(
+        "--host-gb", type=float, default=None, help="a miner's host memory, 10^9 bytes (default: the card's)"
+    )
+    plan.add_argument("--disk-gb", type=float, default=1000.0, help="a miner's disk, 10^9 bytes (default: 1000)")
+    plan.add_argument("--stay-hours", type=float, default=522.0, help="a miner stays, on average (default: 522)")
     audit = plan.add_argument_group("audits")
     audit.add_argument("--validators", type=int, default=4, help="validators (default: 4)")
     audit.add_argument("--slot-blocks", type=int, default=15, help="blocks of 12 s in a slot (default: 15)")
@@ -127,6 +132,28 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--delta", type=float, default=0.6, help="size of a weight delta over that of weights (default: 0.6, bf16)"
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = commands.add_parser(
+        "simulate",
+        help="play a planned run event by event, with failures, and draw it",
+        description="Play a planned run with the nodes' own routing, depth, repair and merge under a virtual clock, "
+        "print it beside the closed form of `orion plan`, and draw its stages over time. docs/simulate.md says what is "
+        "played and what is left out.",
+    )
+    _add_shape(simulate)
+    played = simulate.add_argument_group("what is played")
+    played.add_argument("--minutes", type=float, default=60.0, help="of the swarm's life (default: 60)")
+    played.add_argument(
+        "--failures-per-hour", type=float, default=0.0, help="replicas that die, in the whole swarm (default: none)"
+    )
+    played.add_argument(
+        "--ready-minutes", type=float, default=10.0, help="from a failure until a newcomer is there (default: 10)"
+    )
+    played.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
+    played.add_argument("--picture", type=Path, default=None, metavar="PNG", help="file to draw the timeline into")
+    simulate.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -216,6 +243,7 @@ def parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_calibrate(commands)
     _add_plan(commands)
+    _add_simulate(commands)
     # Its options are the chain's own: `main` hands them over unparsed.
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
@@ -264,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per comma
 
         given = {name: value for name, value in vars(flags).items() if name not in ("command", "json")}
         return show_plan(PlanOptions(**given), as_json=flags.json)
+    if flags.command == "simulate":
+        return _simulate(flags)
     if flags.command == "calibrate":
         from scripts.calibrate import calibrate  # noqa: PLC0415 - heavy, and only for this command
 
@@ -271,6 +301,17 @@ def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per comma
             model=flags.model, stages=flags.stages, microbatches=flags.microbatches, seed=flags.seed, out=flags.out
         )
     return _localnet(flags)
+
+
+def _simulate(flags: argparse.Namespace) -> int:
+    from scripts.plan.options import PlanOptions  # noqa: PLC0415 - heavy, only for this command
+    from scripts.simulate.report import SimulateOptions, show_simulation  # noqa: PLC0415
+
+    given = dict(vars(flags))
+    options = SimulateOptions(**{name: given.pop(name) for name in SimulateOptions.__dataclass_fields__})
+    planned = {**vars(parser().parse_args(["plan"])), **given}
+    plan = PlanOptions(**{name: planned[name] for name in PlanOptions.__dataclass_fields__})
+    return show_simulation(plan, options, as_json=flags.json)
 
 
 def _explain(flags: argparse.Namespace) -> int:

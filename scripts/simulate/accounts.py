@@ -68,8 +68,8 @@ class Accounts:
         """Backwards computed in place of a sibling that was gone."""
         self.chased = 0
         """Activations offered again because their gradient was overdue."""
-        self.gradients_lost = 0
-        """Backward units of replicas that died before they were merged."""
+        self.unmerged: list[tuple[float, int]] = []
+        """When a replica died, and how many backward units that were not merged died with it."""
         self.completed: list[float] = []
         """When each microbatch came back."""
         self.flight_seconds = 0.0

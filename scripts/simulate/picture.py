@@ -43,8 +43,7 @@ def draw(recorder: Recorder, result: Result, caption: Caption, path: Path) -> No
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
         raise PictureError("--picture needs matplotlib: pip install 'orion-subnet[pictures]'") from None
-    style = {"font.size": 9, "hatch.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(style):
+    with mpl.rc_context({"font.size": 9, "hatch.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False}):
         rows = recorder.rows
         overview = min(5.5, max(2.2, 0.115 * rows))
         close_up = min(5.5, max(2.0, 0.115 * rows))
@@ -170,6 +169,8 @@ def _close_up(axes: Axes, recorder: Recorder) -> None:
                 linewidth=0.8,
             )
     each = 1 if recorder.by_stage else recorder.replicas
+    for stage in range(1, recorder.stages):
+        axes.axhline(stage * each, color="#cccccc", linewidth=0.6, zorder=0)
     shown = range(0, recorder.stages, max(1, recorder.stages // 16))
     axes.set_yticks([(stage + 0.5) * each for stage in shown], [f"stage {stage}" for stage in shown])
     axes.set_xlim(start, end)

@@ -106,7 +106,7 @@ class Pipeline:
         if self._accepting and replica.name in self._named:
             self._cut_short(replica, now)
         replica.alive = False
-        self._accounts.gradients_lost += replica.unmerged
+        self._accounts.unmerged.append((now, replica.unmerged))
         if self._accepting and replica.stage == 0 and replica.name in self._named:
             self._hold(replica, holding=True)
             self._clock.at(now + PATIENCE + NOTICE_DEADLINE, self._bequeath, replica, self._number)

@@ -61,9 +61,11 @@ class Simulation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole time, without what died unmerged."""
-        died = self.result.gradients_lost / self.setting.stages
-        return self.run.units.tokens * (len(self.result.completed) - died) / self.setting.seconds
+        """Of all whole rounds, without what died unmerged; of the whole time, if it has no whole round."""
+        rounds = self.setting.rounds.length
+        seconds = rounds * (self.setting.seconds // rounds) or self.setting.seconds
+        died = sum(units for at, units in self.result.unmerged if at <= seconds) / self.setting.stages
+        return self.run.units.tokens * (self.result.rate(end=seconds) - died / seconds)
 
     @property
     def tokens_per_second_training(self) -> float:
@@ -211,7 +213,7 @@ def text(plan: PlanOptions, simulation: Simulation) -> Iterator[str]:
     yield _row(
         "tokens/s between fill and drain", speed.tokens_per_second_training, simulation.tokens_per_second_training
     )
-    yield _row("tokens/s of the whole time", speed.tokens_per_second, simulation.tokens_per_second)
+    yield _row("tokens/s of whole rounds", speed.tokens_per_second, simulation.tokens_per_second)
     yield _row("MFU, %", 100 * speed.mfu, 100 * simulation.mfu, decimals=1)
     yield _row("in flight per head", speed.pipeline.depth, result.depth, decimals=1)
     yield _row("seconds of a flight", speed.pace.flight, result.flight_seconds, decimals=1)
@@ -244,7 +246,8 @@ def text(plan: PlanOptions, simulation: Simulation) -> Iterator[str]:
         f"difference {100 * (simulation.tokens_per_second / speed.tokens_per_second - 1):+.1f} %"
     )
     if result.failures:
-        yield "the closed form is the mean over all that chance may do, the simulation one case of it"
+        yield "the closed form is the mean over all that chance may do in the long run, the simulation one case of it,"
+        yield "which begins with everybody there"
 
 
 def _row(name: str, expected: float, found: float, *, decimals: int = 0) -> str:

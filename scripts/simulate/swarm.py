@@ -44,7 +44,8 @@ class Result:
     """At the end."""
     stages: tuple[StageAccount, ...]
     failures: tuple[Failure, ...]
-    gradients_lost: int
+    unmerged: tuple[tuple[float, int], ...]
+    """When a replica died, and how many backward units that were not merged died with it."""
     adopted: int
     chased: int
     refused: int
@@ -59,6 +60,11 @@ class Result:
         """Microbatches per second that came back between two times."""
         end = min(end, self.seconds)
         return sum(start < moment <= end for moment in self.completed) / (end - start)
+
+    @property
+    def gradients_lost(self) -> int:
+        """Backward units that died before they were merged."""
+        return sum(units for _, units in self.unmerged)
 
     @property
     def utilisation(self) -> float:
@@ -124,7 +130,7 @@ class _Swarm:
             in_flight=in_flight,
             stages=tuple(accounts.stages),
             failures=tuple(self.struck),
-            gradients_lost=accounts.gradients_lost,
+            unmerged=tuple(accounts.unmerged),
             adopted=accounts.adopted,
             chased=accounts.chased,
             refused=accounts.refused,

@@ -13,9 +13,6 @@ from model.split import StagePlan, block_matrix_parameters, split
 
 FORMULA = "6N + 6LTd, N without the input embedding, causal attention once, recompute not counted"
 
-PEAK_FLOPS: dict[str, float] = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense bf16 peak of one device, FLOP/s (vendor data sheets, without sparsity)."""
-
 
 def stage_parameters(config: ModelConfig, plan: StagePlan, *, boundaries: bool = True) -> int:
     """Parameters of one stage; with `boundaries=False` the boundary matrices are left out."""
@@ -50,11 +47,11 @@ def training_flops_per_token(config: ModelConfig, *, stages: int = 1, tokens: in
     return sum(sum(stage_flops(config, plan, tokens=tokens)) for plan in split(config, stages))
 
 
-def mfu(tokens_per_second: float, flops_per_token: float, *, devices: int, peak_flops: float) -> float:
-    """Model FLOPs utilisation, 0 to 1: useful FLOPs per second of wall-clock time over all devices' peak."""
-    if devices < 1 or not peak_flops > 0:
-        raise ConfigError(f"devices is {devices} and peak_flops {peak_flops}; both must be above 0: name the device")
-    return tokens_per_second * flops_per_token / (devices * peak_flops)
+def mfu(tokens_per_second: float, flops_per_token: float, *, peak_flops: float) -> float:
+    """Model FLOPs utilisation, 0 to 1: useful FLOPs per second of wall-clock time over the peak of all devices."""
+    if not peak_flops > 0:
+        raise ConfigError(f"peak_flops of all devices is {peak_flops}; it must be above 0: name the devices")
+    return tokens_per_second * flops_per_token / peak_flops
 
 
 def boundary_bytes(config: ModelConfig, *, tokens: int, itemsize: int) -> int:

@@ -122,6 +122,7 @@ PRESETS: dict[str, ModelConfig] = {
     "8b": _shape(128_256, 4_096, 32, (32, 8), ffn=14_336, context=8_192, width=64),
     "16b": _shape(128_256, 5_120, 52, (40, 8), ffn=14_336, context=8_192, width=80),
     "100b": _shape(128_256, 9_216, 90, (72, 8), ffn=32_256, context=8_192, width=144),
+    "500b": _shape(128_256, 16_384, 147, (128, 8), ffn=57_344, context=8_192, width=256),
 }
 
 

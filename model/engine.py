@@ -2,22 +2,22 @@
 network.
 
 A unit (one microbatch) is known by a key. `forward` keeps its input until `backward` brings the gradient of
-its output. With `Recompute.FULL` the graph is rebuilt then; with KEEP it is held, as long as the weights it
+its output. With `Recompute.FULL` the graph is rebuilt then; else it is held, as long as the weights it
 was made with are still in place: after a step a kept graph would mix old activations with new weights and
 silently corrupt gradients, so each step drops all graphs and later backwards recompute at the current
-weights. Kept and recomputed graphs give the same bits. Everything is synchronous and tied to no thread;
-callers serialise their calls.
+weights. Kept, selective (`recompute.py`) and rebuilt graphs give the same bits. Everything is synchronous and
+tied to no thread; callers serialise their calls.
 """
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from model.optimizer import OptimizerConfig, build_optimizer, clip_bound, clip_gradients, learning_rate
+from model.recompute import Recompute, plain, selective
 from model.split import StagePlan
 from model.stage import Stage, assign_flat
 
@@ -46,13 +46,6 @@ class StateError(EngineError):
     """A saved state that does not fit this stage and optimizer."""
 
 
-class Recompute(StrEnum):
-    """What is held between a unit's forward and backward: its graph (keep) or only its input (full)."""
-
-    KEEP = "keep"
-    FULL = "full"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """One optimizer step: the weight version after it, its rate, the gradient's norm before clipping, what was
@@ -67,7 +60,7 @@ class StepReport:
 
 @dataclass(slots=True)
 class _Unit:
-    """An open unit: its input and, with KEEP, the graph's leaf and output until the next step."""
+    """An open unit: its input and, where its graph is held, the graph's leaf and output until the next step."""
 
     x: Tensor
     leaf: Tensor | None = None
@@ -75,7 +68,12 @@ class _Unit:
 
 
 class StageEngine:
-    """Trains one stage. `accumulation` units make one step; at most `capacity` units are open at a time."""
+    """Trains one stage. `accumulation` units make one step; at most `capacity` units are open at a time.
+
+    `graphs` bounds those whose graph is held at a time; the others are recomputed, as with `Recompute.FULL`. A graph is
+    held only if its backward is due before the next step, which would drop it: backwards come about in the order of the
+    forwards. A stage that recomputes rebuilds its graphs as selective ones, so that a whole one never needs room.
+    """
 
     def __init__(
         self,
@@ -87,6 +85,7 @@ class StageEngine:
         accumulation: int,
         recompute: Recompute,
         capacity: int,
+        graphs: int | None = None,
     ) -> None:
         if accumulation < 1 or capacity < 1:
             raise EngineError(
@@ -97,6 +96,8 @@ class StageEngine:
         self.accumulation = accumulation
         self.recompute = recompute
         self.capacity = capacity
+        self._graphs = 0 if recompute is Recompute.FULL else capacity if graphs is None else graphs
+        stage.run_block = plain if recompute is Recompute.KEEP else selective
         self._version = 0
         self._steps = 0
         self._used = False
@@ -105,6 +106,11 @@ class StageEngine:
         self._config = optimizer_config
         self._optimizer = build_optimizer(optimizer_config, stage, plan)
         self._clip = clip_bound(optimizer_config, sum(p.numel() for p in stage.parameters()), n_total_params)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stage is, and with it inputs, gradients and results."""
+        return next(self.stage.parameters()).device
 
     @property
     def version(self) -> int:
@@ -141,7 +147,7 @@ class StageEngine:
                 "wait for a backward or raise capacity"
             )
         self._used = True
-        if self.recompute is Recompute.FULL:
+        if not self._holds():
             out = replay_forward(self.stage, x)
             self._units[key] = _Unit(x)
             return out
@@ -306,6 +312,11 @@ class StageEngine:
         self._used = False
         self._units.clear()
         self.discard_gradients()
+
+    def _holds(self) -> bool:
+        """Whether the next unit's graph is held."""
+        due = len(self._units) < self.accumulation - self._accumulated
+        return due and sum(unit.y is not None for unit in self._units.values()) < self._graphs
 
     def _drop_graphs(self) -> None:
         for unit in self._units.values():

@@ -13,12 +13,13 @@ import math
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.bottleneck import Receiver, Sender
 from model.checkpoint import content_digest
 from model.config import BoundaryForm, ModelConfig
+from model.loss import cross_entropy
+from model.recompute import Run, plain
 from model.split import StagePlan
 from model.transformer import Block, Embedding, Linear, RMSNorm, rotary_tables
 
@@ -50,23 +51,14 @@ class Stage(nn.Module):
         else:
             self.boundaries[str(plan.last_layer)] = nn.ModuleDict({"sender": Sender(config)})
         self.register_buffer("rotary", rotary_tables(config), persistent=False)
+        self.run_block: Run = plain
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens int64 (B, T) or boundary (B, T, width) to boundary (B, T, width) or logits (B, T, vocab).
 
         Raises `StageInputError` for any other shape or dtype, or T above the model's context.
         """
-        self.check_input(x)
-        if self.plan.is_first:
-            branch_input = carry = self.embedding(x)
-        else:
-            branch_input, carry = self._receiver(x)
-        tables = self.rotary[:, : x.shape[1]]
-        residual, branch = carry, None
-        for block in self.layers.values():
-            if branch is not None:
-                branch_input = carry = residual + branch
-            residual, branch = block(branch_input, carry, tables)
+        residual, branch = self._blocks(x)
         if self.plan.is_last:
             logits: Tensor = self.head(self.norm(residual + branch))
             return logits
@@ -81,7 +73,24 @@ class Stage(nn.Module):
             raise StageInputError(
                 f"targets are {targets.dtype} {tuple(targets.shape)}; int64 {tuple(x.shape[:2])} is needed"
             )
-        return F.cross_entropy(self(x).float().flatten(0, 1), targets.flatten())
+        residual, branch = self._blocks(x)
+        hidden: Tensor = self.norm(residual + branch)
+        return cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+
+    def _blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The last block's residual and FFN branch, (B, T, hidden) each."""
+        self.check_input(x)
+        if self.plan.is_first:
+            branch_input = carry = self.embedding(x)
+        else:
+            branch_input, carry = self._receiver(x)
+        tables = self.rotary[:, : x.shape[1]]
+        residual, branch = carry, None
+        for block in self.layers.values():
+            if branch is not None:
+                branch_input = carry = residual + branch
+            residual, branch = self.run_block(cast("Block", block), branch_input, carry, tables)
+        return residual, cast("Tensor", branch)
 
     def check_input(self, x: Tensor) -> None:
         """Raises `StageInputError` unless `x` is what this stage takes; the message names what it takes."""

@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 
 import torch
 
 from model.split import StagePlan
+from neurons.reach import Reach
 from neurons.training import Awaited, TrainingRound
 from subnet.identity import Identity, verify
 from subnet.messages import Accepted, Backward, Forward, InputRequest, Push, Tensors
@@ -28,7 +29,6 @@ from subnet.transport.dendrite import NO_SPECS, NO_TENSORS, Dendrite
 from subnet.transport.errors import (
     BadReply,
     Busy,
-    Dropped,
     Full,
     Refused,
     Silent,
@@ -52,10 +52,11 @@ RECENT_RETURNS = 16
 OVERDUE_CHECK = 0.5
 """Seconds between looks for overdue gradients."""
 
-DOWN_SECONDS = 5.0
-"""A replica that could not be reached is asked last for so long."""
 ASLEEP = 1.0
 """A timer that is later than this many seconds: this process was stopped, and nobody else was late."""
+
+NO_SAMPLE = 2**63 - 1
+"""Asked for to hear any answer: nobody has it."""
 
 Spawn = Callable[[set[asyncio.Task[None]], Coroutine[object, object, None]], None]
 """Runs a coroutine among the given tasks of a round."""
@@ -74,6 +75,20 @@ class RecentMean:
         self.value = sample if self.value == 0.0 else 0.9 * self.value + 0.1 * sample
 
 
+def overdue_after(returns: Collection[float], *, crossing: float) -> float:
+    """After how many seconds a gradient is overdue where the last ones took so long.
+
+    Before the first is back `crossing` must do: all stages' computing of a microbatch, of which only forwards may be
+    known so far, so twice as much may be the truth.
+    """
+    return max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(returns, default=max(OVERDUE_FLOOR, 2 * crossing)))
+
+
+def push_deadline(push_seconds: float) -> float:
+    """Seconds a push may take: many times what pushes take as a rule, so that a frozen peer is noticed."""
+    return min(PUSH_DEADLINE, max(OVERDUE_FLOOR, PUSH_FACTOR * push_seconds))
+
+
 class Delivery:
     """What one replica sends. `push_seconds` is the mean duration of an accepted push."""
 
@@ -86,15 +101,18 @@ class Delivery:
         dendrite: Dendrite,
         endpoint_of: Callable[[str], str | None],
         boundary: TensorSpec,
+        crossing: Callable[[], float],
     ) -> None:
+        """`crossing` is about how many seconds all stages compute for one microbatch, 0 if nothing is measured."""
         self._identity = identity
         self._run = run
         self._plan = plan
         self._dendrite = dendrite
         self._endpoint_of = endpoint_of
         self._boundary = boundary
+        self._crossing = crossing
         self._returns: deque[float] = deque(maxlen=RECENT_RETURNS)
-        self._down: dict[str, float] = {}
+        self._reach = Reach()
         self._looking: set[str] = set()
         self._full: dict[str, float] = {}
         """Until when, by the loop's clock, a replica has said to be full."""
@@ -111,9 +129,10 @@ class Delivery:
         *,
         avoid: str | None = None,
         again: str | None = None,
+        first: float | None = None,
     ) -> None:
         """Push `y` to the planned hop (`avoid`: the one to ask last, `again`: first), else to siblings, until one
-        accepts, nobody waits for its gradient any more, or the round closes."""
+        accepts, nobody waits for its gradient any more, or the round closes. `first` is when it was delivered."""
         stage = self._plan.index + 1
         replicas = current.roster.stages[stage]
         order = hops(replicas, seed=current.seed, head=push.head, stage=stage, index=push.index)
@@ -146,7 +165,9 @@ class Delivery:
                     order = tuple(other for other in order if other != hop)
                     continue
                 now = asyncio.get_running_loop().time()
-                current.awaited[push.sample] = Awaited(hop, now, shared=receipt is None)
+                current.awaited[push.sample] = Awaited(
+                    hop, now, now if first is None else first, shared=receipt is None
+                )
                 current.sinks.setdefault(push.sample, set()).add(hop)
                 if receipt is not None:
                     current.ledger.receipt(leaf.key, sink=replicas.index(hop), signature=receipt)
@@ -196,7 +217,7 @@ class Delivery:
                     turn += 1
                 elif isinstance(refusal, Unavailable):
                     signed = False
-                    self._mark_down(hop)
+                    self._miss(hop, since=asyncio.get_running_loop().time())
                 elif isinstance(refusal, BadReply):
                     order.remove(hop)
                     order.append(hop)
@@ -219,17 +240,19 @@ class Delivery:
         return None
 
     async def look(self, current: TrainingRound, hotkey: str, sample: int) -> None:
-        """Find out whether a replica of the stage before is there, by asking it for an activation."""
+        """Find out whether a neighbour is there, by asking it for an activation. Of the stage after it gets a refusal,
+        which is an answer too."""
         if hotkey in self._looking:
             return
         self._looking.add(hotkey)
+        start = asyncio.get_running_loop().time()
         try:
             await self._input(current, hotkey, sample, deadline=self._deadline())
-        except Dropped as refusal:
-            log.debug("%s is there: %s", hotkey, refusal)
-        except TransportError as error:
+        except (Unreachable, Unavailable) as error:
             log.debug("%s is not there: %s", hotkey, error)
-            self._mark_down(hotkey)
+            self._miss(hotkey, since=start)
+        except TransportError as error:
+            log.debug("%s is there: %s", hotkey, error)
         finally:
             self._looking.discard(hotkey)
 
@@ -243,7 +266,7 @@ class Delivery:
         """The gradient of a delivered output has come back."""
         awaited = current.awaited.pop(sample, None)
         if awaited is not None:
-            self._returns.append(asyncio.get_running_loop().time() - awaited.since)
+            self._returns.append(asyncio.get_running_loop().time() - awaited.first)
 
     def overdue(self, current: TrainingRound) -> list[int]:
         """Samples whose gradient should have been back by now."""
@@ -256,7 +279,8 @@ class Delivery:
         ]
 
     async def chase(self, current: TrainingRound, spawn: Spawn) -> None:
-        """Until the round closes, offer outputs whose gradient is overdue to another replica of the next stage."""
+        """Until the round closes, offer outputs whose gradient is overdue to another replica of the next stage, and
+        look whether neighbours that are down are back."""
         loop = asyncio.get_running_loop()
         while current.accepting:
             before = loop.time()
@@ -265,6 +289,9 @@ class Delivery:
             if late > ASLEEP:  # this process was stopped: nobody else was late
                 for awaited in current.awaited.values():
                     awaited.since += late
+                    awaited.first += late
+            for hop in self._reach.missing(now=loop.time()):
+                spawn(current.sends, self.look(current, hop, NO_SAMPLE))
             for sample in self.overdue(current):
                 leaf, output = current.ledger.leaf(UnitKey(sample, Direction.FORWARD)), current.outputs.get(sample)
                 awaited = current.awaited.pop(sample)
@@ -279,12 +306,14 @@ class Delivery:
                     log.info("gradient of sample %d is overdue at %s: a sibling gets the input", sample, avoid)
                 spawn(
                     current.sends,
-                    self.forward(current, current.pushes[sample], leaf, output, avoid=avoid, again=again),
+                    self.forward(
+                        current, current.pushes[sample], leaf, output, avoid=avoid, again=again, first=awaited.first
+                    ),
                 )
 
     def patience(self) -> float:
         """After how many seconds a gradient is overdue."""
-        return max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(self._returns, default=OVERDUE_FLOOR))
+        return overdue_after(self._returns, crossing=self._crossing())
 
     async def probe(self, current: TrainingRound, push: Forward, leaf: Leaf, y: torch.Tensor) -> None:
         """Offer an activation again to those who signed for it, only to learn whether they are still there."""
@@ -296,15 +325,19 @@ class Delivery:
 
     def is_down(self, hop: str) -> bool:
         """Whether this replica could not be reached a moment ago."""
-        return self._down.get(hop, 0.0) > asyncio.get_running_loop().time()
+        return self._reach.is_down(hop, now=asyncio.get_running_loop().time())
+
+    def heard(self, hop: str) -> None:
+        """A neighbour has called."""
+        self._reach.heard(hop, now=asyncio.get_running_loop().time())
 
     def set_aside(self, hop: str) -> None:
         """Ask this replica last for a while, as if it could not be reached."""
-        self._mark_down(hop)
+        self._reach.set_aside(hop, now=asyncio.get_running_loop().time())
 
     def _deadline(self) -> float:
-        """Seconds a push may take: many times what pushes take now, so that a frozen peer is noticed."""
-        return min(PUSH_DEADLINE, max(OVERDUE_FLOOR, PUSH_FACTOR * self.push_seconds.value))
+        """Seconds a push may take now."""
+        return push_deadline(self.push_seconds.value)
 
     async def _push(
         self, current: TrainingRound, hop: str, push: Push, tensors: Mapping[str, torch.Tensor], leaf: Leaf
@@ -346,16 +379,22 @@ class Delivery:
             endpoint = self._endpoint_of(hop)
             if endpoint is None:
                 raise Unreachable(f"{hop} serves no axon at the last finalized block; a sibling is tried")
-            return await self._dendrite.call(
+            answer = await self._dendrite.call(
                 endpoint, hop, message, tensors, reply=reply, reply_specs=reply_specs, deadline=deadline
             )
         except Unreachable:
             if loop.time() - start < deadline + ASLEEP:
-                self._mark_down(hop)
+                self._miss(hop, since=start)
             raise
+        except Refused as refusal:
+            if not isinstance(refusal, Unavailable):
+                self._reach.answered(hop)
+            raise
+        self._reach.answered(hop)
+        return answer
 
-    def _mark_down(self, hop: str) -> None:
-        self._down[hop] = asyncio.get_running_loop().time() + DOWN_SECONDS
+    def _miss(self, hop: str, *, since: float) -> None:
+        self._reach.failed(hop, since=since, now=asyncio.get_running_loop().time())
 
 
 def _pause(refusal: TransportError) -> float:

@@ -10,23 +10,23 @@ half the speed half as much. Without that limit the lottery's equal shares would
 
 from __future__ import annotations
 
-import math
-
 from model.split import StagePlan
 from neurons.delivery import LONGEST_PAUSE, RETRY_PAUSE, Delivery
 from neurons.training import TrainingRound
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
 from subnet.messages import InputRequest, Notice, Push
-from subnet.swarm.routing import sample_id
+from subnet.swarm.routing import room, sample_id
 from subnet.transport.errors import Busy, Dropped, Full, Unavailable, UnknownHotkey, UnknownRun
 from subnet.trust.ledger import Direction, UnitKey, receipt_message
 
-WAITING = 3
-"""Units accepted and not computed, the one that runs included, with which a replica is full if pushes take no time.
-Fewer would send away work that equal siblings find unequally busy by chance; more needs more in flight."""
 SHORTEST_PAUSE = 0.005
 """Seconds."""
+
+
+def full_pause(unit_seconds: float) -> float:
+    """After how many seconds a full replica, whose units take so long, has room again."""
+    return min(LONGEST_PAUSE, max(SHORTEST_PAUSE, unit_seconds))
 
 
 class Door:
@@ -58,6 +58,7 @@ class Door:
                 f"{caller} does not hold stage {neighbour} in round {push.round}",
                 "compare the roster digest in your round_started event with the one in its record",
             )
+        self._delivery.heard(caller)
         return current
 
     def belongs(self, current: TrainingRound, push: Push) -> bool:
@@ -81,13 +82,12 @@ class Door:
                 "push again after the pause or to a sibling replica",
                 retry_after=RETRY_PAUSE,
             )
-        offer = 2 * self._delivery.push_seconds.value  # from a refusal to the next push that has arrived
-        limit = WAITING + math.ceil(offer / unit_seconds) if unit_seconds > 0 else capacity
+        limit = room(unit_seconds=unit_seconds, push_seconds=self._delivery.push_seconds.value, limit=capacity)
         if len(current.work) >= limit:
             raise Full(
                 f"stage {self._plan.index} has {len(current.work)} units waiting, limit {limit}",
                 "push again after the pause or to a sibling replica",
-                retry_after=min(LONGEST_PAUSE, max(SHORTEST_PAUSE, unit_seconds)),
+                retry_after=full_pause(unit_seconds),
             )
 
     def require_sink(self, current: TrainingRound, sample: int, caller: str) -> None:

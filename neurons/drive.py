@@ -13,7 +13,7 @@ from collections.abc import Callable
 from model.data import Corpus
 from model.engine import StageEngine
 from neurons.delivery import ASLEEP, RETRY_PAUSE, Delivery, RecentMean, Spawn
-from neurons.flights import Flights
+from neurons.flights import Departure, Flights
 from neurons.heads import BEAT, Heads
 from neurons.telemetry import MicrobatchDone, MicrobatchStarted, Telemetry
 from neurons.training import OpenInput, TrainingRound
@@ -27,13 +27,22 @@ from subnet.trust.ledger import NO_PEER, NO_RECEIPT, Direction, UnitKey, digest
 
 log = logging.getLogger("orion.neurons.drive")
 
-DRAIN_MARGIN = 1.5
-"""A microbatch is started only if this many times as long as it is expected to take fits before the round closes."""
 DEPTH_LIMIT_PER_STAGE = 4
 """At most this many microbatches in flight per head and stage: bounds input caches and staleness."""
 FLIGHT_FLOOR = 5.0
 FLIGHT_FACTOR = 4.0
 """A head gives a flight up after this many times the slowest recent one (seconds, at least the floor)."""
+
+
+def in_flight(*, stages: int, unit_seconds: float, push_seconds: float) -> int:
+    """Microbatches a head keeps in flight, from mean times: F + B of a unit and a push to its answer, seconds."""
+    limit = DEPTH_LIMIT_PER_STAGE * stages
+    return depth(stages=stages, compute=unit_seconds, latency=0.0, transfer=2 * push_seconds, limit=limit)
+
+
+def longest_flight(slowest: float, *, crossing: float) -> float:
+    """After how many seconds a flight is not counted on any more; see `overdue_after` for `crossing`."""
+    return FLIGHT_FACTOR * max(FLIGHT_FLOOR, slowest or 2 * crossing)
 
 
 class Driver:
@@ -76,18 +85,20 @@ class Driver:
         self._spawn = spawn
         self._flights = Flights()
 
-    async def drive(self, current: TrainingRound, *, closing_at: float, limit: int | None) -> None:
+    async def drive(self, current: TrainingRound, *, limit: int | None) -> None:
         """Keep the pipeline full until the round stops, or until `limit` microbatches were started and done."""
         if not all(current.roster.stages):
             return  # nothing would come back through a stage without replicas
         quota = self._manifest.data.samples_per_round // len(current.roster.stages[0])
         ends = quota if limit is None else min(quota, limit)
         loop = asyncio.get_running_loop()
-        halfway = (loop.time() + closing_at) / 2
+        halfway = (loop.time() + current.closing_at) / 2
         self._flights.begin(len(current.roster.stages[0]) / min(len(stage) for stage in current.roster.stages))
         self._attend(current)
         while not current.stopping and current.started < ends:
-            returns = self._returns(current, closing_at, probe_until=halfway)
+            returns = self._flights.returns(
+                loop.time(), current.flights.values(), closing_at=current.closing_at, probe_until=halfway
+            )
             if not returns and not current.flights:
                 return
             self._announce(current, ends)
@@ -107,27 +118,29 @@ class Driver:
         """Microbatches this head keeps in flight now."""
         if self._synchronous:
             return self._manifest.optimizer.accumulation
-        stages = self._engine.plan.count
-        return depth(
-            stages=stages,
-            compute=self.unit_seconds.value,
-            latency=0.0,
-            transfer=2 * self._delivery.push_seconds.value,
-            limit=DEPTH_LIMIT_PER_STAGE * stages,
+        return in_flight(
+            stages=self._engine.plan.count,
+            unit_seconds=self.unit_seconds.value,
+            push_seconds=self._delivery.push_seconds.value,
         )
 
-    def land(self, current: TrainingRound, sample: int) -> float | None:
-        """Take a flight out of the air; how long it lasted, None if none of this head's was."""
+    @property
+    def crossing(self) -> float:
+        """Seconds that all stages compute for one microbatch if they are as fast as this one; 0 before the first."""
+        return self._engine.plan.count * self.unit_seconds.value
+
+    def land(self, current: TrainingRound, sample: int) -> tuple[float, Departure] | None:
+        """Take a flight out of the air; how long it lasted and how it left, None if none of this head's was."""
         left = current.flights.pop(sample, None)
         current.room.set()
-        return None if left is None else asyncio.get_running_loop().time() - left
+        return None if left is None else (asyncio.get_running_loop().time() - left.time, left)
 
     def complete(self, current: TrainingRound, push: Push, loss: float) -> None:
         """A microbatch has come back here: an own one, or one taken over."""
-        seconds = self.land(current, push.sample)
+        flight = self.land(current, push.sample)
         if push.head == self._own:
-            if seconds is not None:
-                self._flights.land(seconds)
+            if flight is not None:
+                self._flights.land(*flight)
             self._count(current, push.index)
         else:
             current.foreign.add(push.sample)
@@ -137,7 +150,7 @@ class Driver:
                 round=current.number,
                 sample=push.sample,
                 loss=loss,
-                seconds=round(seconds or 0.0, 4),
+                seconds=0.0 if flight is None else round(flight[0], 4),
                 depth=self.depth(),
             )
         )
@@ -173,17 +186,6 @@ class Driver:
         if current.lease < ends and current.lease - current.started <= ahead // 2:
             self.heads.announce(current, min(ends, current.started + ahead))
 
-    def _returns(self, current: TrainingRound, closing_at: float, *, probe_until: float) -> bool:
-        """Whether a microbatch that is started now will be back before the round closes, with some margin.
-
-        A slow round before must not keep a head out of this one: who starts nothing measures nothing better. So as long
-        as nothing of this round is back, one may leave until `probe_until` whatever is expected of it.
-        """
-        now = asyncio.get_running_loop().time()
-        if now + DRAIN_MARGIN * self._flights.expected(now, current.flights.values()) <= closing_at:
-            return True
-        return not current.flights and not self._flights.measured and now <= probe_until
-
     def _has_room(self, current: TrainingRound) -> bool:
         if self._synchronous and current.started % self._manifest.optimizer.accumulation == 0:
             return not current.flights
@@ -192,8 +194,7 @@ class Driver:
     def _start(self, current: TrainingRound, head: str, index: int) -> None:
         sample = self.heads.sample(current, head, index)
         now = asyncio.get_running_loop().time()
-        current.flights[sample] = now
-        self._flights.leave(now)
+        current.flights[sample] = self._flights.leave(now, len(current.flights))
         self._telemetry.emit(MicrobatchStarted(round=current.number, sample=sample))
         push = Push(
             run=self._run,
@@ -254,7 +255,7 @@ class Driver:
             if UnitKey(sample, Direction.BACKWARD) in current.receipts:
                 continue
             head, index = self.heads.place(current, sample)
-            late = now - left > overdue or left < current.woke
+            late = now - left.time > overdue or left.time < current.woke
             if late and self.heads.settled(current, sample):
                 log.info("sample %d came back at another head", sample)
                 self._let_go(current, sample)
@@ -264,7 +265,7 @@ class Driver:
                 # Nobody has taken it from here, and its owner is back: it has all it needs itself.
                 if self.heads.in_touch(current, head):
                     self._let_go(current, sample)
-            elif now - left > patience:
+            elif now - left.time > patience:
                 log.warning("sample %d has not come back within %.1f s: another takes its place", sample, patience)
                 self.land(current, sample)
 
@@ -280,4 +281,4 @@ class Driver:
 
     def _patience(self) -> float:
         """After how many seconds a flight is not counted on any more."""
-        return FLIGHT_FACTOR * max(FLIGHT_FLOOR, self._flights.slowest)
+        return longest_flight(self._flights.slowest, crossing=self.crossing)

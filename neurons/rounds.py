@@ -19,7 +19,8 @@ from dataclasses import replace
 import torch
 
 from model.accounting import total_parameters
-from model.engine import Recompute, StageEngine
+from model.engine import StageEngine
+from model.recompute import Recompute
 from model.stage import build_stage, flatten, unflatten
 from neurons.archive import Archive, RoundArchive
 from neurons.download import forget
@@ -242,8 +243,8 @@ class RoundMachine:
         following = asyncio.create_task(journal.run())
         drive = None
         if self.worker.plan.is_first:
-            closing_at = await self._time_of(close)
-            drive = asyncio.create_task(self.worker.drive(closing_at=closing_at))
+            self.worker.closes(await self._time_of(close))
+            drive = asyncio.gather(self.worker.drive(), self._foretell(close))
         try:
             await node.wait(close)
         finally:
@@ -271,13 +272,22 @@ class RoundMachine:
             else:
                 return
 
+    async def _foretell(self, close: int) -> None:
+        """Judge anew when the round closes whenever half of the blocks until then have passed: their pace varies."""
+        try:
+            while (left := close - (await self._node.chain.finalized()).number) > 1:
+                await self._node.wait(close - left // 2)
+                self.worker.closes(await self._time_of(close))
+        except ChainError as error:
+            log.warning("when the round closes is not judged anew: %s", error)
+
     async def _time_of(self, block: int) -> float:
-        """When `block` will be finalized, by the loop's clock, at the pace of the last blocks."""
+        """When `block` may be finalized, by the loop's clock, at the pace of the last blocks and one of them sooner."""
         chain = self._node.chain
         head = await chain.finalized()
         before = await chain.wait_for_block(max(1, head.number - PACE_BLOCKS), timeout=CHAIN_STALL)
         pace = (head.timestamp_ms - before.timestamp_ms) / 1000 / max(1, head.number - before.number)
-        return asyncio.get_running_loop().time() + (block - head.number) * pace
+        return asyncio.get_running_loop().time() + (block - head.number - 1) * pace
 
     async def _cut(self, roster: Roster, evidence: Evidence) -> None:
         """Fix this replica's contribution, re-base its weights on public state, and start the merge."""

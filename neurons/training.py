@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from neurons.archive import RoundArchive
+from neurons.flights import Departure
 from subnet.messages import Forward
 from subnet.swarm.roster import Roster
 from subnet.trust.ledger import Direction, Ledger, UnitKey
@@ -35,6 +36,8 @@ class Awaited:
     sink: str
     since: float
     """Loop time of the delivery."""
+    first: float
+    """Of the first one, where it was offered again since: what a return is measured from."""
     shared: bool = False
     """The other side had it from a sibling already: it is asked again, but nobody else is given the same work."""
 
@@ -74,6 +77,8 @@ class TrainingRound:
     """Of the routing lottery."""
     archive: RoundArchive
     ledger: Ledger = field(default_factory=Ledger)
+    closing_at: float = math.inf
+    """When it is expected to close, by the loop's clock."""
     accepting: bool = True
     stopping: bool = False
     receipts: dict[UnitKey, tuple[str, str]] = field(default_factory=dict)
@@ -97,8 +102,8 @@ class TrainingRound:
     """Samples whose input is being fetched to take over a dead sibling's backward."""
     orphans: set[int] = field(default_factory=set)
     """Samples whose input nobody in the stage before has."""
-    flights: dict[int, float] = field(default_factory=dict)
-    """At the head: samples in flight and when they left."""
+    flights: dict[int, Departure] = field(default_factory=dict)
+    """At the head: samples in flight and how they left."""
     siblings: dict[str, Sibling] = field(default_factory=dict)
     """At the head: the other heads."""
     watching: bool = False

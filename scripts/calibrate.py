@@ -27,8 +27,9 @@ from model.accounting import total_parameters
 from model.config import ConfigError, ModelConfig, preset
 from model.corpus import standard_library_corpus
 from model.data import Corpus, DataError
-from model.engine import Recompute, StageEngine, replay_backward, replay_forward, replay_tail
+from model.engine import StageEngine, replay_backward, replay_forward, replay_tail
 from model.optimizer import OptimizerConfig
+from model.recompute import Recompute
 from model.split import split
 from model.stage import Stage, build_stage
 from scripts.localnet import cache_folder

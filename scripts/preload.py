@@ -10,8 +10,9 @@ import torch
 import neurons.miner
 import neurons.validator
 from model.config import preset
-from model.engine import Recompute, StageEngine
+from model.engine import StageEngine
 from model.optimizer import OptimizerConfig
+from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
 

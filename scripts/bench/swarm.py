@@ -23,7 +23,8 @@ from model.accounting import total_parameters
 from model.config import preset
 from model.corpus import standard_library_corpus
 from model.data import Corpus
-from model.engine import Recompute, StageEngine
+from model.engine import StageEngine
+from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
 from scripts.bench.report import report

@@ -11,6 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
+
+WAITING = 3
+"""Units accepted and not computed, the one that runs included, with which a replica is full if pushes take no time.
+Fewer would send away work that equal siblings find unequally busy by chance; more needs more in flight."""
 
 
 def sample_id(*, base: int, heads: int, head: int, index: int) -> int:
@@ -31,16 +36,20 @@ def hops(replicas: tuple[str, ...], *, seed: bytes, head: str, stage: int, index
     if not replicas:
         return ()
     block, position = divmod(index, len(replicas))
-    draw = seed + f"/{head}/{stage}/{block}/".encode()
-    order = sorted(replicas, key=lambda hotkey: hashlib.sha256(draw + hotkey.encode()).digest())
-    return tuple(order[position:] + order[:position])
+    order = _drawn(replicas, seed + f"/{head}/{stage}/{block}/".encode())
+    return order[position:] + order[:position]
+
+
+@lru_cache(maxsize=1 << 13)
+def _drawn(replicas: tuple[str, ...], draw: bytes) -> tuple[str, ...]:
+    """Remembered, because a head's microbatches visit one order after another."""
+    return tuple(sorted(replicas, key=lambda hotkey: hashlib.sha256(draw + hotkey.encode()).digest()))
 
 
 def heirs(replicas: tuple[str, ...], *, seed: bytes, sample: int) -> tuple[str, ...]:
     """In which order replicas of a stage take over a sample whose holder among them is gone: drawn per sample, so that
     a dead replica's work is spread, and known to all, so that as a rule only one takes it."""
-    draw = seed + f"/heir/{sample}/".encode()
-    return tuple(sorted(replicas, key=lambda hotkey: hashlib.sha256(draw + hotkey.encode()).digest()))
+    return _drawn(replicas, seed + f"/heir/{sample}/".encode())
 
 
 def depth(*, stages: int, compute: float, latency: float, transfer: float, limit: int) -> int:
@@ -53,3 +62,14 @@ def depth(*, stages: int, compute: float, latency: float, transfer: float, limit
         return min(stages, limit)
     wanted = stages + (stages - 1) * (2 * latency + transfer) / compute
     return max(1, min(limit, math.ceil(wanted)))
+
+
+def room(*, unit_seconds: float, push_seconds: float, limit: int) -> int:
+    """Units accepted and not computed with which a replica is full: what covers the time in which more can arrive.
+
+    Args:
+        unit_seconds: mean time of a unit, forward or backward; 0 before the first.
+        push_seconds: mean time of a push. A refused sender's next offer has arrived after two.
+        limit: what holds as long as nothing is measured.
+    """
+    return WAITING + math.ceil(2 * push_seconds / unit_seconds) if unit_seconds > 0 else limit

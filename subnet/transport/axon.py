@@ -248,7 +248,7 @@ class Axon:
             ) as ticket:
                 body = await self._receive(request, ticket)
                 parts = await self._answer(route, ticket.caller, body)
-                stream = None if self.shaper is None else self.shaper.up.stream()
+                stream = None if self.shaper is None else self.shaper.towards(ticket.caller).up.stream()
                 return (
                     await self._respond(connection, 200, parts, kind=_BINARY, keep=head.keeps, stream=stream)
                     and head.keeps
@@ -281,7 +281,8 @@ class Axon:
                 if self.shaper is None:
                     await request.connection.fill(body, seen)
                 else:
-                    await self._receive_shaped(request.connection, body, seen, self.shaper.down.stream())
+                    stream = self.shaper.towards(ticket.caller).down.stream()
+                    await self._receive_shaped(request.connection, body, seen, stream)
         except TimeoutError:
             raise TooSlow(
                 f"{request.received} of {ticket.length} bytes after {self._patience_s(ticket.length):.1f} s, "

@@ -194,10 +194,11 @@ class Dendrite:
         traffic: Traffic,
     ) -> memoryview:
         size = synapse.size_of(parts)
+        shaper = None if self.shaper is None else self.shaper.towards(receiver)
         up = down = None
-        if self.shaper is not None:
-            await self.shaper.depart(size)
-            up, down = self.shaper.up, self.shaper.down
+        if shaper is not None:
+            await shaper.depart(size)
+            up, down = shaper.up, shaper.down
         if not self._running:
             raise Unreachable("this dendrite was stopped before the call was sent")
         connection = await neighbour.take()
@@ -219,8 +220,8 @@ class Dendrite:
                 neighbour.put(connection)
             else:
                 neighbour.drop(connection)
-        if self.shaper is not None:
-            await self.shaper.arrive(blob.nbytes)
+        if shaper is not None:
+            await shaper.arrive(blob.nbytes)
         if head.status == 200:
             return blob
         error = from_wire(head.status, bytes(blob))

@@ -19,7 +19,8 @@ END: Final = b"\r\n\r\n"
 
 _REQUEST: Final = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
 _RESPONSE: Final = re.compile(r"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [ -~]*)?")
-_FIELD: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE: Final = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
 
 
 class BadHead(ValueError):  # noqa: N818
@@ -114,10 +115,11 @@ def _split(raw: bytes) -> tuple[str, Fields]:
     first, *lines = raw.removesuffix(END).decode("latin-1").split("\r\n")
     by_name: dict[str, str] = {}
     for line in lines:
-        match = _FIELD.fullmatch(line)
-        if match is None:
+        # One pattern for all would try every way to share spaces between value and padding: seconds for a stranger.
+        name, colon, value = line.partition(":")
+        if not colon or not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
             raise BadHead(f"header line {line[:64]!r}")
-        by_name[match[1].lower()] = match[2]
+        by_name[name.lower()] = value.strip(" \t")
     if len(by_name) != len(lines):
         raise BadHead("a header field comes twice")
     return first, Fields(by_name)

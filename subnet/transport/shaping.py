@@ -1,6 +1,7 @@
 """An emulated link: the real node code over loopback, as slow and lossy as a home connection.
 
-`Dendrite` and `Axon` of one node share one `Shaper`. What is modelled, all of it on top of what loopback does:
+`Dendrite` and `Axon` of one node share one `Shaper`. It stands for the node's line to everybody or, on demand, for a
+line of its own to each neighbour. What is modelled, all of it on top of what loopback does:
 
 * Bandwidth. An uplink and a downlink, full duplex. Bytes leave one after the other; streams that are open at a time
   take turns by `TURN` bytes, so a small push passes through a large payload instead of waiting behind it. Bodies are
@@ -48,19 +49,26 @@ class Link:
 
     latency_s: float = 0.0
     """One way, in seconds."""
-    bandwidth_bps: float = math.inf
-    """Bits per second, each way."""
+    up_bps: float = math.inf
+    """Bits per second that the node can send."""
+    down_bps: float = math.inf
+    """Bits per second that it can receive."""
     loss: float = 0.0
     """Share of segments lost, 0 to 1."""
+    per_neighbour: bool = False
+    """Whether each neighbour is reached through a link of its own. The sender's end alone sets the pace of such a one,
+    so both ends are to be emulated; `down_bps` does not count."""
 
     @classmethod
     def parse(cls, *, latency: str | None = None, bandwidth: str | None = None, loss: str | None = None) -> Link | None:
         """The link that these texts describe; None if there is none. Raises `QuantityError`."""
         if latency is None and bandwidth is None and loss is None:
             return None
+        bps = math.inf if bandwidth is None else parse_bandwidth("bandwidth", bandwidth)
         return cls(
             latency_s=0.0 if latency is None else parse_latency(latency),
-            bandwidth_bps=math.inf if bandwidth is None else parse_bandwidth("bandwidth", bandwidth),
+            up_bps=bps,
+            down_bps=bps,
             loss=0.0 if loss is None else parse_loss(loss),
         )
 
@@ -73,12 +81,11 @@ class Link:
         """Retransmission timeout."""
         return max(RTO_FLOOR, 2 * self.round_trip_s)
 
-    @property
-    def flight(self) -> int:
-        """Segments under way at a time at full bandwidth: those of one round trip."""
-        if math.isinf(self.bandwidth_bps):
+    def flight(self, bandwidth_bps: float) -> int:
+        """Segments under way at a time in a direction of this bandwidth: those of one round trip."""
+        if math.isinf(bandwidth_bps):
             return 1 << 31
-        return max(10, math.ceil(self.bandwidth_bps * self.round_trip_s / 8 / SEGMENT))
+        return max(10, math.ceil(bandwidth_bps * self.round_trip_s / 8 / SEGMENT))
 
 
 def parse_latency(text: str) -> float:
@@ -98,6 +105,7 @@ class Pipe:
     """One direction of a link: bytes pass one after the other, streams take turns."""
 
     def __init__(self, bandwidth_bps: float) -> None:
+        self.bandwidth_bps = bandwidth_bps
         self._seconds_per_byte = 8 / bandwidth_bps
         self._turn = asyncio.Lock()  # wakes its waiters first come, first served: the turns
         self._free_at = -math.inf
@@ -142,8 +150,18 @@ class Shaper:
     def __init__(self, link: Link, generator: np.random.Generator) -> None:
         self.link = link
         self._generator = generator
-        self.up = Pipe(link.bandwidth_bps)
-        self.down = Pipe(link.bandwidth_bps)
+        self._neighbours: dict[str, Shaper] = {}
+        self.up = Pipe(link.up_bps)
+        self.down = Pipe(math.inf if link.per_neighbour else link.down_bps)
+
+    def towards(self, neighbour: str) -> Shaper:
+        """What stands between this node and the one of that hotkey."""
+        if not self.link.per_neighbour:
+            return self
+        found = self._neighbours.get(neighbour)
+        if found is None:
+            found = self._neighbours[neighbour] = Shaper(self.link, self._generator)
+        return found
 
     async def depart(self, size: int) -> None:
         """What a request of `size` bytes waits for, its own passage through `up` apart. Raises `Unreachable`."""
@@ -154,7 +172,7 @@ class Shaper:
         await self._cross(self.down, size)
 
     async def _cross(self, pipe: Pipe, size: int) -> None:
-        lost, delay = self._draw(math.ceil(size / SEGMENT) or 1)
+        lost, delay = self._draw(math.ceil(size / SEGMENT) or 1, self.link.flight(pipe.bandwidth_bps))
         await pipe.stream().carry(lost * SEGMENT)
         if delay is None:
             await asyncio.sleep(self.link.latency_s + self.link.timeout_s * (2**REPEATS - 1))
@@ -164,12 +182,13 @@ class Shaper:
         if self.link.latency_s + delay > 0:
             await asyncio.sleep(self.link.latency_s + delay)
 
-    def _draw(self, segments: int) -> tuple[int, float | None]:
-        """Of a message: segments lost, and seconds that its end is late, None if it never arrives."""
+    def _draw(self, segments: int, flight: int) -> tuple[int, float | None]:
+        """Of a message: segments lost, and seconds that its end is late, None if it never arrives. `flight` segments
+        are under way at a time."""
         if not self.link.loss:
             return 0, 0.0
         tail = min(segments, TAIL)
-        flight = min(segments, self.link.flight)
+        flight = min(segments, flight)
         before, near, last = (
             int(self._generator.binomial(count, self.link.loss)) for count in (segments - flight, flight - tail, tail)
         )

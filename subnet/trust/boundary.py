@@ -64,6 +64,9 @@ IDLE = 1024
 """Pushes of a direction after which an edge that sent none of them is forgotten."""
 SILENCE = 1e-18
 """A root mean square below this is none: fp32 cannot hold its square."""
+BLOCK = 128 * 1024
+"""Elements summed up at a time: half a megabyte stays in a core's cache, which takes a fifth of the time of a pass over
+5 MB with its temporaries."""
 
 NAMES = ("size", "peak", "crest")
 Numbers = tuple[float, float, float]
@@ -75,13 +78,18 @@ def numbers(tensor: torch.Tensor) -> Numbers:
 
     Of one whose root mean square is below `SILENCE`: log(SILENCE), 0, 0.
     """
-    values = tensor.detach().reshape(-1).to(torch.float32)
-    count = max(1, values.numel())
-    root = math.sqrt(float(torch.dot(values, values)) / count)
+    count = max(1, tensor.numel())
+    squares = total = largest = 0.0
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), BLOCK):
+        values = flat[start : start + BLOCK].to(torch.float32)
+        squares += float(torch.dot(values, values))
+        magnitudes = values.abs()
+        total += float(magnitudes.sum())
+        largest = max(largest, float(magnitudes.max()))
+    root, mean = math.sqrt(squares / count), total / count
     if root < SILENCE:
         return math.log(SILENCE), 0.0, 0.0
-    magnitudes = values.abs()
-    mean, largest = float(magnitudes.sum()) / count, float(magnitudes.max())
     return math.log(root), math.log(root / mean), math.log(largest / root)
 
 

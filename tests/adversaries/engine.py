@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.engine import CapacityError, DuplicateUnitError, Recompute, StageEngine, _Unit
+from model.engine import CapacityError, DuplicateUnitError, StageEngine, _Unit
 from model.optimizer import OptimizerConfig
+from model.recompute import Recompute
 from model.split import StagePlan
 from model.stage import Stage
 from subnet.trust.ledger import Direction

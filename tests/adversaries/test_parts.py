@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.engine import Recompute
 from model.optimizer import OptimizerConfig, OuterConfig
+from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
 from neurons.archive import Archive

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 from model.config import preset
 from model.corpus import END_OF_TEXT, standard_library_corpus
 from model.data import Corpus, DataError
-from model.engine import Recompute, StageEngine
+from model.engine import StageEngine
 from model.optimizer import NANO_OPTIMIZER
+from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
 

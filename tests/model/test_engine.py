@@ -13,7 +13,6 @@ from model.engine import (
     DuplicateUnitError,
     EngineError,
     NonFiniteError,
-    Recompute,
     StageEngine,
     StateError,
     UnknownUnitError,
@@ -23,8 +22,10 @@ from model.engine import (
     replay_tail,
 )
 from model.optimizer import OptimizerConfig, clip_gradients
+from model.recompute import Recompute
 from model.split import split
 from model.stage import StageInputError, build_stage, flatten, weights_digest
+from scripts.bench.storages import Storages
 
 _CONFIG = ModelConfig(vocab=64, hidden=32, layers=4, heads=4, kv_heads=2, ffn=48, context=16)
 _FORM_A = replace(_CONFIG, boundary=BoundaryConfig(form=BoundaryForm.A, width=8))
@@ -39,13 +40,14 @@ def _engines(
     recompute: Recompute = Recompute.KEEP,
     accumulation: int = 4,
     capacity: int = 4,
+    graphs: int | None = None,
 ) -> list[StageEngine]:
     built = [build_stage(config, plan, seed=3) for plan in split(config, stages)]
     total = sum(p.numel() for stage in built for p in stage.parameters())
     return [
         StageEngine(
             stage, optimizer, stage.plan,
-            n_total_params=total, accumulation=accumulation, recompute=recompute, capacity=capacity,
+            n_total_params=total, accumulation=accumulation, recompute=recompute, capacity=capacity, graphs=graphs,
         )
         for stage in built
     ]  # fmt: skip
@@ -91,13 +93,13 @@ def test_stages_in_a_chain_equal_one_process_bit_for_bit(stages: int, recompute:
 
 @pytest.mark.parametrize("config", [_CONFIG, _FORM_A])
 def test_keeping_graphs_and_recomputing_give_the_same_bits(config: ModelConfig) -> None:
-    keep, full = (_engines(config, 3, recompute=recompute) for recompute in Recompute)
+    chains = [_engines(config, 3, recompute=recompute) for recompute in Recompute]
     for step in range(3):
         for unit in range(4):
-            assert _unit(keep, 4 * step + unit) == _unit(full, 4 * step + unit)
-        for a, b in zip(keep, full, strict=True):
-            assert a.step() == b.step()
-            assert weights_digest(a.stage) == weights_digest(b.stage)
+            assert len({_unit(chain, 4 * step + unit) for chain in chains}) == 1
+        for engines in zip(*chains, strict=True):
+            assert len({engine.step() for engine in engines}) == 1
+            assert len({weights_digest(engine.stage) for engine in engines}) == 1
 
 
 def test_a_graph_kept_across_a_step_is_recomputed_with_the_new_weights() -> None:
@@ -120,7 +122,7 @@ def test_a_graph_kept_across_a_step_is_recomputed_with_the_new_weights() -> None
 
 
 def test_weights_replaced_from_outside_drop_the_graphs() -> None:
-    keep, full = (_engines(_FORM_A, 2, recompute=recompute)[0] for recompute in Recompute)
+    keep, full = (_engines(_FORM_A, 2, recompute=way)[0] for way in (Recompute.KEEP, Recompute.FULL))
     x, _ = _batch(0)
     for engine in (keep, full):
         y = engine.forward(0, x)
@@ -190,6 +192,44 @@ def test_the_cache_has_a_cap_and_keys_are_unique() -> None:
         head.drop("a")
     with pytest.raises(UnknownUnitError, match="unit a is not open here"):
         head.backward("a", g)
+
+
+def _held(engine: StageEngine, numbers: range) -> list[bool]:
+    """Whether a graph is held of each unit, which it opens: by the bytes that stay."""
+    found = []
+    for number in numbers:
+        with Storages() as alive:
+            engine.forward(number, _batch(number)[0])
+            found.append(alive.bytes() > 8 * 2 * 16 * 32 * 4)
+    return found
+
+
+def test_so_many_graphs_are_held_and_the_other_units_are_recomputed() -> None:
+    (few, _), (many, _) = _engines(_FORM_A, 2, graphs=1), _engines(_FORM_A, 2)
+    assert _held(few, range(3)) == [True, False, False]
+    assert _held(many, range(3)) == [True, True, True]
+    for engine in (few, many):
+        for number in range(3):
+            engine.backward(number, torch.ones(2, 16, 8))
+    gradients = [[p.grad for p in engine.stage.parameters() if p.grad is not None] for engine in (few, many)]
+    assert len(gradients[0]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert _held(few, range(3, 5)) == [True, False]
+
+
+def test_a_graph_that_the_next_step_would_drop_is_not_held() -> None:
+    head = _engines(_FORM_A, 2, accumulation=3, capacity=8)[0]
+    assert _held(head, range(5)) == [True, True, True, False, False]
+    for number in range(2):
+        head.backward(number, torch.ones(2, 16, 8))
+    assert _held(head, range(5, 6)) == [False]
+    head.backward(2, torch.ones(2, 16, 8))
+    head.step()
+    assert _held(head, range(6, 7)) == [False], "three units were opened before it"
+    head.backward(3, torch.ones(2, 16, 8))
+    head.drop(4)
+    head.drop(5)
+    assert _held(head, range(7, 9)) == [True, False]
 
 
 @pytest.mark.parametrize("g", [torch.ones(2, 16, 7), torch.ones(2, 16, 8, dtype=torch.float64), torch.ones(2, 8)])

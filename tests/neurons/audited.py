@@ -20,7 +20,8 @@ import torch
 
 from model.accounting import stage_parameters, total_parameters
 from model.config import BoundaryConfig, BoundaryForm
-from model.engine import Recompute, StageEngine
+from model.engine import StageEngine
+from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage, flatten
 from neurons.adopting import Adopter

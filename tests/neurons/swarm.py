@@ -15,7 +15,8 @@ import numpy as np
 from model.accounting import total_parameters
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.data import Corpus, ShardEntry
-from model.engine import Recompute, StageEngine
+from model.engine import StageEngine
+from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
 from neurons.archive import Archive, RoundArchive

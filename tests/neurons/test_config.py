@@ -12,7 +12,7 @@ NEEDED = ["--wallet", "w", "--hotkey", "h", "--manifest", "m.toml", "--data", "d
 def test_a_link_is_emulated_only_when_asked_for() -> None:
     assert parse(NEEDED, program="x", description="x").link is None
     flags = [*NEEDED, "--latency", "50ms", "--bandwidth", "200mbit", "--loss", "0.5%"]
-    assert parse(flags, program="x", description="x").link == Link(0.05, 200e6, 0.005)
+    assert parse(flags, program="x", description="x").link == Link(0.05, 200e6, 200e6, 0.005)
 
 
 @pytest.mark.parametrize(("flag", "text"), [("--latency", "50"), ("--bandwidth", "fast"), ("--loss", "0.5")])

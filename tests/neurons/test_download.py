@@ -199,7 +199,7 @@ async def test_a_source_that_dies_leaves_its_pieces_to_the_others(
 
 
 async def test_a_slow_and_lossy_link_changes_nothing_but_the_time(stage: Stage) -> None:
-    link = Link(latency_s=0.005, bandwidth_bps=50e6, loss=0.02)
+    link = Link(latency_s=0.005, up_bps=50e6, down_bps=50e6, loss=0.02)
     shaper = Shaper(link, np.random.default_rng(3))
     async with Dendrite(Identity.from_uri("//far"), now_ns=time.time_ns, shaper=shaper) as stage.dendrite:
         start = asyncio.get_running_loop().time()
@@ -207,7 +207,7 @@ async def test_a_slow_and_lossy_link_changes_nothing_but_the_time(stage: Stage) 
         seconds = asyncio.get_running_loop().time() - start
     stage.assert_whole(found)
     assert found.dropped == {}
-    assert seconds > 0.9 * found.received * 8 / link.bandwidth_bps
+    assert seconds > 0.9 * found.received * 8 / link.down_bps
 
 
 async def test_a_frozen_source_does_not_decide_when_the_rest_is_here(

@@ -82,7 +82,7 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
         assert neuron.endpoint == Endpoint("127.0.0.1", node.axon.port)
         assert '"node_started"' in (config.out / "events" / "miner.jsonl").read_text()
 
-    link = Link(latency_s=0.01, bandwidth_bps=1e9, loss=0.001)
+    link = Link(latency_s=0.01, up_bps=1e9, down_bps=1e9, loss=0.001)
     async with await Node.open(dataclasses.replace(config, link=link), role="miner") as node:
         shapers = {node.axon.shaper, node.dendrite.shaper}  # one link for all that a node sends and receives
         assert [shaper.link for shaper in shapers if shaper is not None] == [link]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.accounting import total_parameters
-from model.engine import Recompute, StageEngine
+from model.engine import StageEngine
+from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
 from neurons.telemetry import MicrobatchDone

@@ -245,7 +245,7 @@ async def test_two_validators_under_a_tight_quota_get_their_parts_and_accuse_nob
     async with shown(tmp_path, uplink=uplink) as show:
         show.shares = {ONE.hotkey: 0.75, TWO.hotkey: 0.25}
         evidence = await show.close()
-        show.miner.axon.shaper = Shaper(Link(bandwidth_bps=uplink), np.random.default_rng(1))
+        show.miner.axon.shaper = Shaper(Link(up_bps=uplink, down_bps=uplink), np.random.default_rng(1))
         show.swarm.endpoints[show.miner.identity.hotkey] = show.miner.axon.endpoint
         start, sources = loop.time(), []
 

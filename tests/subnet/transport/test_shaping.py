@@ -24,6 +24,7 @@ from subnet.transport.shaping import (
     SEGMENT,
     TURN,
     Link,
+    Pipe,
     Shaper,
     parse_latency,
     parse_loss,
@@ -39,9 +40,9 @@ def shaper(link: Link, *, seed: int = 1) -> Shaper:
 
 
 def test_texts_become_a_link() -> None:
-    assert Link.parse(latency="50ms", bandwidth="200mbit", loss="0.5%") == Link(0.05, 200e6, 0.005)
+    assert Link.parse(latency="50ms", bandwidth="200mbit", loss="0.5%") == Link(0.05, 200e6, 200e6, 0.005)
     assert Link.parse(latency="1.5s") == Link(latency_s=1.5)
-    assert Link.parse(bandwidth="1gbit") == Link(bandwidth_bps=1e9)
+    assert Link.parse(bandwidth="1gbit") == Link(up_bps=1e9, down_bps=1e9)
     assert parse_latency("250us") == pytest.approx(250e-6)
     assert parse_bandwidth("bandwidth", "56.6kbit") == pytest.approx(56_600)
     assert parse_loss("100%") == 1
@@ -73,7 +74,7 @@ def test_what_is_no_link_is_named_with_the_form(parse: Callable[[str], float], t
 
 def test_concurrent_transfers_share_the_bandwidth() -> None:
     async def main() -> list[float]:
-        loop, link = asyncio.get_running_loop(), shaper(Link(bandwidth_bps=80 * MBIT))
+        loop, link = asyncio.get_running_loop(), shaper(Link(up_bps=80 * MBIT, down_bps=80 * MBIT))
 
         async def transfer(size: int) -> float:
             await link.up.stream().carry(size)
@@ -87,12 +88,22 @@ def test_concurrent_transfers_share_the_bandwidth() -> None:
 
 
 def test_directions_do_not_disturb_each_other() -> None:
-    async def main() -> float:
-        loop, link = asyncio.get_running_loop(), shaper(Link(bandwidth_bps=80 * MBIT))
-        await asyncio.gather(link.up.stream().carry(10_000_000), link.down.stream().carry(10_000_000))
-        return loop.time()
+    async def main() -> list[float]:
+        loop, link = asyncio.get_running_loop(), shaper(Link(up_bps=40 * MBIT, down_bps=80 * MBIT))
 
-    assert run(main()) == pytest.approx(1.0)
+        async def transfer(pipe: Pipe) -> float:
+            await pipe.stream().carry(10_000_000)
+            return loop.time()
+
+        return await asyncio.gather(transfer(link.up), transfer(link.down))
+
+    assert run(main()) == pytest.approx([2.0, 1.0])
+
+
+def test_a_loss_near_the_end_counts_by_the_flight_of_its_own_direction() -> None:
+    """A direction of low bandwidth has few segments under way, and so a shorter end."""
+    link = Link(latency_s=0.05, up_bps=800 * MBIT, down_bps=8 * MBIT)
+    assert link.flight(link.up_bps) == pytest.approx(100 * link.flight(link.down_bps), rel=0.02)
 
 
 @pytest.mark.parametrize("large", [1, 5])
@@ -100,7 +111,7 @@ def test_a_push_passes_through_payloads(large: int) -> None:
     """It waits for one turn of each stream that is open, not for their ends."""
 
     async def main() -> tuple[float, float]:
-        loop, link = asyncio.get_running_loop(), shaper(Link(bandwidth_bps=80 * MBIT))
+        loop, link = asyncio.get_running_loop(), shaper(Link(up_bps=80 * MBIT, down_bps=80 * MBIT))
         payloads = [asyncio.create_task(link.up.stream().carry(100_000_000)) for _ in range(large)]
         await asyncio.sleep(1.0)
         start = loop.time()
@@ -115,9 +126,31 @@ def test_a_push_passes_through_payloads(large: int) -> None:
     assert end == pytest.approx(10.0 * large + 0.003)  # nothing of the bandwidth is lost by taking turns
 
 
+def test_a_line_to_everybody_is_the_same_for_all() -> None:
+    line = shaper(Link(up_bps=80 * MBIT))
+    assert line.towards("alice") is line.towards("bob") is line
+
+
+def test_a_line_to_each_neighbour_is_shared_with_nobody_else_and_paced_where_it_begins() -> None:
+    async def main() -> dict[str, float]:
+        loop, node = asyncio.get_running_loop(), shaper(Link(up_bps=80 * MBIT, down_bps=80 * MBIT, per_neighbour=True))
+        ends: dict[str, float] = {}
+
+        async def transfer(neighbour: str, size: int) -> None:
+            await node.towards(neighbour).up.stream().carry(size)
+            ends[neighbour] = loop.time()
+
+        await node.towards("alice").down.stream().carry(10_000_000)
+        assert loop.time() == 0.0
+        await asyncio.gather(transfer("alice", 10_000_000), transfer("alice", 10_000_000), transfer("bob", 5_000_000))
+        return ends
+
+    assert run(main()) == pytest.approx({"alice": 2.0, "bob": 0.5})
+
+
 def test_a_cancelled_transfer_lets_the_others_go_on() -> None:
     async def main() -> float:
-        loop, link = asyncio.get_running_loop(), shaper(Link(bandwidth_bps=80 * MBIT))
+        loop, link = asyncio.get_running_loop(), shaper(Link(up_bps=80 * MBIT, down_bps=80 * MBIT))
         doomed = asyncio.create_task(link.up.stream().carry(100_000_000))
         other = asyncio.create_task(link.up.stream().carry(10_000_000))
         await asyncio.sleep(0.5)
@@ -131,7 +164,7 @@ def test_a_cancelled_transfer_lets_the_others_go_on() -> None:
 
 def test_a_stream_that_pauses_has_no_credit() -> None:
     async def main() -> float:
-        loop, link = asyncio.get_running_loop(), shaper(Link(bandwidth_bps=8 * MBIT))
+        loop, link = asyncio.get_running_loop(), shaper(Link(up_bps=8 * MBIT, down_bps=8 * MBIT))
         stream = link.up.stream()
         await stream.carry(100_000)
         await asyncio.sleep(10.0)
@@ -172,7 +205,7 @@ def test_the_mean_cost_of_a_lost_segment_is_what_the_model_says() -> None:
 
 
 def test_a_large_message_pays_for_repeats_and_for_a_loss_near_its_end() -> None:
-    link = Link(latency_s=0.05, bandwidth_bps=80 * MBIT, loss=0.01)
+    link = Link(latency_s=0.05, up_bps=80 * MBIT, down_bps=80 * MBIT, loss=0.01)
     size = 20_000 * SEGMENT
 
     async def main() -> float:
@@ -182,7 +215,7 @@ def test_a_large_message_pays_for_repeats_and_for_a_loss_near_its_end() -> None:
         return loop.time() / 50
 
     mean = run(main())
-    repeats = 0.01 * size * 8 / link.bandwidth_bps
+    repeats = 0.01 * size * 8 / link.up_bps
     # One of the last flight's 685 segments is nearly always lost; one of the last three rarely.
     assert mean == pytest.approx(0.05 + repeats + link.round_trip_s, rel=0.1)
 
@@ -210,7 +243,7 @@ class Done(Synapse):
 
 @pytest.mark.parametrize("shaped", ["caller", "server", "both"])
 async def test_real_calls_take_what_the_link_needs(shaped: str) -> None:
-    link = Link(latency_s=0.03, bandwidth_bps=80 * MBIT)
+    link = Link(latency_s=0.03, up_bps=80 * MBIT, down_bps=80 * MBIT)
     size = 2_000_000
     bob, alice = Keypair.create_from_uri("//Bob"), Keypair.create_from_uri("//Alice")
     axon = Axon(
@@ -252,12 +285,53 @@ async def test_real_calls_take_what_the_link_needs(shaped: str) -> None:
             for transfers, volume in (((down,), size), ((up,), size), ((down, down), 2 * size)):
                 start = loop.time()
                 await asyncio.gather(*(transfer() for transfer in transfers))
-                assert loop.time() - start >= latency + volume * 8 / link.bandwidth_bps - 0.03
+                assert loop.time() - start >= latency + volume * 8 / link.up_bps - 0.03
             assert torch.equal(await down(), torch.arange(size, dtype=torch.int32).to(torch.uint8))
             assert dendrite.counters["fetch"].received > 4 * size
             assert dendrite.counters["store"].sent > size
     finally:
         await axon.stop()
+
+
+async def test_calls_to_two_neighbours_pass_side_by_side_each_through_its_own_link() -> None:
+    size, link = 1_000_000, Link(latency_s=0.01, up_bps=16 * MBIT, per_neighbour=True)  # half a second each
+    alice = Keypair.create_from_uri("//Alice")
+    others = [Keypair.create_from_uri(f"//{name}") for name in ("Bob", "Carol")]
+    spec = {"x": TensorSpec(torch.uint8, (size,))}
+    took: list[float] = []
+
+    async def store(_caller: str, _request: Store, _tensors: dict[str, torch.Tensor]) -> Reply:
+        return Done(), {}
+
+    axons = [
+        Axon(
+            Admission(key.ss58_address, allow=lambda _hotkey, _route: None, now_ns=time.time_ns),
+            shaper=shaper(link),
+        )
+        for key in others
+    ]
+    for axon in axons:
+        axon.serve(Store, store, specs=spec)
+        await axon.start()
+    loop = asyncio.get_running_loop()
+    try:
+        async with Dendrite(alice, now_ns=time.time_ns, shaper=shaper(link)) as dendrite:
+
+            async def push(number: int) -> None:
+                start = loop.time()
+                tensors = {"x": torch.zeros(size, dtype=torch.uint8)}
+                endpoint, receiver = axons[number].endpoint, others[number].ss58_address
+                await dendrite.call(endpoint, receiver, Store(), tensors, reply=Done, deadline=30)
+                took.append(loop.time() - start)
+
+            start = loop.time()
+            await asyncio.gather(push(0), push(0), push(1))
+            whole = loop.time() - start
+    finally:
+        for axon in axons:
+            await axon.stop()
+    assert whole >= 0.02 + 2 * 0.5 - 0.03
+    assert min(took) < 0.75 * whole  # the one that has its link to itself
 
 
 async def test_a_deadline_covers_the_link() -> None:
@@ -275,4 +349,4 @@ def test_no_bandwidth_is_no_wait() -> None:
         return asyncio.get_running_loop().time()
 
     assert run(main()) == 0.0
-    assert Link().flight > math.ceil(1e9 / SEGMENT)
+    assert Link().flight(math.inf) > math.ceil(1e9 / SEGMENT)

@@ -47,8 +47,9 @@ def now(seed: int = 0, *, pushes: int = 600) -> Numbers:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_numbers_are_those_of_their_definition(dtype: torch.dtype) -> None:
-    x = torch.randn(8, 128, 16, generator=torch.Generator().manual_seed(3)).to(dtype)
+@pytest.mark.parametrize("width", [16, 300], ids=["one block", "several and a part"])
+def test_numbers_are_those_of_their_definition(dtype: torch.dtype, width: int) -> None:
+    x = torch.randn(8, 128, width, generator=torch.Generator().manual_seed(3)).to(dtype)
     wide = x.double()
     root = wide.square().mean().sqrt()
     expected = (root.log(), (root / wide.abs().mean()).log(), (wide.abs().max() / root).log())

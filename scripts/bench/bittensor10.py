@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -43,6 +44,12 @@ class Hotkey:
 
     def __init__(self, uri: str) -> None:
         self.hotkey = self.coldkeypub = Keypair.create_from_uri(uri)
+
+
+@cache
+def tensor_of(size: int) -> np.ndarray:
+    """`size` bytes of fp32."""
+    return np.random.default_rng(0).standard_normal(size // 4, dtype=np.float32)
 
 
 def take(synapse: Push) -> Push:
@@ -86,7 +93,7 @@ async def send(port: int) -> None:
         size, messages, in_flight = map(int, line.split())
         while len(dendrites) < in_flight:
             dendrites.append(Dendrite(wallet=Keypair.create_from_uri("//Alice")))
-        x = np.random.default_rng(0).standard_normal(size // 4, dtype=np.float32)
+        x = tensor_of(size)
         left = iter(range(messages))
         start = time.perf_counter()
         await asyncio.gather(*(stream(dendrite, axon, x, left) for dendrite in dendrites[:in_flight]))

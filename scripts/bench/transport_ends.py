@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import cache
 from typing import ClassVar, Final
 
 import torch
@@ -49,6 +50,7 @@ class Done(Synapse):
     received: int
 
 
+@cache
 def tensor_of(size: int) -> torch.Tensor:
     """`size` bytes of fp32."""
     return torch.randn(size // 4, generator=torch.Generator().manual_seed(0))

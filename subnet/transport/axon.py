@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-import numpy as np
 import torch
 
 from model import hashing
@@ -37,6 +36,7 @@ from subnet.transport.errors import (
     UnknownRoute,
 )
 from subnet.transport.http1 import BadHead, RequestHead
+from subnet.transport.memory import Memory
 from subnet.transport.shaping import TURN, Shaper, Stream
 from subnet.transport.synapse import S, Specs, Synapse
 
@@ -112,6 +112,7 @@ class Axon:
         self._idle_s = idle_s
         self.shaper = shaper
         self._routes: dict[str, _Route] = {}
+        self._memory = Memory()
         self._listening: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._talks: dict[asyncio.Task[None], Connection] = {}
@@ -268,8 +269,7 @@ class Axon:
 
     async def _receive(self, request: _Request, ticket: Ticket) -> memoryview:
         """The body, in one buffer, proven to be the one that was signed."""
-        # numpy's, because its large arrays use huge pages and are not zeroed: half the cost of a bytearray.
-        body = np.empty(ticket.length, dtype=np.uint8).data
+        body = self._memory.take(ticket.length)
         digest = hashing.hasher()
 
         def seen(piece: memoryview) -> None:

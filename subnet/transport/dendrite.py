@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Final, Self
 
-import numpy as np
 import torch
 
 from model import hashing
@@ -24,6 +23,7 @@ from subnet.transport.auth import Signer
 from subnet.transport.connection import Connection
 from subnet.transport.errors import BadReply, Refused, Silent, Unreachable, from_wire
 from subnet.transport.http1 import BadHead, ResponseHead
+from subnet.transport.memory import Memory
 from subnet.transport.pool import Neighbour
 from subnet.transport.shaping import TURN, Pipe, Shaper
 from subnet.transport.synapse import S, Specs, Synapse
@@ -72,6 +72,7 @@ class Dendrite:
         self._streams = streams
         self._idle_s = idle_s
         self.shaper = shaper
+        self._memory = Memory()
         self._running = False
         self._neighbours: dict[str, Neighbour] = {}
         self._cooling: asyncio.TimerHandle | None = None
@@ -210,7 +211,8 @@ class Dendrite:
             sent = await _send(connection, http1.request("POST", path, fields), parts, up)
             traffic.sent += size
             head = await _head(connection)
-            blob = await _read(connection, head, max_reply_bytes if head.status == 200 else _ERROR_LIMIT, down)
+            limit = max_reply_bytes if head.status == 200 else _ERROR_LIMIT
+            blob = await _read(connection, head, limit, self._memory, down)
             traffic.received += blob.nbytes
             reusable = sent and head.keeps
         finally:
@@ -256,11 +258,13 @@ async def _head(connection: Connection) -> ResponseHead:
     raise Unreachable(f"{connection.peer} closed without an answer; try a sibling")
 
 
-async def _read(connection: Connection, head: ResponseHead, limit: int, down: Pipe | None) -> memoryview:
+async def _read(
+    connection: Connection, head: ResponseHead, limit: int, memory: Memory, down: Pipe | None
+) -> memoryview:
     size = head.length
     if size is None or size > limit:
         raise BadReply(f"{connection.peer} announced a reply of {size} bytes, limit {limit}")
-    blob = np.empty(size, dtype=np.uint8).data
+    blob = memory.take(size)
     if down is None:
         filled = await connection.fill(blob)
     else:

@@ -115,7 +115,7 @@ def _split(raw: bytes) -> tuple[str, Fields]:
     first, *lines = raw.removesuffix(END).decode("latin-1").split("\r\n")
     by_name: dict[str, str] = {}
     for line in lines:
-        # One pattern for all of it would try every way to share spaces between value and padding: seconds of work.
+        # One pattern for all would try every way to share spaces between value and padding: seconds for a stranger.
         name, colon, value = line.partition(":")
         if not colon or not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
             raise BadHead(f"header line {line[:64]!r}")

@@ -39,7 +39,7 @@ class Neighbour:
         for family, address in await self._addresses():
             if self._closed:
                 raise ConnectionAbortedError("closed by this node")
-            connection = Connection(sockets.outgoing(family), self.endpoint)
+            connection = Connection(sockets.outgoing(family, address[0]), self.endpoint)
             self._used.add(connection)
             try:
                 await connection.connect(address)

@@ -2,7 +2,8 @@
 
 BBR keeps a lossy internet link busy where cubic collapses (0.1 % loss at 50 ms: 142 against 10 Mbit/s for
 one boundary tensor), and does not start over after an idle second. Linux lets a process choose it per
-socket when the module is there and permitted; elsewhere the default stays. Buffer sizes are left to the
+socket when the module is there and permitted; elsewhere the default stays, and so it does on loopback, which
+loses nothing, and where BBR's pacing only waits for timers. Buffer sizes are left to the
 kernel: setting one switches its autotuning off, and caps at `net.core.rmem_max`, which on a stock system
 (208 KiB) is far below what a 1 Gbit/s link needs. TCP_NODELAY, because a message's last segment waits for nobody.
 """
@@ -16,9 +17,9 @@ from contextlib import suppress
 from subnet.transport.errors import PortTaken
 
 
-def outgoing(family: int) -> socket.socket:
-    """A non-blocking socket for one connection to an address of this family."""
-    sock = _tuned(socket.socket(family, socket.SOCK_STREAM))
+def outgoing(family: int, host: str | int) -> socket.socket:
+    """A non-blocking socket for one connection to an address of this family, `host` in digits."""
+    sock = _tuned(socket.socket(family, socket.SOCK_STREAM), str(host))
     sock.setblocking(False)
     return sock
 
@@ -34,7 +35,7 @@ def listening(host: str, port: int) -> socket.socket:
         PortTaken: the address cannot be bound.
     """
     version = ipaddress.ip_address(host).version
-    sock = _tuned(socket.socket(socket.AF_INET6 if version == 6 else socket.AF_INET, socket.SOCK_STREAM))
+    sock = _tuned(socket.socket(socket.AF_INET6 if version == 6 else socket.AF_INET, socket.SOCK_STREAM), host)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a restart waits for TIME_WAIT
     try:
         sock.bind((host, port))
@@ -48,8 +49,10 @@ def listening(host: str, port: int) -> socket.socket:
     return sock
 
 
-def _tuned(sock: socket.socket) -> socket.socket:
+def _tuned(sock: socket.socket, host: str) -> socket.socket:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if ipaddress.ip_address(host).is_loopback:
+        return sock
     with suppress(OSError, AttributeError):  # no such option on this system, or not permitted
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
     return sock

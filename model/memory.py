@@ -29,13 +29,12 @@ import torch
 from model.accounting import stage_parameters
 from model.config import BoundaryForm, ConfigError, ModelConfig
 from model.devices import DEVICES, Device
+from model.loss import CHUNK
 from model.recompute import Recompute, block_bytes
 from model.split import StagePlan, split
 
 RESERVE = 2e9
 """Bytes."""
-LOGITS_ROWS = 1_024
-"""Tokens whose logits exist at a time."""
 TOKEN_BYTES = 8
 _WIDTHS = {2: torch.bfloat16, 4: torch.float32}
 _MOST_STAGES = 512
@@ -132,9 +131,7 @@ def stage_memory(
     workspace = graph_bytes(config, plan, units, held)
     workspace += 2 * units.tokens * block_bytes(config, Recompute.KEEP, _WIDTHS[size])
     if plan.is_last:
-        workspace += (
-            min(LOGITS_ROWS, units.tokens) * config.vocab * (2 * size + 4) + 2 * size * config.vocab * config.hidden
-        )
+        workspace += min(CHUNK, units.tokens) * config.vocab * (2 * size + 4) + 2 * size * config.vocab * config.hidden
     return StageMemory(
         recompute=recompute,
         graphs=graphs,
@@ -162,12 +159,14 @@ def least_recompute(
     def choice(recompute: Recompute, graphs: int) -> StageMemory:
         return stage_memory(config, plan, card, units, open_units=open_units, recompute=recompute, graphs=graphs)
 
+    none = choice(Recompute.FULL, 0)
+    if not useful and not plan.is_last:
+        return none
     for recompute in (Recompute.KEEP, Recompute.SELECTIVE):
         whole = choice(recompute, useful)
         if whole.free >= 0:
             return whole
-    none = choice(Recompute.FULL, 0)
-    room = none.free // max(1, graph_bytes(config, plan, units, Recompute.SELECTIVE))
+    room = none.free // graph_bytes(config, plan, units, Recompute.SELECTIVE)
     return choice(Recompute.SELECTIVE, min(useful, room)) if room > 0 and useful else none
 
 

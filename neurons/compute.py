@@ -57,9 +57,17 @@ class _Job:
 class ComputeThread:
     """Runs jobs one at a time. Create it inside the running event loop; `stop` ends the thread."""
 
-    def __init__(self, *, name: str, ordered: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        ordered: bool = False,
+        settle: Callable[[Callable[[], object]], object] = lambda answer: answer(),
+    ) -> None:
+        """`settle` answers a job, given what does so: at once, or when its results are in the host's memory."""
         self._loop = asyncio.get_running_loop()
         self._ordered = ordered
+        self._settle = settle
         self._ready = threading.Condition()
         self._queues: dict[Lane, list[_Job]] = {lane: [] for lane in Lane}
         self._next = dict.fromkeys(Lane, 0)
@@ -129,4 +137,4 @@ class ComputeThread:
             start = self._loop.time()
             deliver = job.run()
             self.busy_seconds += self._loop.time() - start
-            self._loop.call_soon_threadsafe(deliver)
+            self._settle(partial(self._loop.call_soon_threadsafe, deliver))

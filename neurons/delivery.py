@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 import torch
 
 from model.split import StagePlan
+from neurons.reach import Reach
 from neurons.training import Awaited, TrainingRound
 from subnet.identity import Identity, verify
 from subnet.messages import Accepted, Backward, Forward, InputRequest, Push, Tensors
@@ -28,7 +29,6 @@ from subnet.transport.dendrite import NO_SPECS, NO_TENSORS, Dendrite
 from subnet.transport.errors import (
     BadReply,
     Busy,
-    Dropped,
     Full,
     Refused,
     Silent,
@@ -52,10 +52,11 @@ RECENT_RETURNS = 16
 OVERDUE_CHECK = 0.5
 """Seconds between looks for overdue gradients."""
 
-DOWN_SECONDS = 5.0
-"""A replica that could not be reached is asked last for so long."""
 ASLEEP = 1.0
 """A timer that is later than this many seconds: this process was stopped, and nobody else was late."""
+
+NO_SAMPLE = 2**63 - 1
+"""Asked for to hear any answer: nobody has it."""
 
 Spawn = Callable[[set[asyncio.Task[None]], Coroutine[object, object, None]], None]
 """Runs a coroutine among the given tasks of a round."""
@@ -112,7 +113,7 @@ class Delivery:
         self._boundary = boundary
         self._crossing = crossing
         self._returns: deque[float] = deque(maxlen=RECENT_RETURNS)
-        self._down: dict[str, float] = {}
+        self._reach = Reach()
         self._looking: set[str] = set()
         self._full: dict[str, float] = {}
         """Until when, by the loop's clock, a replica has said to be full."""
@@ -218,7 +219,7 @@ class Delivery:
                     turn += 1
                 elif isinstance(refusal, Unavailable):
                     signed = False
-                    self._mark_down(hop)
+                    self._miss(hop, since=asyncio.get_running_loop().time())
                 elif isinstance(refusal, BadReply):
                     order.remove(hop)
                     order.append(hop)
@@ -241,17 +242,19 @@ class Delivery:
         return None
 
     async def look(self, current: TrainingRound, hotkey: str, sample: int) -> None:
-        """Find out whether a replica of the stage before is there, by asking it for an activation."""
+        """Find out whether a neighbour is there, by asking it for an activation. Of the stage after it gets a refusal,
+        which is an answer too."""
         if hotkey in self._looking:
             return
         self._looking.add(hotkey)
+        start = asyncio.get_running_loop().time()
         try:
             await self._input(current, hotkey, sample, deadline=self._deadline())
-        except Dropped as refusal:
-            log.debug("%s is there: %s", hotkey, refusal)
-        except TransportError as error:
+        except (Unreachable, Unavailable) as error:
             log.debug("%s is not there: %s", hotkey, error)
-            self._mark_down(hotkey)
+            self._miss(hotkey, since=start)
+        except TransportError as error:
+            log.debug("%s is there: %s", hotkey, error)
         finally:
             self._looking.discard(hotkey)
 
@@ -278,7 +281,8 @@ class Delivery:
         ]
 
     async def chase(self, current: TrainingRound, spawn: Spawn) -> None:
-        """Until the round closes, offer outputs whose gradient is overdue to another replica of the next stage."""
+        """Until the round closes, offer outputs whose gradient is overdue to another replica of the next stage, and
+        look whether neighbours that are down are back."""
         loop = asyncio.get_running_loop()
         while current.accepting:
             before = loop.time()
@@ -288,6 +292,8 @@ class Delivery:
                 for awaited in current.awaited.values():
                     awaited.since += late
                     awaited.first += late
+            for hop in self._reach.missing(now=loop.time()):
+                spawn(current.sends, self.look(current, hop, NO_SAMPLE))
             for sample in self.overdue(current):
                 leaf, output = current.ledger.leaf(UnitKey(sample, Direction.FORWARD)), current.outputs.get(sample)
                 awaited = current.awaited.pop(sample)
@@ -321,11 +327,15 @@ class Delivery:
 
     def is_down(self, hop: str) -> bool:
         """Whether this replica could not be reached a moment ago."""
-        return self._down.get(hop, 0.0) > asyncio.get_running_loop().time()
+        return self._reach.is_down(hop, now=asyncio.get_running_loop().time())
+
+    def heard(self, hop: str) -> None:
+        """A neighbour has called."""
+        self._reach.heard(hop, now=asyncio.get_running_loop().time())
 
     def set_aside(self, hop: str) -> None:
         """Ask this replica last for a while, as if it could not be reached."""
-        self._mark_down(hop)
+        self._reach.set_aside(hop, now=asyncio.get_running_loop().time())
 
     def _deadline(self) -> float:
         """Seconds a push may take now."""
@@ -378,16 +388,22 @@ class Delivery:
             endpoint = self._endpoint_of(hop)
             if endpoint is None:
                 raise Unreachable(f"{hop} serves no axon at the last finalized block; a sibling is tried")
-            return await self._dendrite.call(
+            answer = await self._dendrite.call(
                 endpoint, hop, message, tensors, reply=reply, reply_specs=reply_specs, deadline=deadline
             )
         except Unreachable:
             if loop.time() - start < deadline + ASLEEP:
-                self._mark_down(hop)
+                self._miss(hop, since=start)
             raise
+        except Refused as refusal:
+            if not isinstance(refusal, Unavailable):
+                self._reach.answered(hop)
+            raise
+        self._reach.answered(hop)
+        return answer
 
-    def _mark_down(self, hop: str) -> None:
-        self._down[hop] = asyncio.get_running_loop().time() + DOWN_SECONDS
+    def _miss(self, hop: str, *, since: float) -> None:
+        self._reach.failed(hop, since=since, now=asyncio.get_running_loop().time())
 
 
 def _pause(refusal: TransportError) -> float:

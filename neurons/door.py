@@ -58,6 +58,7 @@ class Door:
                 f"{caller} does not hold stage {neighbour} in round {push.round}",
                 "compare the roster digest in your round_started event with the one in its record",
             )
+        self._delivery.heard(caller)
         return current
 
     def belongs(self, current: TrainingRound, push: Push) -> bool:

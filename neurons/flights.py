@@ -17,6 +17,8 @@ RECENT = 8
 """Flights whose slowest counts."""
 DRAIN_MARGIN = 1.5
 """A microbatch is started only if this many times as long as it is expected to take fits before the round closes."""
+DRAIN_SLACK = 0.25
+"""And this part of a mean flight of the round besides: the last ones are short, what may come between them is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Flights:
         self._load = 1.0
         self._left: float | None = None
         self._landed = 0
+        self._flown = 0.0
 
     @property
     def slowest(self) -> float:
@@ -57,7 +60,7 @@ class Flights:
         if load > self._load:
             grown = load / self._load
             self._recent = deque(((seconds * grown, left) for seconds, left in self._recent), maxlen=RECENT)
-        self._load, self._left, self._landed = load, None, 0
+        self._load, self._left, self._landed, self._flown = load, None, 0, 0.0
 
     def leave(self, now: float, in_air: int) -> Departure:
         """A microbatch leaves after `in_air` others that are not back."""
@@ -70,6 +73,7 @@ class Flights:
         if not self._landed:
             self._recent.clear()
         self._landed += 1
+        self._flown += seconds
         self._recent.append((seconds, left))
 
     def expected(self, now: float, in_air: Collection[Departure]) -> float:
@@ -89,6 +93,7 @@ class Flights:
         A slow round before must not keep a head out of this one: who starts nothing measures nothing better. So as long
         as nothing of this round is back, one may leave until `probe_until` whatever is expected of it.
         """
-        if now + DRAIN_MARGIN * self.expected(now, in_air) <= closing_at:
+        slack = DRAIN_SLACK * self._flown / max(1, self._landed)
+        if now + DRAIN_MARGIN * self.expected(now, in_air) + slack <= closing_at:
             return True
         return not in_air and not self.measured and now <= probe_until

@@ -25,6 +25,7 @@ from neurons.compute import ComputeThread, Lane
 from neurons.delivery import RETRY_PAUSE, Delivery
 from neurons.door import Door
 from neurons.drive import Driver
+from neurons.ferry import Departure, ferry_of
 from neurons.filter import Filter
 from neurons.heads import Heads
 from neurons.kept import State
@@ -89,7 +90,7 @@ class StageWorker:
         self._manifest = loaded.manifest
         self._corpus = corpus
         self._telemetry = telemetry
-        self._wire = WIRE_DTYPES[loaded.manifest.model.wire_dtype]
+        self._ferry = ferry_of(engine, WIRE_DTYPES[loaded.manifest.model.wire_dtype])
         self._delivery = Delivery(
             identity=identity,
             run=loaded.run_id,
@@ -121,7 +122,7 @@ class StageWorker:
             release=self._release,
             spawn=self._spawn,
         )
-        self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous)
+        self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous, settle=self._ferry.settle)
         self._round: TrainingRound | None = None
         self._windows: Windows | None = None
         self._changes = Changes()
@@ -138,7 +139,7 @@ class StageWorker:
         self._windows = Windows(self._round.ledger, archive, first, witness)
         if self._changes:
             self._change_when_idle()
-        if not self.plan.is_last and not self._synchronous:
+        if not self._synchronous:
             self._spawn(self._round.sends, self._delivery.chase(self._round, self._spawn))
         return self._round
 
@@ -210,6 +211,7 @@ class StageWorker:
             for task in (*self._round.work, *self._round.sends):
                 task.cancel()
         self._compute.stop()
+        self._ferry.close()
 
     # -- pushes in ------------------------------------------------------------------------------------------------
 
@@ -366,10 +368,13 @@ class StageWorker:
         self._spawn(current.work, self._guarded(current, push.sample, unit))
 
     async def _forward_unit(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
-        x = held.tensor if self.plan.is_first else held.tensor.to(torch.float32)
-        version, y = await self._timed(
-            Lane.FORWARD, push.index, lambda: (self.engine.version, self._sendable(self.engine.forward(push.sample, x)))
-        )
+        x = self._ferry.board(held.tensor)
+
+        def job() -> tuple[int, Departure]:
+            return self.engine.version, self._ferry.leave(self.engine.forward(push.sample, x()))
+
+        version, leaving = await self._timed(Lane.FORWARD, push.index, job)
+        y = leaving.landed()
         if push.sample not in current.open:  # released, or its gradient was faster
             await self._forget(current, push.sample)
             return
@@ -394,15 +399,16 @@ class StageWorker:
 
     async def _tail_unit(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
         tokens = self._corpus.sample(push.sample)
-        inputs = tokens[:, :-1] if self.plan.is_first else held.tensor.to(torch.float32)
-        targets = tokens[:, 1:]
+        inputs = self._ferry.board(tokens[:, :-1] if self.plan.is_first else held.tensor)
+        targets = self._ferry.board(tokens[:, 1:])
 
-        def job() -> tuple[int, float, torch.Tensor | None, Stepped | None]:
+        def job() -> tuple[int, float, Departure | None, Stepped | None]:
             version = self.engine.version
-            loss, dx = self.engine.tail(push.sample, inputs, targets)
-            return version, loss, self._returnable(push.sample, dx), self._maybe_step()
+            loss, dx = self.engine.tail(push.sample, inputs(), targets())
+            return version, loss, None if dx is None else self._ferry.leave(dx), self._maybe_step()
 
-        version, loss, dx, stepped = await self._timed(Lane.FORWARD, push.index, job)
+        version, loss, leaving, stepped = await self._timed(Lane.FORWARD, push.index, job)
+        dx = self._returnable(push.sample, leaving)
         self._finish_backward(current, push, held, version, loss=loss, gradient=None, source=held.source_index, dx=dx)
         if stepped is not None:
             self._enter_step(current, stepped)
@@ -410,19 +416,20 @@ class StageWorker:
     async def _backward_unit(
         self, current: TrainingRound, push: Backward, g: torch.Tensor, g_digest: bytes, source: int
     ) -> None:
-        gradient = g.to(torch.float32)
+        gradient = self._ferry.board(g)
         held = current.open[push.sample]
-        x = held.tensor if self.plan.is_first else held.tensor.to(torch.float32)
+        x = self._ferry.board(held.tensor)
 
-        def job() -> tuple[bool, int, torch.Tensor | None, Stepped | None]:
+        def job() -> tuple[bool, int, Departure | None, Stepped | None]:
             version = self.engine.version
             adopted = push.sample not in self.engine.pending()
             if adopted:
-                self.engine.forward(push.sample, x)
-            dx = self.engine.backward(push.sample, gradient)
-            return adopted, version, self._returnable(push.sample, dx), self._maybe_step()
+                self.engine.forward(push.sample, x())
+            dx = self.engine.backward(push.sample, gradient())
+            return adopted, version, None if dx is None else self._ferry.leave(dx), self._maybe_step()
 
-        adopted, version, dx, stepped = await self._timed(Lane.BACKWARD, push.index, job)
+        adopted, version, leaving, stepped = await self._timed(Lane.BACKWARD, push.index, job)
+        dx = self._returnable(push.sample, leaving)
         current.adopted += adopted or held.taken_over
         self._finish_backward(
             current, push, held, version, loss=push.loss, gradient=(g, g_digest), source=source, dx=dx
@@ -531,17 +538,10 @@ class StageWorker:
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
-    def _sendable(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In the wire's dtype, and such that the other side will not refuse it. Raises `NotFinite`."""
-        wired = tensor.to(self._wire)
-        require_finite({"output": wired}, limit=WIRE_LIMIT)
-        return wired
-
-    def _returnable(self, sample: int, dx: torch.Tensor | None) -> torch.Tensor | None:
-        """What goes back of a unit, if anything can. Its weight gradients are in the next step in any case, so it has a
-        leaf in any case: an auditor who replays the step misses nothing."""
+    def _returnable(self, sample: int, leaving: Departure | None) -> torch.Tensor | None:
+        """What goes back, if anything can. The weight gradients count in any case, so there is a leaf in any case."""
         try:
-            return None if dx is None else self._sendable(dx)
+            return None if leaving is None else leaving.landed()
         except NotFinite as error:
             log.error("sample %d ends at stage %d: %s", sample, self.plan.index, error)  # noqa: TRY400 - for a person
             return None
@@ -583,6 +583,7 @@ class StageWorker:
         def measured() -> R:
             start = loop.time()
             result = job()
+            self._ferry.keep_pace()
             # F + B of a unit is the sum of both means; one mean over both lanes is half of it.
             self._driver.unit_seconds.add(2 * (loop.time() - start))
             return result

@@ -74,24 +74,48 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plan = commands.add_parser(
         "plan",
-        help="say what auditing a run costs, before anybody rents anything",
-        description="Say what miners must keep and send and validators fetch and compute to audit a run, and whether "
-        "that fits. Arithmetic, no measurement; exit status 1 if something does not fit.",
+        help="say how fast a run would train and what it costs, before anybody rents anything",
+        description="Say how fast a run trains, what holds it up, what it costs, what each stage needs of its card, "
+        "and what auditing takes. Arithmetic, no measurement; exit status 1 if something does not fit. docs/plan.md "
+        "explains every figure.",
     )
     plan.add_argument("--model", default="100b", help="model preset (default: 100b)")
     plan.add_argument("--stages", type=int, default=16, help="pipeline stages (default: 16)")
     plan.add_argument("--replicas", type=int, default=3, help="miners per stage (default: 3)")
-    plan.add_argument("--gpu", default="a100-80gb", help="card of miners and validators (default: a100-80gb)")
-    plan.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation to plan with (default: 0.4)")
+    plan.add_argument(
+        "--gpu", default="a100-80gb", help="card of all, or a mixed fleet like a100-80gb:40,h100:8 (default: a100-80gb)"
+    )
     plan.add_argument("--up", default="856mbit", help="a miner's uplink (default: 856mbit)")
-    plan.add_argument("--down", default="1322mbit", help="a validator's downlink (default: 1322mbit)")
-    plan.add_argument("--host-gb", type=float, default=200.0, help="a miner's host memory, 10^9 bytes (default: 200)")
+    plan.add_argument("--down", default="1322mbit", help="downlink of miners and validators (default: 1322mbit)")
+    plan.add_argument("--rtt", default="60ms", help="there and back between two miners (default: 60ms)")
+    plan.add_argument("--price", type=float, default=1.25, help="dollars per card and hour (default: 1.25)")
+    plan.add_argument("--tokens", default="1t", help="to train on, like 500b (default: 1t)")
+    plan.add_argument(
+        "--host-gb", type=float, default=None, help="a miner's host memory, 10^9 bytes (default: the card's)"
+    )
     plan.add_argument("--disk-gb", type=float, default=1000.0, help="a miner's disk, 10^9 bytes (default: 1000)")
-    run = plan.add_argument_group("the run")
-    run.add_argument("--sequence", type=int, default=8192, help="tokens in a sequence (default: 8192)")
-    run.add_argument("--batch", type=int, default=1, help="sequences in a microbatch (default: 1)")
-    run.add_argument("--accumulation", type=int, default=64, help="microbatches in a local step (default: 64)")
-    run.add_argument("--round-minutes", type=float, default=60.0, help="length of a round (default: 60)")
+    plan.add_argument("--stay-hours", type=float, default=522.0, help="a miner stays, on average (default: 522)")
+    run = plan.add_argument_group("the run (defaults: the way of running)")
+    run.add_argument(
+        "--as",
+        dest="style",
+        default="orion",
+        help="way of running: orion, or published, the 100B run of 2026 (default: orion)",
+    )
+    run.add_argument("--depth", type=int, default=None, help="microbatches in flight per head")
+    run.add_argument("--routing", default=None, help="how a replica is chosen: lottery or lanes")
+    run.add_argument("--recompute", default=None, help="keep, selective or full (default: the least that fits)")
+    run.add_argument(
+        "--efficiency", type=float, default=None, help="share of peak a card reaches (default: the card's)"
+    )
+    run.add_argument("--sequence", type=int, default=None, help="tokens in a sequence")
+    run.add_argument("--batch", type=int, default=None, help="sequences in a microbatch")
+    run.add_argument("--accumulation", type=int, default=None, help="microbatches in a local step")
+    run.add_argument("--moments", default="bf16", help="of the optimizer: bf16 or fp32 (default: bf16)")
+    run.add_argument(
+        "--codec", default="topk2bit", choices=("topk2bit", "int8", "bf16"), help="of a merge (default: topk2bit)"
+    )
+    run.add_argument("--round-minutes", type=float, default=None, help="training between two merges")
     audit = plan.add_argument_group("audits")
     audit.add_argument("--validators", type=int, default=4, help="validators (default: 4)")
     audit.add_argument("--slot-blocks", type=int, default=15, help="blocks of 12 s in a slot (default: 15)")
@@ -235,7 +259,8 @@ def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per comma
     if flags.command == "score":
         return _explain(flags)
     if flags.command == "plan":
-        from scripts.plan import PlanOptions, show_plan  # noqa: PLC0415 - only for this command
+        from scripts.plan.options import PlanOptions  # noqa: PLC0415 - only for this command
+        from scripts.plan.report import show_plan  # noqa: PLC0415
 
         given = {name: value for name, value in vars(flags).items() if name not in ("command", "json")}
         return show_plan(PlanOptions(**given), as_json=flags.json)

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar, cast
@@ -136,6 +137,7 @@ class BittensorChain:
         self._block_time = 12.0
         self._tempo = 0
         self._finalized = -1
+        self._advanced = -math.inf  # when the last finalized block was heard of
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._lost: ChainUnreachable | None = None
         self._hotkey_lock = asyncio.Lock()
@@ -209,7 +211,6 @@ class BittensorChain:
         failures, heard = 0, clock()
         silence = max(_SILENCE, _SILENCE_BLOCKS * self._block_time)
         while True:
-            reason: Exception
             heads = self._substrate.blocks(finalized=True)
             try:
                 while True:
@@ -221,10 +222,9 @@ class BittensorChain:
                     failures, heard = 0, clock()
                     self._advance(int(update["header"]["number"]))
             except (bt.BittensorError, OSError, TimeoutError, StopAsyncIteration) as error:
-                reason = error
+                why = one_line(error)
             failures += 1
             if failures > _ATTEMPTS and clock() - heard > self._tempo * self._block_time:
-                why = one_line(reason)
                 self._give_up(
                     ChainUnreachable(
                         f"lost the chain for more than a tempo of {self._tempo} blocks, after {failures} attempts "
@@ -232,16 +232,13 @@ class BittensorChain:
                     )
                 )
                 return
-            log.warning(
-                "finalized heads of %s stopped (%s), attempt %d",
-                self._substrate.endpoint,
-                one_line(reason),
-                failures,
-            )
+            endpoint = self._substrate.endpoint
+            log.warning("finalized heads of %s stopped (%s), attempt %d", endpoint, why, failures)
             await asyncio.sleep(self._block_time * _BACKOFF_BLOCKS * 2 ** min(failures, _ATTEMPTS))
 
     def _advance(self, number: int) -> None:
-        self._finalized = max(self._finalized, number)
+        if number > self._finalized:
+            self._finalized, self._advanced = number, asyncio.get_running_loop().time()
         due = [future for block, future in self._waiting if block <= self._finalized]
         self._waiting = [entry for entry in self._waiting if entry[0] > self._finalized]
         for future in due:
@@ -273,28 +270,30 @@ class BittensorChain:
 
     async def passed(self, number: int, *, stall: float) -> None:
         """Until block `number` is finalized. Reads nothing. ChainUnreachable after `stall` seconds with no new one."""
-        while self._finalized < number:
-            await self._reach(self._finalized + 1, stall)
+        await self._reach(number, stall, anew=True)
 
-    async def _reach(self, number: int, timeout: float) -> None:  # noqa: ASYNC109
-        """Return once block `number` is finalized."""
-        if number > self._finalized:
+    async def _reach(self, number: int, timeout: float, *, anew: bool = False) -> None:  # noqa: ASYNC109
+        """Return once block `number` is finalized; `anew`: each block before it starts the time again."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while number > self._finalized:
             if self._lost is not None:
                 raise self._lost
-            future = asyncio.get_running_loop().create_future()
-            entry = (number, future)
+            entry = number, loop.create_future()
             self._waiting.append(entry)
             try:
-                async with asyncio.timeout(timeout):  # not `wait_for`, see `_watch`
-                    await future
+                async with asyncio.timeout_at(began + timeout):  # not `wait_for`, see `_watch`
+                    await entry[1]
             except TimeoutError as error:
+                if anew and self._advanced > began:
+                    began = self._advanced
+                    continue
                 raise ChainUnreachable(
                     f"block {number} was not finalized within {timeout:g} s, the last is {self._finalized}; "
                     "check that the chain runs"
                 ) from error
             finally:
-                if entry in self._waiting:
-                    self._waiting.remove(entry)
+                self._waiting = [other for other in self._waiting if other is not entry]
 
     async def block_hash(self, number: int) -> str:
         """The hash of a finalized block; ChainRefused for one that is not finalized yet."""

@@ -27,6 +27,7 @@ from bittensor_wallet import Keypair
 
 HOST = "127.0.0.1"
 PATIENCE_S = 120.0
+IDLE_S = 3600
 
 
 class Push(Synapse):  # type: ignore[misc]  # that SDK is not in this environment
@@ -57,6 +58,7 @@ def serve() -> None:
         port = int(free.getsockname()[1])
     axon = Axon(wallet=Hotkey("//Bob"), port=port, ip=HOST, external_ip=HOST, external_port=port)
     axon.attach(forward_fn=take)
+    axon.fast_config.timeout_keep_alive = IDLE_S  # by default 5 s, and a dendrite fails on a connection that was closed
     axon.start()
     while True:
         try:

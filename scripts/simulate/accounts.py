@@ -97,8 +97,8 @@ class Accounts:
     def worked(self, replica: Replica, job: Job, start: float, end: float) -> None:
         """It has done a unit, or as much of it as there was time for."""
         account, seconds = self.stages[replica.stage], end - start
-        forward = replica.durations[Job.FORWARD] if job in (Job.TAIL, Job.ADOPTED) else seconds * (job is Job.FORWARD)
-        forward = min(forward, seconds)
+        share = replica.durations[Job.FORWARD] / replica.durations[Job.TAIL] if job in (Job.TAIL, Job.ADOPTED) else 0.0
+        forward = seconds if job is Job.FORWARD else share * seconds
         account.forward += forward
         account.backward += seconds - forward
         self._timeline.worked(

@@ -12,7 +12,10 @@ notices (siblings know at once what was started); a push that is given up becaus
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
+
+import numpy as np
 
 from neurons.delivery import OVERDUE_CHECK, RETRY_PAUSE, push_deadline
 from neurons.door import full_pause
@@ -25,6 +28,8 @@ from scripts.simulate.replica import Job, Microbatch, Replica
 from scripts.simulate.setting import Setting
 from subnet.swarm.routing import heirs, hops, sample_id
 
+DRAWS = 4096
+"""At a time."""
 SAMPLES = 1 << 24
 """Of a round: never too few."""
 
@@ -44,6 +49,7 @@ class Pipeline:
         self._accepting = False
         self._holding = 0
         """Heads that hold back."""
+        self._factors = _factors(setting)
 
     # -- the frame of a round -------------------------------------------------------------------------------------
 
@@ -202,7 +208,8 @@ class Pipeline:
                 self._accounts.adopted += 1
             replica.running = job, now
             self._accounts.takes(replica, now)
-            self._clock.at(now + replica.durations[job], self._finished, replica, job, microbatch, now)
+            ends = now + replica.durations[job] * next(self._factors)
+            self._clock.at(ends, self._finished, replica, job, microbatch, now)
             return
 
     def _finished(self, replica: Replica, job: Job, microbatch: Microbatch, start: float) -> None:
@@ -444,3 +451,10 @@ class Pipeline:
             for microbatch in [one for one, left in replica.in_air.items() if now - left.time > replica.longest_flight]:
                 del replica.in_air[microbatch]
             self._pump(replica)
+
+
+def _factors(setting: Setting) -> Iterator[float]:
+    """By which each unit takes longer than planned."""
+    chance = np.random.default_rng([setting.seed, 1])
+    while True:
+        yield from (1 + setting.jitter * chance.uniform(-1, 1, DRAWS)).tolist()

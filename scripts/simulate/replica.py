@@ -10,9 +10,10 @@ from collections import deque
 from enum import IntEnum
 
 from neurons.compute import Lane
-from neurons.delivery import DOWN_SECONDS, RECENT_RETURNS, RecentMean, overdue_after
+from neurons.delivery import RECENT_RETURNS, RecentMean, overdue_after
 from neurons.drive import in_flight, longest_flight
 from neurons.flights import Departure, Flights
+from neurons.reach import DOWN_SECONDS
 from scripts.simulate.network import Port
 from subnet.swarm import pace
 from subnet.swarm.routing import room

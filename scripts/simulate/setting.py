@@ -60,6 +60,9 @@ class Setting:
     """Whether heads compute from measured times how many they keep in flight, or keep the pipeline's depth."""
     microbatches: int | None = None
     """That each head starts in a round, at most."""
+    jitter: float = 0.1
+    """Units take up to this share more or less than planned, drawn evenly. Without it heads march in step, and collide
+    always or never."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +71,7 @@ class Setting:
             ("--minutes", self.seconds / 60, 1e-3, 1e7),
             ("--failures-per-hour", self.churn.failures_per_hour, 0.0, 1e6),
             ("--ready-minutes", self.churn.ready_after / 60, 0.0, 1e7),
+            ("--jitter", self.jitter, 0.0, 0.9),
         )
         for option, value, least, most in checks:
             if not least <= value <= most:

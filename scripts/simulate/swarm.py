@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from scripts.simulate.accounts import Accounts, Idle, StageAccount, Timeline
 from scripts.simulate.events import Clock
-from scripts.simulate.network import Network
+from scripts.simulate.merges import Transfer
+from scripts.simulate.network import Network, Port
 from scripts.simulate.pipeline import Pipeline
 from scripts.simulate.replica import Replica
 from scripts.simulate.setting import Setting
@@ -49,6 +50,8 @@ class Result:
     refused: int
     flight_seconds: float
     """Mean, of those that came back."""
+    depth: float
+    """Microbatches that heads keep in flight at the end, mean."""
     calls: int
     """Events played."""
 
@@ -76,8 +79,11 @@ def failures_of(setting: Setting) -> Iterator[Failure]:
 
 
 class _Swarm:
-    def __init__(self, setting: Setting, timeline: Timeline, failures: Iterable[Failure]) -> None:
+    def __init__(
+        self, setting: Setting, timeline: Timeline, failures: Iterable[Failure], transfers: Sequence[Transfer]
+    ) -> None:
         self.setting = setting
+        self.transfers = transfers
         self.failures = tuple(failures)
         self.clock = Clock()
         self.accounts = Accounts(setting.stages, timeline)
@@ -123,8 +129,15 @@ class _Swarm:
             chased=accounts.chased,
             refused=accounts.refused,
             flight_seconds=accounts.flight_seconds / max(1, len(accounts.completed)),
+            depth=self._depth(),
             calls=clock.calls,
         )
+
+    def _depth(self) -> float:
+        if not self.setting.measured_depth:
+            return self.setting.pipeline.depth
+        depths = [head.depth() for head in self.places[0] if head.alive]
+        return sum(depths) / max(1, len(depths))
 
     def _replica(self, stage: int, place: int, generation: int) -> Replica:
         setting = self.setting
@@ -158,6 +171,12 @@ class _Swarm:
     def _close(self) -> None:
         self.pipeline.close()
         self.closed_at = self.clock.now
+        for places in self.places:
+            ports = [replica.port for replica in places]
+            for transfer in self.transfers:
+                ends = (ports[transfer.sender], ports[transfer.receiver])
+                self.clock.at(self.clock.now + transfer.start, _stream, *ends, 1)
+                self.clock.at(self.clock.now + transfer.end, _stream, *ends, -1)
 
     def _settle_closed(self) -> None:
         """What the time since the last round's training was to each place."""
@@ -184,11 +203,24 @@ class _Swarm:
         self.ready.append(self._replica(dead.stage, dead.place, generation))
 
 
+def _stream(sender: Port, receiver: Port, more: int) -> None:
+    """A merge's stream opens or ends."""
+    sender.up_streams += more
+    receiver.down_streams += more
+
+
 def simulate(
-    setting: Setting, timeline: Timeline | None = None, *, failures: Iterable[Failure] | None = None
+    setting: Setting,
+    timeline: Timeline | None = None,
+    *,
+    failures: Iterable[Failure] | None = None,
+    transfers: Sequence[Transfer] = (),
 ) -> Result:
     """Play `setting.seconds` of a swarm's life. The same setting gives the same result.
 
-    `failures` take the place of those that the setting's rate and seed draw.
+    Args:
+        failures: in place of those that the setting's rate and seed draw.
+        transfers: of the merge that begins in every stage when a round closes.
     """
-    return _Swarm(setting, timeline or Timeline(), failures_of(setting) if failures is None else failures).run()
+    failures = failures_of(setting) if failures is None else failures
+    return _Swarm(setting, timeline or Timeline(), failures, transfers).run()

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from subnet.swarm.codec import Codec
 
 ROSTER_ROUNDS = 2.5
-"""Rounds that a dead replica's place stays empty, on average, where a newcomer takes it: half of the one it dies in, the
-next, for which its last record still speaks, and the one in which its heir catches up (`subnet.swarm.membership`)."""
+"""Rounds that a dead replica's place stays empty, on average, where a newcomer takes it: half of the one it dies in,
+the next, for which its last record still speaks, and the one in which its heir catches up (`membership`)."""
 
 
 class DowntimeError(ValueError):

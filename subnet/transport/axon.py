@@ -1,30 +1,31 @@
-"""The server side of a hotkey: an aiohttp server with one POST route per kind of synapse.
+"""The server side of a hotkey: HTTP/1.1 with one POST route per kind of synapse.
 
-A request passes, in order: route, `Admission` (headers only), the body streamed into one preallocated
-buffer and hashed as it arrives, the strict decoder, the handler, the reply. Each step refuses with a typed
-error that becomes a status code and one line of JSON. Nothing is awaited without a limit: a body, and the
-reading of a reply, must keep a minimum rate. A handler's unforeseen exception is logged once with its
-traceback, answered as 500 with an id to find it by, and hurts nobody else. aiohttp's low-level server is
-used without its application layer, which would cost more than our own work does.
+A request passes, in order: its head, the route, `Admission` (headers only), the body received into one
+preallocated buffer and hashed as it arrives, the strict decoder, the handler, the reply. Each step refuses
+with a typed error that becomes a status code and one line of JSON. Nothing is awaited without a limit: a
+head, a body, and the reading of a reply, of which the last two must keep a minimum rate. A handler's
+unforeseen exception is logged once with its traceback, answered as 500 with an id to find it by, and hurts
+nobody else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-import aiohttp
 import numpy as np
 import torch
-from aiohttp import web
 
 from model import hashing
-from subnet.transport import sockets, synapse
+from subnet.transport import http1, sockets, synapse
 from subnet.transport.admission import Admission, Ticket
+from subnet.transport.connection import Connection
 from subnet.transport.errors import (
     BadSignature,
     Broken,
@@ -35,7 +36,8 @@ from subnet.transport.errors import (
     Unavailable,
     UnknownRoute,
 )
-from subnet.transport.shaping import TURN, Shaper
+from subnet.transport.http1 import BadHead, RequestHead
+from subnet.transport.shaping import TURN, Shaper, Stream
 from subnet.transport.synapse import S, Specs, Synapse
 
 _log = logging.getLogger("orion.subnet.axon")
@@ -44,8 +46,13 @@ Reply: TypeAlias = tuple[Synapse, Mapping[str, torch.Tensor]]
 Handler: TypeAlias = Callable[[str, S, dict[str, torch.Tensor]], Awaitable[Reply]]
 """(caller's hotkey, fields, tensors) to the reply. Raise a `Refused` to refuse."""
 
+_BINARY: Final = "application/octet-stream"
+_JSON: Final = "application/json"
 _DISCARD_BYTES: Final = 256 * 1024
 _DISCARD_SECONDS: Final = 1.0
+_STOP_SECONDS: Final = 1.0
+_ACCEPT_PAUSE: Final = 1.0
+"""Seconds without new connections after the system had no room for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,23 @@ class _Route:
     name: str
     max_bytes: int
     answer: Callable[[str, memoryview], Awaitable[list[memoryview]]]
+
+
+@dataclass(slots=True)
+class _Request:
+    """One request on a connection, and how much of its body has been taken from it."""
+
+    connection: Connection
+    head: RequestHead
+    received: int = 0
+
+    @property
+    def left(self) -> int | None:
+        """Bytes of the body still to come; None if nobody can tell."""
+        if "transfer-encoding" not in self.head.fields and "content-length" not in self.head.fields:
+            return 0
+        length = self.head.length
+        return None if length is None else length - self.received
 
 
 class Axon:
@@ -76,7 +100,7 @@ class Axon:
             port: 0 lets the kernel choose; see `port` once started.
             grace_s: seconds that any body may take, whatever its size.
             min_rate: bytes per second beyond that. Honest senders on slow links cut off with 408? Lower it.
-            idle_s: seconds after which a silent connection is closed. Longer than the dendrite's, which
+            idle_s: seconds after which a connection without a request is closed. Longer than the dendrite's, which
                 must be the one to close, or its next call could be lost in between.
             shaper: the emulated link that bodies pass through, for tests; the caller's adds latency and loss.
         """
@@ -88,7 +112,10 @@ class Axon:
         self._idle_s = idle_s
         self.shaper = shaper
         self._routes: dict[str, _Route] = {}
-        self._runner: web.ServerRunner | None = None
+        self._listening: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._talks: dict[asyncio.Task[None], Connection] = {}
+        self._busy: set[asyncio.Task[None]] = set()
         self._port: int | None = None
         self._incidents = itertools.count(1)
 
@@ -137,88 +164,151 @@ class Axon:
         Raises:
             PortTaken: the address cannot be bound.
         """
-        sock = sockets.listening(self._host, self._wanted_port)
-        self._port = sock.getsockname()[1]
-        server = web.Server(
-            self._on_request,
-            access_log=None,
-            auto_decompress=False,
-            keepalive_timeout=self._idle_s,
-            lingering_time=0,  # `_discard` decides how much of a refused body is read
-        )
-        self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
-        await self._runner.setup()
-        await web.SockSite(self._runner, sock).start()
+        self._listening = sockets.listening(self._host, self._wanted_port)
+        self._port = self._listening.getsockname()[1]
+        self._accepting = asyncio.create_task(self._accept(self._listening))
 
     async def stop(self, *, abruptly: bool = False) -> None:
         """Stop listening, give requests in progress a second, close every connection.
 
         `abruptly` resets the connections first, so that callers see what they see of a process that is killed.
         """
-        if self._runner is not None:
-            if abruptly and self._runner.server is not None:
-                for handler in self._runner.server.connections:
-                    if handler.transport is not None:
-                        handler.transport.abort()
-            await self._runner.cleanup()
-            self._runner = None
+        if self._listening is None or self._accepting is None:
+            return
+        self._accepting.cancel()
+        await asyncio.wait([self._accepting])
+        self._listening.close()
+        self._listening = None
+        if abruptly:
+            for connection in self._talks.values():
+                connection.close(abruptly=True)
+        for idle in self._talks.keys() - self._busy:
+            idle.cancel()
+        if self._busy:
+            await asyncio.wait(self._busy, timeout=_STOP_SECONDS)
+        for late in self._talks:
+            late.cancel()
+        await asyncio.gather(*self._talks, return_exceptions=True)
 
-    async def _on_request(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.method == "GET" and request.raw_path == "/health":
-            return web.json_response({"hotkey": self._admission.hotkey, "routes": sorted(self._routes)})
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, address = await loop.sock_accept(listening)
+            except OSError as error:
+                _log.error("cannot accept a connection (%s); raise the limit of open files (ulimit -n)", error)
+                await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            connection = Connection(sock, f"{address[0]}:{address[1]}")
+            talk = asyncio.create_task(self._converse(connection))
+            self._talks[talk] = connection
+            talk.add_done_callback(self._talks.pop)
+
+    async def _converse(self, connection: Connection) -> None:
+        """Serve one connection until either side has enough."""
+        talk = asyncio.current_task()
+        if talk is None:
+            raise RuntimeError("a conversation is a task")
         try:
-            route = self._route(request)
+            while self._listening is not None:
+                async with asyncio.timeout(self._idle_s):
+                    raw = await connection.head()
+                if raw is None:
+                    return
+                self._busy.add(talk)
+                if not await self._on_request(_Request(connection, http1.parse_request(raw))):
+                    return
+                self._busy.discard(talk)
+                await asyncio.sleep(0)  # a caller that never pauses holds up nobody else
+        except BadHead as error:
+            refusal = MalformedRequest(str(error), "POST a synapse over HTTP/1.1")
+            parts = [memoryview(refusal.to_wire())]
+            await self._respond(connection, refusal.status, parts, kind=_JSON, keep=False)
+            await self._discard(connection, _DISCARD_BYTES, seconds=_DISCARD_SECONDS)
+        except TimeoutError:
+            _log.debug("%s sent no request for %g s", connection.peer, self._idle_s)
+        except OSError as error:
+            _log.debug("%s is gone: %s", connection.peer, error)
+        finally:
+            self._busy.discard(talk)
+            connection.close()
+
+    async def _on_request(self, request: _Request) -> bool:
+        """Answer one request; whether its connection can carry another."""
+        head, connection = request.head, request.connection
+        if head.method == "GET" and head.target == "/health":
+            health = json.dumps({"hotkey": self._admission.hotkey, "routes": sorted(self._routes)}).encode()
+            keep = head.keeps and request.left == 0
+            return await self._respond(connection, 200, [memoryview(health)], kind=_JSON, keep=keep) and keep
+        try:
+            route = self._route(head)
             with self._admission.admit(
-                request.headers, route=route.name, path=request.raw_path, max_bytes=route.max_bytes
+                head.fields, route=route.name, path=head.target, max_bytes=route.max_bytes
             ) as ticket:
                 body = await self._receive(request, ticket)
                 parts = await self._answer(route, ticket.caller, body)
-                return await self._reply(request, ticket.caller, parts)
+                stream = None if self.shaper is None else self.shaper.towards(ticket.caller).up.stream()
+                return (
+                    await self._respond(connection, 200, parts, kind=_BINARY, keep=head.keeps, stream=stream)
+                    and head.keeps
+                )
         except Refused as refusal:
             return await self._refuse(request, refusal)
 
-    def _route(self, request: web.BaseRequest) -> _Route:
-        if request.method != "POST":
-            raise MalformedRequest(f"method {request.method[:16]}", "POST a synapse, or GET /health")
-        route = self._routes.get(request.raw_path[1:])
+    def _route(self, head: RequestHead) -> _Route:
+        if head.method != "POST":
+            raise MalformedRequest(f"method {head.method}", "POST a synapse, or GET /health")
+        route = self._routes.get(head.target[1:])
         if route is None:
             raise UnknownRoute(
-                f"no route {request.raw_path[:64]}",
+                f"no route {head.target[:64]}",
                 f"this axon serves {', '.join(sorted(self._routes)) or 'none'}",
             )
         return route
 
-    async def _receive(self, request: web.BaseRequest, ticket: Ticket) -> memoryview:
+    async def _receive(self, request: _Request, ticket: Ticket) -> memoryview:
         """The body, in one buffer, proven to be the one that was signed."""
         # numpy's, because its large arrays use huge pages and are not zeroed: half the cost of a bytearray.
         body = np.empty(ticket.length, dtype=np.uint8).data
         digest = hashing.hasher()
-        filled = 0
-        stream = None if self.shaper is None else self.shaper.towards(ticket.caller).down.stream()
+
+        def seen(piece: memoryview) -> None:
+            digest.update(piece)
+            request.received += piece.nbytes
+
         try:
             async with asyncio.timeout(self._patience_s(ticket.length)):
-                while filled < ticket.length:
-                    chunk = await request.content.readany()
-                    if not chunk:
-                        break
-                    if stream is not None:
-                        await stream.carry(len(chunk))
-                    body[filled : filled + len(chunk)] = chunk
-                    digest.update(chunk)
-                    filled += len(chunk)
+                if self.shaper is None:
+                    await request.connection.fill(body, seen)
+                else:
+                    stream = self.shaper.towards(ticket.caller).down.stream()
+                    await self._receive_shaped(request.connection, body, seen, stream)
         except TimeoutError:
             raise TooSlow(
-                f"{filled} of {ticket.length} bytes after {self._patience_s(ticket.length):.1f} s, "
+                f"{request.received} of {ticket.length} bytes after {self._patience_s(ticket.length):.1f} s, "
                 f"minimum rate {self._min_rate:.0f} bytes/s",
                 "send over a faster link or fewer streams at a time",
             ) from None
-        except (aiohttp.ClientPayloadError, web.RequestPayloadError, ConnectionError):
+        except OSError:
             pass  # cut off: the count below says so
-        if filled < ticket.length:
-            raise MalformedRequest(f"{filled} of {ticket.length} bytes received", "send the whole body")
+        if request.received < ticket.length:
+            raise MalformedRequest(f"{request.received} of {ticket.length} bytes received", "send the whole body")
         if digest.digest() != ticket.digest:
             raise BadSignature("the body is not the one that was signed", "send the bytes that Content-Digest is of")
         return body
+
+    @staticmethod
+    async def _receive_shaped(
+        connection: Connection, body: memoryview, seen: Callable[[memoryview], None], stream: Stream
+    ) -> None:
+        filled = 0
+        while filled < body.nbytes:
+            got = await connection.some(body[filled : filled + TURN])
+            if not got:
+                return
+            await stream.carry(got)
+            seen(body[filled : filled + got])
+            filled += got
 
     async def _answer(self, route: _Route, caller: str, body: memoryview) -> list[memoryview]:
         try:
@@ -233,60 +323,63 @@ class Axon:
                 "its operator's log has the traceback",
             ) from None
 
-    async def _reply(self, request: web.BaseRequest, caller: str, parts: list[memoryview]) -> web.StreamResponse:
-        size = synapse.size_of(parts)
-        stream = None if self.shaper is None else self.shaper.towards(caller).up.stream()
-        if size <= synapse.SLICE and stream is None:
-            return web.Response(body=b"".join(parts))
-        response = web.StreamResponse()
-        response.content_length = size
-        try:
-            async with asyncio.timeout(self._patience_s(size)):
-                await response.prepare(request)
-                for piece in synapse.slices(parts, size=synapse.SLICE if stream is None else TURN):
-                    if stream is not None:
-                        await stream.carry(piece.nbytes)
-                    await response.write(piece)
-                await response.write_eof()
-        except TimeoutError:
-            _log.warning("%s took too long to read a reply of %d bytes; cut off", request.remote, size)
-            if request.transport is not None:
-                request.transport.abort()
-        except ConnectionError:  # also a caller that gave up while this process was stopped
-            _log.info("%s was gone before its reply of %d bytes", request.remote, size)
-        return response
-
-    async def _refuse(self, request: web.BaseRequest, refusal: Refused) -> web.StreamResponse:
+    async def _refuse(self, request: _Request, refusal: Refused) -> bool:
         """Answer with the error. The connection survives if the body was read, or is worth reading."""
-        _log.debug("refused %s %s: %s", request.remote, refusal.code, refusal.message)
+        connection = request.connection
+        _log.debug("refused %s %s: %s", connection.peer, refusal.code, refusal.message)
         if isinstance(refusal, Busy | Unavailable):
             # A known caller, soon to be back: a new connection would cost it more than this body does.
-            await self._discard(request, limit=None, seconds=self._patience_s(request.content_length or 0))
-        response = web.Response(status=refusal.status, body=refusal.to_wire(), content_type="application/json")
-        if not request.content.is_eof():
-            response.force_close()
-            try:
-                await response.prepare(request)
-                await response.write_eof()
-            except ConnectionError:
-                _log.info("%s was gone before it could be refused (%s)", request.remote, refusal.code)
-                return response
+            size = request.left or 0
+            request.received += await self._discard(connection, size, seconds=self._patience_s(size))
+        keep = request.head.keeps and request.left == 0
+        parts = [memoryview(refusal.to_wire())]
+        sent = await self._respond(connection, refusal.status, parts, kind=_JSON, keep=keep)
+        if sent and not keep:
             # Closing on unread bytes resets the connection, which can overtake the answer: leave it a moment.
-            await self._discard(request, limit=_DISCARD_BYTES, seconds=_DISCARD_SECONDS)
-        return response
+            await self._discard(connection, _DISCARD_BYTES, seconds=_DISCARD_SECONDS)
+        return sent and keep
+
+    async def _respond(
+        self,
+        connection: Connection,
+        status: int,
+        parts: list[memoryview],
+        *,
+        kind: str,
+        keep: bool,
+        stream: Stream | None = None,
+    ) -> bool:
+        """Send an answer of this media type; whether it left in time."""
+        size = synapse.size_of(parts)
+        head = http1.response(status, size, kind=kind, keep=keep)
+        try:
+            async with asyncio.timeout(self._patience_s(size)):
+                if stream is None:
+                    await connection.write([head, *parts])
+                else:
+                    await connection.write([head])
+                    for piece in synapse.slices(parts, size=TURN):
+                        await stream.carry(piece.nbytes)
+                        await connection.write([piece])
+        except TimeoutError:
+            _log.warning("%s took too long to read a reply of %d bytes; cut off", connection.peer, size)
+            return False
+        except OSError:  # also a caller that gave up while this process was stopped
+            _log.info("%s was gone before its reply of %d bytes", connection.peer, size)
+            return False
+        return True
 
     @staticmethod
-    async def _discard(request: web.BaseRequest, *, limit: int | None, seconds: float) -> None:
-        left = limit
+    async def _discard(connection: Connection, size: int, *, seconds: float) -> int:
+        """Read up to `size` bytes that nobody wants; how many came in time."""
+        scratch, count = memoryview(bytearray(TURN)), 0
         try:
             async with asyncio.timeout(seconds):
-                while left is None or left > 0:
-                    chunk = await request.content.readany()
-                    if not chunk:
-                        return
-                    left = None if left is None else left - len(chunk)
-        except (TimeoutError, aiohttp.ClientPayloadError, web.RequestPayloadError, ConnectionError):
-            return
+                while count < size and (got := await connection.some(scratch[: size - count])):
+                    count += got
+        except (TimeoutError, OSError):
+            pass  # the count says so
+        return count
 
     def _patience_s(self, size: int) -> float:
         return self._grace_s + size / self._min_rate

@@ -1,32 +1,31 @@
 """The client side of a hotkey: signed calls over warm connections.
 
-One aiohttp session with up to four keep-alive connections per neighbour (a cold one costs 300 to 400 ms for
-the first boundary tensor at 50 ms round trip). A call takes a stream of that neighbour, then signs, so that
-waiting never ages a signature; sends the tensors straight from their memory; receives the reply into one
-buffer whose size was bounded beforehand. Every call has a deadline and is tried once: whether to try again,
-and where, is the caller's knowledge. It ends in the reply, or in `Refused` (the peer said no),
-`Unreachable` (nobody knows) or `BadReply` (the peer is broken).
+Up to eight keep-alive connections per neighbour. A call takes one of them; sends the tensors straight from their
+memory, when those before it have left for the same neighbour, and signs first, so that waiting never ages a
+signature; receives the reply into one buffer whose size was bounded beforehand. Every call has a deadline and is
+tried once: whether to try again, and where, is the caller's knowledge. It ends in the reply, or in `Refused` (the
+peer said no), `Unreachable` (nobody knows) or `BadReply` (the peer is broken).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Final, Self
 
-import aiohttp
 import numpy as np
 import torch
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.payload import Payload
-from yarl import URL
 
 from model import hashing
-from subnet.transport import auth, sockets, synapse
+from subnet.transport import auth, http1, synapse
 from subnet.transport.auth import Signer
+from subnet.transport.connection import Connection
 from subnet.transport.errors import BadReply, Refused, Silent, Unreachable, from_wire
+from subnet.transport.http1 import BadHead, ResponseHead
+from subnet.transport.pool import Neighbour
 from subnet.transport.shaping import TURN, Pipe, Shaper
 from subnet.transport.synapse import S, Specs, Synapse
 
@@ -75,10 +74,9 @@ class Dendrite:
         """Calls in flight to one neighbour."""
         self._idle_s = idle_s
         self.shaper = shaper
-        self._session: aiohttp.ClientSession | None = None
-        self._gates: dict[str, asyncio.Semaphore] = {}
-        self._turns: dict[str, asyncio.Lock] = {}
-        self._urls: dict[tuple[str, str], URL] = {}
+        self._running = False
+        self._neighbours: dict[str, Neighbour] = {}
+        self._cooling: asyncio.TimerHandle | None = None
         self._last_nonce = 0
         self.counters: dict[str, Traffic] = {}
         """Traffic per route."""
@@ -93,25 +91,26 @@ class Dendrite:
         await self.stop()
 
     async def start(self) -> None:
-        """Open the session; connections are made when first needed."""
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0,
-                limit_per_host=self.streams,
-                keepalive_timeout=self._idle_s,
-                socket_factory=sockets.outgoing,
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None),  # `call` has its own deadline
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-            auto_decompress=False,
-        )
+        """Begin; connections are made when first needed."""
+        self._running = True
+        self._cool()
 
     async def stop(self) -> None:
         """Close every connection; calls in flight end as `Unreachable`."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        self._running = False
+        if self._cooling is not None:
+            self._cooling.cancel()
+            self._cooling = None
+        for neighbour in self._neighbours.values():
+            neighbour.close()
+        self._neighbours.clear()
+
+    def _cool(self) -> None:
+        """Close connections that nobody has used for a while."""
+        loop = asyncio.get_running_loop()
+        for neighbour in self._neighbours.values():
+            neighbour.cool(loop.time() - self._idle_s)
+        self._cooling = loop.call_later(self._idle_s / 4, self._cool)
 
     async def call(
         self,
@@ -140,9 +139,9 @@ class Dendrite:
             Refused: the subclass that the axon raised.
             Unreachable: no complete answer in time.
             BadReply: the answer is not what was asked for.
-            ValueError: the message cannot be sent at all, see `synapse.encode`.
+            ValueError: the message cannot be sent at all, see `synapse.encode`; or `endpoint` is none.
         """
-        if self._session is None or not message.route:
+        if not self._running or not message.route:
             raise ValueError("call start() first" if message.route else f"{type(message).__name__} has no route")
         if max_reply_bytes is None:
             if callable(reply_specs):
@@ -151,14 +150,16 @@ class Dendrite:
         traffic = self.counters.setdefault(message.route, Traffic())
         traffic.calls += 1
         parts = synapse.encode(message, tensors)
-        gate = self._gates.setdefault(endpoint, asyncio.Semaphore(self.streams))
+        neighbour = self._neighbours.get(endpoint)
+        if neighbour is None:
+            neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams)
         try:
             async with asyncio.timeout(deadline):
                 large = synapse.size_of(parts) >= _HASH_OFF_LOOP
                 digest = await asyncio.to_thread(hashing.digest, *parts) if large else hashing.digest(*parts)
-                async with gate:
+                async with neighbour.gate:
                     blob = await self._exchange(
-                        endpoint, receiver, message.route, parts, digest, max_reply_bytes, traffic
+                        neighbour, receiver, message.route, parts, digest, max_reply_bytes, traffic
                     )
             fields, received = synapse.decode(reply, blob, reply_specs)
         except TimeoutError:
@@ -167,7 +168,7 @@ class Dendrite:
                 f"{endpoint} gave no answer to {message.route} within {deadline:g} s; "
                 "try a sibling or a longer deadline"
             ) from None
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
             traffic.failed += 1
             raise Unreachable(
                 f"{endpoint} did not answer {message.route} ({type(error).__name__}: {error}); try a sibling"
@@ -185,7 +186,7 @@ class Dendrite:
 
     async def _exchange(
         self,
-        endpoint: str,
+        neighbour: Neighbour,
         receiver: str,
         route: str,
         parts: Sequence[memoryview],
@@ -193,84 +194,83 @@ class Dendrite:
         max_reply_bytes: int,
         traffic: Traffic,
     ) -> memoryview:
-        if self._session is None:
-            raise Unreachable("this dendrite was stopped before the call was sent")
-        url = self._urls.get((endpoint, route))
-        if url is None:
-            url = self._urls[endpoint, route] = URL(f"{endpoint}/{route}")
         size = synapse.size_of(parts)
         shaper = None if self.shaper is None else self.shaper.towards(receiver)
         up = down = None
         if shaper is not None:
             await shaper.depart(size)
             up, down = shaper.up, shaper.down
-        self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
-        headers = auth.sign(self._signer, path=f"/{route}", digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
-        if size <= synapse.SLICE and up is None:
-            data: bytes | _Parts = b"".join(parts)
-        else:
-            data = _Parts(parts, up, self._turns.setdefault(endpoint, asyncio.Lock()))
-        async with self._session.post(url, data=data, headers=headers, allow_redirects=False) as response:
+        if not self._running:
+            raise Unreachable("this dendrite was stopped before the call was sent")
+        connection = await neighbour.take()
+        reusable = False
+        try:
+            async with neighbour.turn if size > TURN else nullcontext():
+                self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
+                path = f"/{route}"
+                signed = auth.sign(self._signer, path=path, digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
+                fields = {"Host": neighbour.authority, "Content-Length": str(size), **signed}
+                sent = await _send(connection, http1.request("POST", path, fields), parts, up)
             traffic.sent += size
-            limit = max_reply_bytes if response.status == 200 else _ERROR_LIMIT
-            blob = await _read(response, limit, down)
+            head = await _head(connection)
+            blob = await _read(connection, head, max_reply_bytes if head.status == 200 else _ERROR_LIMIT, down)
             traffic.received += blob.nbytes
-            if shaper is not None:
-                await shaper.arrive(blob.nbytes)
-            if response.status == 200:
-                return blob
-            error = from_wire(response.status, bytes(blob))
+            reusable = sent and head.keeps
+        finally:
+            if reusable:
+                neighbour.put(connection)
+            else:
+                neighbour.drop(connection)
+        if shaper is not None:
+            await shaper.arrive(blob.nbytes)
+        if head.status == 200:
+            return blob
+        error = from_wire(head.status, bytes(blob))
         if isinstance(error, Refused):
-            error.peer = endpoint
+            error.peer = neighbour.endpoint
             raise error
-        raise BadReply(f"{endpoint} {error}")
+        raise BadReply(f"{neighbour.endpoint} {error}")
 
 
-async def _read(response: aiohttp.ClientResponse, limit: int, down: Pipe | None) -> memoryview:
-    size = response.content_length
+async def _send(connection: Connection, head: bytes, parts: Sequence[memoryview], up: Pipe | None) -> bool:
+    """Send a request; whether all of it left. What is answered before that was refused, and need not leave."""
+    try:
+        if up is None:
+            return await connection.write([head, *parts], heed=True)
+        stream = up.stream()
+        whole = await connection.write([head], heed=True)
+        for piece in synapse.slices(parts, size=TURN):
+            await stream.carry(piece.nbytes)
+            whole = whole and await connection.write([piece], heed=True)
+            if not whole:
+                break
+    except (BrokenPipeError, ConnectionResetError):
+        return False  # it may have said why before it closed: `_head` finds out
+    return whole
+
+
+async def _head(connection: Connection) -> ResponseHead:
+    try:
+        raw = await connection.head()
+        if raw is not None:
+            return http1.parse_response(raw)
+    except BadHead as error:
+        raise BadReply(f"{connection.peer} does not answer in HTTP/1.1: {error}") from None
+    raise Unreachable(f"{connection.peer} closed without an answer; try a sibling")
+
+
+async def _read(connection: Connection, head: ResponseHead, limit: int, down: Pipe | None) -> memoryview:
+    size = head.length
     if size is None or size > limit:
-        response.close()
-        raise BadReply(f"{response.url.origin()} announced a reply of {size} bytes, limit {limit}")
+        raise BadReply(f"{connection.peer} announced a reply of {size} bytes, limit {limit}")
     blob = np.empty(size, dtype=np.uint8).data
-    filled = 0
-    stream = None if down is None else down.stream()
-    while filled < size:
-        chunk = await response.content.readany()
-        if stream is not None:
-            await stream.carry(len(chunk))
-        if not chunk:
-            raise Unreachable(f"{response.url.origin()} closed after {filled} of {size} bytes; try a sibling")
-        blob[filled : filled + len(chunk)] = chunk
-        filled += len(chunk)
+    if down is None:
+        filled = await connection.fill(blob)
+    else:
+        filled, stream = 0, down.stream()
+        while filled < size and (got := await connection.some(blob[filled : filled + TURN])):
+            await stream.carry(got)
+            filled += got
+    if filled < size:
+        raise Unreachable(f"{connection.peer} closed after {filled} of {size} bytes; try a sibling")
     return blob
-
-
-class _Parts(Payload):
-    """A request body that is written from where it lies, when those before it have left for the same neighbour.
-
-    Side by side they would all arrive last: four tensors that share a link take four times as long, each of them and on
-    every hop. The other streams are for replies that are under way.
-    """
-
-    _autoclose = True
-
-    def __init__(self, parts: Sequence[memoryview], up: Pipe | None, turn: asyncio.Lock) -> None:
-        super().__init__(parts)
-        self._parts = parts
-        self._up = up
-        self._turn = turn
-        self._size = synapse.size_of(parts)
-
-    async def write(self, writer: AbstractStreamWriter) -> None:
-        async with self._turn:
-            if self._up is None:
-                for piece in synapse.slices(self._parts):
-                    await writer.write(piece)
-                return
-            stream = self._up.stream()
-            for piece in synapse.slices(self._parts, size=TURN):
-                await stream.carry(piece.nbytes)
-                await writer.write(piece)
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:  # noqa: ARG002
-        raise TypeError("a body of tensors has no text")

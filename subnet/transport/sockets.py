@@ -5,8 +5,8 @@ one boundary tensor), and does not start over after an idle second. Linux lets a
 socket when the module is there and permitted; elsewhere the default stays. Buffer sizes are left to the
 kernel: setting one switches its autotuning off, and caps at `net.core.rmem_max`, which on a stock system
 (208 KiB) is far below what a 1 Gbit/s link needs. But of what they hold only `UNSENT` bytes may wait to be
-sent, so that a sender knows when it is the next one's turn. TCP_NODELAY needs no line here: asyncio sets it
-on every stream socket.
+sent, so that a sender knows when it is the next one's turn. TCP_NODELAY, because a message's last segment waits
+for nobody.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ import socket
 from contextlib import suppress
 from typing import Final
 
-from aiohttp import AddrInfoType
-
 from subnet.transport.errors import PortTaken
 
 UNSENT: Final = 256 * 1024
 """10 ms of a link of 200 Mbit/s; a loop that is late by that much leaves no gap."""
 
 
-def outgoing(address: AddrInfoType) -> socket.socket:
-    """A socket for one connection, in the form aiohttp's connector asks for."""
-    family, kind, protocol = address[:3]
-    return _tuned(socket.socket(family, kind, protocol))
+def outgoing(family: int) -> socket.socket:
+    """A non-blocking socket for one connection to an address of this family."""
+    sock = _tuned(socket.socket(family, socket.SOCK_STREAM))
+    sock.setblocking(False)
+    return sock
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A bound socket; connections it accepts inherit its congestion control.
+    """A bound socket; connections it accepts inherit what it is set to.
 
     Args:
         host: an IPv4 or IPv6 address of this machine; ``0.0.0.0`` or ``::`` for all.
@@ -56,6 +55,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def _tuned(sock: socket.socket) -> socket.socket:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with suppress(OSError, AttributeError):  # no such option on this system, or not permitted
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
     with suppress(OSError, AttributeError):

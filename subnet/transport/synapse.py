@@ -25,9 +25,6 @@ from subnet.transport.errors import MalformedRequest, NotFinite, WrongTensor
 HEADER_LIMIT: Final = 64 * 1024
 """Bytes before the first tensor: the length field and the padded JSON header, fields included."""
 
-SLICE: Final = 1024 * 1024
-"""Bytes handed to a socket at a time. What a socket does not take at once, asyncio copies."""
-
 _DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -135,7 +132,7 @@ def size_of(parts: Sequence[memoryview]) -> int:
     return sum(part.nbytes for part in parts)
 
 
-def slices(parts: Sequence[memoryview], *, size: int = SLICE) -> Iterator[memoryview]:
+def slices(parts: Sequence[memoryview], *, size: int) -> Iterator[memoryview]:
     """The parts, cut into pieces of at most `size` bytes."""
     for part in parts:
         for start in range(0, part.nbytes, size):

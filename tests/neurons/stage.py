@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import selectors
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -20,6 +19,8 @@ from model.optimizer import OuterConfig
 from neurons.exchange import Desk, Leaves
 from neurons.merging import judge_shard, merge
 from neurons.terms import Marks, Outcome, Terms
+from scripts.simulate.virtual import Chain, virtually
+from subnet.metagraph import BLOCK_SECONDS
 from subnet.swarm.codec import codec_of, no_residual
 from subnet.swarm.merge import Merged
 from subnet.swarm.record import Phase, Record
@@ -27,70 +28,12 @@ from subnet.transport.errors import BadReply, Unreachable
 
 T = TypeVar("T")
 
-BLOCK = 12.0
+BLOCK = BLOCK_SECONDS
 SILENCE = 15.0
 """Seconds after which a call to somebody dead is given up."""
 BYTES_PER_SECOND = 25e6
 MARKS = Marks(cut=1, have=5, merge=9, end=12, margin=1)
 NUMBER = 7
-
-
-class _Selector(selectors.SelectSelector):
-    """Does not wait: moves the clock to where the wait would end."""
-
-    now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
-        if not ready and timeout is None:
-            raise RuntimeError("everybody waits for ever")
-        if not ready:
-            self.now += max(0.0, timeout or 0.0)
-        return ready
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._clock = _Selector()
-        super().__init__(self._clock)
-
-    def time(self) -> float:
-        return self._clock.now
-
-
-def virtually(work: Awaitable[T]) -> T:
-    """Run on a virtual clock that starts at 0."""
-
-    async def whole() -> T:
-        return await work
-
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(whole())
-
-
-class Chain:
-    """A block every 12 s, final at once; what is published lands in the next one."""
-
-    def __init__(self) -> None:
-        self._log: list[tuple[int, str, bytes, bytes]] = []
-
-    @property
-    def height(self) -> int:
-        return int(asyncio.get_running_loop().time() / BLOCK + 1e-6)
-
-    def put(self, hotkey: str, record: Record, *, until: int) -> int | None:
-        block = self.height + 1
-        if block > until:
-            return None
-        self._log.append((block, hotkey, record.encode(), record.shards))
-        return block
-
-    async def wait(self, block: int) -> None:
-        await asyncio.sleep(block * BLOCK - asyncio.get_running_loop().time())
-
-    async def records_at(self, block: int) -> Mapping[str, Record | None]:
-        await self.wait(block)
-        return {hotkey: Record.decode(raw, shards) for at, hotkey, raw, shards in self._log if at <= block}
 
 
 Bend = Callable[[Record], Record | None]

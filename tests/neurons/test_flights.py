@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from neurons.flights import RECENT, Departure, Flights
+from neurons.flights import DRAIN_MARGIN, DRAIN_SLACK, RECENT, Departure, Flights
 
 
 def begun() -> Flights:
@@ -91,3 +91,16 @@ def test_fewer_replicas_make_flights_longer_until_one_is_back() -> None:
     assert flights.slowest == 2.0
     flights.begin(1.0)
     assert flights.expected(0.0, []) == 2.0  # more replicas promise nothing
+
+
+def test_the_last_one_leaves_with_time_to_spare_that_a_usual_flight_measures() -> None:
+    flights = begun()
+    flights.leave(0.0, 0)
+    for _ in range(60):
+        flights.land(8.0, Departure(0.0, 8))
+    for _ in range(RECENT):
+        flights.land(1.0, Departure(0.0, 1))
+    usual = (60 * 8.0 + RECENT) / (60 + RECENT)
+    needed = DRAIN_MARGIN * 1.0 + DRAIN_SLACK * usual
+    assert flights.returns(40.0, [], closing_at=40.0 + needed + 0.01, probe_until=0.0)
+    assert not flights.returns(40.0, [], closing_at=40.0 + needed - 0.01, probe_until=0.0)

@@ -135,6 +135,11 @@ def test_a_narrow_link_binds_and_is_named() -> None:
     assert found.binding == "link of stage 3"
 
 
+def test_one_replica_a_stage_leaves_nothing_to_draw() -> None:
+    lanes, lottery = (pace(_pipeline(replicas=1, depth=20, routing=routing)) for routing in Routing)
+    assert lanes == lottery
+
+
 @pytest.mark.parametrize(
     ("routing", "depth", "jitter", "within"),
     [

@@ -41,7 +41,7 @@ def test_the_published_benchmark(depth: int, published: float) -> None:
         depth=depth,
         routing=Routing.LANES,
     )
-    result = simulate(Setting(pipeline=swarm, seconds=60, wires=Wires.PAIR, microbatches=32))
+    result = simulate(Setting(pipeline=swarm, seconds=60, wires=Wires.PAIR, microbatches=32, jitter=0))
     assert len(result.completed) == 32
     assert result.completed[-1] == pytest.approx(published, rel=0.03)
 
@@ -49,7 +49,7 @@ def test_the_published_benchmark(depth: int, published: float) -> None:
 def test_one_stage_computes_all_the_time() -> None:
     result = simulate(Setting(pipeline=pipeline(stages=1, replicas=1), seconds=600))
     assert result.utilisation == pytest.approx(1.0)
-    assert len(result.completed) == 300
+    assert len(result.completed) == pytest.approx(300, rel=0.02)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:

@@ -1,0 +1,161 @@
+"""Tensors between host and device, so that the compute thread waits for no copy.
+
+A unit's input is on its way to the device while the unit before it computes; a result is copied out while the next unit
+computes, and a thread of its own waits for it. On a CPU nothing is copied that is not cast, and nobody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from model.engine import StageEngine
+from subnet.messages import WIRE_LIMIT
+from subnet.transport.errors import NotFinite
+from subnet.transport.synapse import require_finite
+
+Boarded = Callable[[], torch.Tensor]
+"""Called on the compute thread: the tensor, on the device, in the stage's dtype."""
+
+
+class Departure:
+    """A result in host memory and the wire's dtype, or on its way there until its job is answered."""
+
+    def __init__(self, wired: torch.Tensor) -> None:
+        self._wired = wired
+        self._fault: NotFinite | None = None
+
+    def check(self) -> None:
+        """Look at it once it is there: the other side refuses what is not finite."""
+        try:
+            require_finite({"output": self._wired}, limit=WIRE_LIMIT)
+        except NotFinite as error:
+            self._fault = error
+
+    def landed(self) -> torch.Tensor:
+        """The tensor, once its job is answered. Raises `NotFinite`."""
+        if self._fault is not None:
+            raise self._fault
+        return self._wired
+
+
+class Ferry(Protocol):
+    """One stage's way in and out."""
+
+    def board(self, tensor: torch.Tensor) -> Boarded:
+        """Event loop: set a host tensor on its way in. Tokens keep their dtype."""
+        ...
+
+    def leave(self, tensor: torch.Tensor) -> Departure:
+        """Compute thread: set a result on its way out."""
+        ...
+
+    def settle(self, answer: Callable[[], object]) -> None:
+        """Compute thread, once per job: call `answer` when all that has left is there, in the order of the jobs."""
+        ...
+
+    def keep_pace(self) -> None:
+        """Compute thread, at the end of a job: wait until the device has done the job before. So one job is queued
+        behind the one that computes, priorities count for all others, and a job takes as long as the device does."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more is carried."""
+        ...
+
+
+def ferry_of(engine: StageEngine, wire: torch.dtype) -> Ferry:
+    """For where the engine's stage is."""
+    dtype = engine.stage.dtype
+    return CudaFerry(engine.device, dtype, wire) if engine.device.type == "cuda" else HostFerry(dtype, wire)
+
+
+class HostFerry:
+    """Where the device is the host: a cast at most, checked at once."""
+
+    def __init__(self, dtype: torch.dtype, wire: torch.dtype) -> None:
+        self._dtype = dtype
+        self._wire = wire
+
+    def board(self, tensor: torch.Tensor) -> Boarded:
+        there = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        return lambda: there
+
+    def leave(self, tensor: torch.Tensor) -> Departure:
+        departure = Departure(tensor.to(self._wire))
+        departure.check()
+        return departure
+
+    def settle(self, answer: Callable[[], object]) -> None:
+        answer()
+
+    def keep_pace(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class CudaFerry:
+    """Pinned host memory, a stream each way, events in between; the compute thread uses its current stream.
+
+    A block freed on one stream may be given away while another still reads it: hence each `record_stream`. Pinned
+    memory needs none, since the host allocator keeps a block until the copies that use it are over.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, wire: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._wire = wire
+        self._inward = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._outward = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._before: torch.cuda.Event | None = None
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ferry")
+
+    def board(self, tensor: torch.Tensor) -> Boarded:
+        with torch.cuda.stream(self._inward):
+            there = tensor.pin_memory().to(self._device, non_blocking=True)
+            if there.is_floating_point():
+                there = there.to(self._dtype)
+            arrived = self._inward.record_event()
+
+        def take() -> torch.Tensor:
+            compute = torch.cuda.current_stream(self._device)
+            compute.wait_event(arrived)
+            there.record_stream(compute)
+            return there
+
+        return take
+
+    def leave(self, tensor: torch.Tensor) -> Departure:
+        self._outward.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._outward):
+            wired = torch.empty(tensor.shape, dtype=self._wire, pin_memory=True)
+            wired.copy_(tensor.to(self._wire), non_blocking=True)
+            tensor.record_stream(self._outward)
+            left = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            left.record(self._outward)
+        departure = Departure(wired)
+        self._waiter.submit(self._land, departure, left)
+        return departure
+
+    def settle(self, answer: Callable[[], object]) -> None:
+        self._waiter.submit(answer)
+
+    def keep_pace(self) -> None:
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._device))
+        if self._before is not None:
+            self._before.synchronize()
+        self._before = done
+
+    def close(self) -> None:
+        self._waiter.shutdown(wait=False, cancel_futures=True)
+
+    @staticmethod
+    def _land(departure: Departure, left: torch.cuda.Event) -> None:
+        left.synchronize()
+        departure.check()

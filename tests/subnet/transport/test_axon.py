@@ -229,7 +229,7 @@ async def test_counters_are_the_bytes_of_the_bodies(node: Node, alice: Dendrite)
     assert traffic.received > 2 * synapse.wire_bytes(SPECS)
 
 
-async def test_sequential_calls_use_one_connection_and_parallel_ones_no_more_than_allowed(node: Node, alice: Dendrite) -> None:
+async def test_sequential_calls_use_one_connection_and_parallel_ones_several(node: Node, alice: Dendrite) -> None:
     ports: set[str] = set()
     accept = node.axon._on_request
 

@@ -79,8 +79,8 @@ class RecentMean:
 def overdue_after(returns: Collection[float], *, crossing: float) -> float:
     """After how many seconds a gradient is overdue where the last ones took so long.
 
-    Before the first is back `crossing` must do: all stages' computing of a microbatch, of which only forwards may be
-    known so far, so twice as much may be the truth.
+    Before the first is back `crossing` must do: a microbatch's way through all stages and back, of whose computing only
+    forwards may be known so far, so twice as much may be the truth.
     """
     return max(OVERDUE_FLOOR, OVERDUE_FACTOR * max(returns, default=max(OVERDUE_FLOOR, 2 * crossing)))
 
@@ -103,7 +103,8 @@ class Delivery:
         endpoint_of: Callable[[str], str | None],
         crossing: Callable[[], float],
     ) -> None:
-        """`crossing` is about how many seconds all stages compute for one microbatch, 0 if nothing is measured."""
+        """`crossing` is about how many seconds one microbatch takes there and back through all stages, 0 if nothing is
+        measured."""
         self._identity = identity
         self._run = loaded.run_id
         self._plan = plan
@@ -119,6 +120,7 @@ class Delivery:
         """Until when, by the loop's clock, a replica has said to be full."""
         self._line = asyncio.Lock()
         """Held by who is first in line for room at the next stage."""
+        self._streams: dict[str, asyncio.Semaphore] = {}
         self.push_seconds = RecentMean()
 
     async def forward(
@@ -354,9 +356,16 @@ class Delivery:
     ) -> bytes | None:
         """One push. Its receipt, or None if the other side has this microbatch from somebody else."""
         loop = asyncio.get_running_loop()
-        start = loop.time()
-        accepted, _ = await self._call(hop, push, tensors, reply=Accepted, deadline=self._deadline())
-        self.push_seconds.add(loop.time() - start)
+        streams = self._streams.setdefault(hop, asyncio.Semaphore(self._dendrite.streams))
+        queued = streams.locked()
+        # A deadline says how long the other side may take. What waits here for those before it is not late, and a full
+        # pipeline's worth of pushes may; but if they find out that nobody is there, it need not find out for itself.
+        async with streams:
+            if queued and self.is_down(hop):
+                raise Unreachable(f"{hop} has not answered the push before; a sibling is tried")
+            start = loop.time()
+            accepted, _ = await self._call(hop, push, tensors, reply=Accepted, deadline=self._deadline())
+            self.push_seconds.add(loop.time() - start)
         if accepted.receipt is None:
             return None
         receipt = bytes.fromhex(accepted.receipt)

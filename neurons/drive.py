@@ -126,8 +126,10 @@ class Driver:
 
     @property
     def crossing(self) -> float:
-        """Seconds that all stages compute for one microbatch if they are as fast as this one; 0 before the first."""
-        return self._engine.plan.count * self.unit_seconds.value
+        """Seconds of one microbatch there and back through all stages if they and their links are as fast as this one;
+        0 before the first."""
+        stages = self._engine.plan.count
+        return stages * self.unit_seconds.value + 2 * (stages - 1) * self._delivery.push_seconds.value
 
     def land(self, current: TrainingRound, sample: int) -> tuple[float, Departure] | None:
         """Take a flight out of the air; how long it lasted and how it left, None if none of this head's was."""

@@ -1,7 +1,7 @@
 """What a step takes at least, by arithmetic: stages that compute and links that carry, without anything else. Pure.
 
-Transfers cost nobody's computing time, links are full duplex and pass one tensor after the other, everything starts when
-what it needs is there (facts: sota §2.2).
+Transfers cost nobody's computing time, links are full duplex and pass one tensor after the other, everything starts
+when what it needs is there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def deep(line: Line) -> float:
 
 
 def one_f_one_b(line: Line) -> float:
-    """Seconds of a step of 1F1B: stage s has P - s microbatches in flight, then one backward and one forward in turn."""
+    """Seconds of a step of 1F1B: stage s starts with P - s forwards, then one backward and one forward in turn."""
     stages, count = line.stages, line.microbatches
     order = [_order(min(count, stages - stage), count) for stage in range(stages)]
     place, free = [0] * stages, [0.0] * stages

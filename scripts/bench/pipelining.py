@@ -1,10 +1,10 @@
-"""One stage of PyTorch's own pipeline: `torch.distributed.pipelining` 1F1B over gloo, around a stand-in for its compute.
+"""One stage of PyTorch's own pipeline: `torch.distributed.pipelining` 1F1B over gloo, its compute held, not done.
 
     python -m scripts.bench.pipelining SPEC RANK
 
-SPEC is a `Spec` as JSON. Every rank is a process, on a machine or in a network namespace of its own. The first prints as
-JSON how long each step took, from its start to the end of the last backward at the first stage. Nothing here is Orion's:
-forward and backward hold their thread for set times, boundary tensors and all messages are PyTorch's.
+SPEC is a `Spec` as JSON. Every rank is a process, on a machine or in a network namespace of its own. The first prints
+as JSON how long each step took, from its start to the end of the last backward at the first stage. Nothing here is
+Orion's: forward and backward hold their thread for set times, boundary tensors and all messages are PyTorch's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Spec:
     """(microbatch, sequence, width) of what crosses, in bf16."""
     microbatches: int
     steps: int
-    """Those that count; one more goes before."""
+    """Those that count."""
+    warm_up: int
+    """Those that go before."""
 
 
 class _Held(torch.autograd.Function):
@@ -71,7 +73,7 @@ class HeldStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(microbatch, sequence, width), or tokens (microbatch, sequence), to (microbatch, sequence, width)."""
-        out: Tensor = _Held.apply(x, self.anchor, self._spec)
+        out: Tensor = _Held.apply(x, self.anchor, self._spec)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -92,7 +94,7 @@ def run(spec: Spec, rank: int) -> list[float]:
     tokens = torch.zeros((rows, spec.boundary[1]), dtype=torch.int64)
     target = torch.zeros(rows)
     seconds = []
-    for _ in range(1 + spec.steps):
+    for _ in range(spec.warm_up + spec.steps):
         dist.barrier()
         start = time.monotonic()
         if first:
@@ -103,7 +105,7 @@ def run(spec: Spec, rank: int) -> list[float]:
             schedule.step()
         seconds.append(time.monotonic() - start)
     dist.destroy_process_group()
-    return seconds[1:]
+    return seconds[spec.warm_up :]
 
 
 def main() -> int:

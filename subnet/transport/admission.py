@@ -88,7 +88,7 @@ class Admission:
         *,
         allow: Allow,
         now_ns: Callable[[], int],
-        slots: int = 4,
+        slots: int = 8,
         buffer_bytes: int = 1 << 30,
         max_age_s: float = http_auth.DEFAULT_MAX_AGE,
         allowed_skew_s: float = http_auth.DEFAULT_ALLOWED_SKEW,

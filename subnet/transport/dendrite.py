@@ -1,16 +1,17 @@
 """The client side of a hotkey: signed calls over warm connections.
 
-Up to four keep-alive connections per neighbour. A call takes one of them, then signs, so that waiting never
-ages a signature; sends the tensors straight from their memory; receives the reply into one buffer whose size
-was bounded beforehand. Every call has a deadline and is tried once: whether to try again,
-and where, is the caller's knowledge. It ends in the reply, or in `Refused` (the peer said no),
-`Unreachable` (nobody knows) or `BadReply` (the peer is broken).
+Up to eight keep-alive connections per neighbour. A call takes one of them; sends the tensors straight from their
+memory, when those before it have left for the same neighbour, and signs first, so that waiting never ages a
+signature; receives the reply into one buffer whose size was bounded beforehand. Every call has a deadline and is
+tried once: whether to try again, and where, is the caller's knowledge. It ends in the reply, or in `Refused` (the
+peer said no), `Unreachable` (nobody knows) or `BadReply` (the peer is broken).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Final, Self
@@ -55,7 +56,7 @@ class Dendrite:
         signer: Signer,
         *,
         now_ns: Callable[[], int],
-        streams: int = 4,
+        streams: int = 8,
         idle_s: float = 90.0,
         shaper: Shaper | None = None,
     ) -> None:
@@ -69,7 +70,8 @@ class Dendrite:
         """
         self._signer = signer
         self._now_ns = now_ns
-        self._streams = streams
+        self.streams = streams
+        """Calls in flight to one neighbour."""
         self._idle_s = idle_s
         self.shaper = shaper
         self._memory = Memory()
@@ -151,7 +153,7 @@ class Dendrite:
         parts = synapse.encode(message, tensors)
         neighbour = self._neighbours.get(endpoint)
         if neighbour is None:
-            neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self._streams)
+            neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams)
         try:
             async with asyncio.timeout(deadline):
                 large = synapse.size_of(parts) >= _HASH_OFF_LOOP
@@ -204,11 +206,12 @@ class Dendrite:
         connection = await neighbour.take()
         reusable = False
         try:
-            self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
-            path = f"/{route}"
-            signed = auth.sign(self._signer, path=path, digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
-            fields = {"Host": neighbour.authority, "Content-Length": str(size), **signed}
-            sent = await _send(connection, http1.request("POST", path, fields), parts, up)
+            async with neighbour.turn if size > TURN else nullcontext():
+                self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
+                path = f"/{route}"
+                signed = auth.sign(self._signer, path=path, digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
+                fields = {"Host": neighbour.authority, "Content-Length": str(size), **signed}
+                sent = await _send(connection, http1.request("POST", path, fields), parts, up)
             traffic.sent += size
             head = await _head(connection)
             limit = max_reply_bytes if head.status == 200 else _ERROR_LIMIT

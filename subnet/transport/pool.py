@@ -21,6 +21,9 @@ class Neighbour:
         self.endpoint = endpoint
         self.authority = parts.netloc
         self.gate = asyncio.Semaphore(streams)
+        self.turn = asyncio.Lock()
+        """Held while a large body leaves. Side by side they would all arrive last: four tensors that share a link take
+        four times as long, each of them and on every hop. The other streams are for replies that are under way."""
         self._host, self._port = parts.hostname, parts.port
         self._idle: list[tuple[Connection, float]] = []
         """Open connections nobody uses, the one used last at the end, with the loop's time from when on."""

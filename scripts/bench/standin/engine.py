@@ -86,7 +86,7 @@ class StandInStage(Stage):
         self.hold = hold
         draw = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little")
         self._generator = torch.Generator().manual_seed(draw)
-        self._drawing: Tensor | None = None
+        self._drawing = self._drawn = torch.empty(0)
 
     @property
     def anchor(self) -> Tensor:
@@ -110,13 +110,18 @@ class StandInStage(Stage):
         return out
 
     def drawn(self, x: Tensor) -> Tensor:
-        """What leaves the stage for an input `x`: fp32 (B, T, width)."""
-        shape = (*x.shape[:2], self.config.boundary_width)
-        if self._drawing is None or self._drawing.shape != shape:
-            self._drawing = torch.randn(shape, generator=self._generator)
-        out = self._drawing * (1 + SPREAD * float(torch.rand((), generator=self._generator)))
+        """What leaves the stage for an input `x`: fp32 (B, T, width), until the next one is drawn."""
+        out = torch.mul(self.like(x), 1 + SPREAD * float(torch.rand((), generator=self._generator)), out=self._drawn)
         out.view(-1)[:MARKS] = torch.randn(min(MARKS, out.numel()), generator=self._generator)
-        return out
+        return out.detach()
+
+    def like(self, x: Tensor) -> Tensor:
+        """The same for what nobody looks at."""
+        shape = (*x.shape[:2], self.config.boundary_width)
+        if self._drawing.shape != shape:
+            self._drawing = torch.randn(shape, generator=self._generator)
+            self._drawn = torch.empty(shape)
+        return self._drawing.detach()
 
     def returned(self, x: Tensor, *, wanted: bool) -> tuple[Tensor | None, Tensor]:
         """After the backward's time: gradients of `x`, if there is one, and of the anchor."""
@@ -129,7 +134,7 @@ class _Boundary(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, anchor: Tensor, stage: StandInStage) -> Tensor:  # noqa: ANN401, ARG004
         ctx.stage = stage
         ctx.save_for_backward(x)
-        return stage.drawn(x)
+        return stage.like(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None]:  # noqa: ANN401, ARG004

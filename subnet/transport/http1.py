@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final
+from typing import Final, TypeVar, overload
+
+_T = TypeVar("_T")
 
 HEAD_LIMIT: Final = 16 * 1024
 """Bytes of a head, its empty line included. A signed one has about 600."""
@@ -20,7 +22,7 @@ END: Final = b"\r\n\r\n"
 _REQUEST: Final = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
 _RESPONSE: Final = re.compile(r"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [ -~]*)?")
 _NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_VALUE: Final = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class BadHead(ValueError):  # noqa: N818
@@ -38,6 +40,17 @@ class Fields(Mapping[str, str]):
 
     def __getitem__(self, name: str) -> str:
         return self._by_name[name.lower()]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.lower() in self._by_name
+
+    @overload
+    def get(self, name: str, /) -> str | None: ...
+    @overload
+    def get(self, name: str, /, default: _T) -> str | _T: ...
+    def get(self, name: str, /, default: _T | None = None) -> str | _T | None:
+        """As `Mapping` does it, in a tenth of the time."""
+        return self._by_name.get(name.lower(), default)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
@@ -114,10 +127,11 @@ def response(status: int, length: int, *, kind: str, keep: bool) -> bytes:
 def _split(raw: bytes) -> tuple[str, Fields]:
     first, *lines = raw.removesuffix(END).decode("latin-1").split("\r\n")
     by_name: dict[str, str] = {}
+    unclean = _CONTROL.search("".join(lines))
     for line in lines:
         # One pattern for all would try every way to share spaces between value and padding: seconds for a stranger.
         name, colon, value = line.partition(":")
-        if not colon or not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+        if not colon or not _NAME.fullmatch(name) or (unclean and _CONTROL.search(value)):
             raise BadHead(f"header line {line[:64]!r}")
         by_name[name.lower()] = value.strip(" \t")
     if len(by_name) != len(lines):

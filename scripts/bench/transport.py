@@ -32,7 +32,7 @@ from scripts.bench.report import report
 
 PEER: Final = "10.5.0"
 SIZES: Final = {"64KiB": 64 << 10, "2MiB": 2 << 20, "16MiB": 16 << 20}
-MESSAGES: Final = {"64KiB": 128, "2MiB": 24, "16MiB": 12}
+MESSAGES: Final = {"64KiB": 256, "2MiB": 128, "16MiB": 24}
 """Of one round."""
 LARGE: Final = ("2MiB", "16MiB")
 """What the headline ratios are the least of."""

@@ -18,6 +18,7 @@ from typing import Final
 from bittensor import http_auth
 
 from subnet.transport import auth
+from subnet.transport.beside import FIELD, Place
 from subnet.transport.errors import (
     Busy,
     LengthRequired,
@@ -41,6 +42,8 @@ class Ticket:
     caller: str
     length: int
     digest: bytes
+    place: Place | None = None
+    """Where its body lies, if it is not sent."""
 
 
 class ReplayCache:
@@ -127,7 +130,8 @@ class Admission:
         Raises:
             Refused: the subclass says why; nothing is held then.
         """
-        length = _length(headers, max_bytes)
+        place = Place.parse(headers[FIELD]) if FIELD in headers else None
+        length = _length(headers, max_bytes) if place is None else _beside(place, headers, max_bytes)
         self._allow(auth.claimed_hotkey(headers), route)
         now = self._now_ns()
         claim = auth.verify(
@@ -155,12 +159,20 @@ class Admission:
         self._held[claim.caller] += 1
         self._buffered += length
         try:
-            yield Ticket(claim.caller, length, claim.digest)
+            yield Ticket(claim.caller, length, claim.digest, place)
         finally:
             self._buffered -= length
             self._held[claim.caller] -= 1
             if not self._held[claim.caller]:
                 del self._held[claim.caller]
+
+
+def _beside(place: Place, headers: Mapping[str, str], max_bytes: int) -> int:
+    if _length(headers, max_bytes):
+        raise MalformedRequest("a body besides one in memory", f"send either it or {FIELD}")
+    if place.length > max_bytes:
+        raise TooLarge(f"body of {place.length} bytes, limit {max_bytes} on this route", "send what the plan says")
+    return place.length
 
 
 def _length(headers: Mapping[str, str], max_bytes: int) -> int:

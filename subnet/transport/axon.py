@@ -24,11 +24,13 @@ import torch
 from model import hashing
 from subnet.transport import http1, sockets, synapse
 from subnet.transport.admission import Admission, Ticket
+from subnet.transport.beside import is_beside
 from subnet.transport.connection import Connection
 from subnet.transport.errors import (
     BadSignature,
     Broken,
     Busy,
+    Elsewhere,
     MalformedRequest,
     Refused,
     TooSlow,
@@ -270,6 +272,12 @@ class Axon:
     async def _receive(self, request: _Request, ticket: Ticket) -> memoryview:
         """The body, in one buffer, proven to be the one that was signed."""
         body = self._memory.take(ticket.length)
+        if ticket.place is not None:
+            if self.shaper is not None or not is_beside(request.connection.peer.rpartition(":")[0]):
+                raise Elsewhere(f"{request.connection.peer} is not beside this axon", "send the body")
+            read = ticket.place.read
+            found = await asyncio.to_thread(read, body) if ticket.length >= synapse.OFF_LOOP else read(body)
+            return _proven(body, found, ticket)
         digest = hashing.hasher()
 
         def seen(piece: memoryview) -> None:
@@ -293,9 +301,7 @@ class Axon:
             pass  # cut off: the count below says so
         if request.received < ticket.length:
             raise MalformedRequest(f"{request.received} of {ticket.length} bytes received", "send the whole body")
-        if digest.digest() != ticket.digest:
-            raise BadSignature("the body is not the one that was signed", "send the bytes that Content-Digest is of")
-        return body
+        return _proven(body, digest.digest(), ticket)
 
     @staticmethod
     async def _receive_shaped(
@@ -383,3 +389,10 @@ class Axon:
 
     def _patience_s(self, size: int) -> float:
         return self._grace_s + size / self._min_rate
+
+
+def _proven(body: memoryview, digest: bytes, ticket: Ticket) -> memoryview:
+    """The body, if this is the digest that was signed."""
+    if digest != ticket.digest:
+        raise BadSignature("the body is not the one that was signed", "send the bytes that Content-Digest is of")
+    return body

@@ -19,10 +19,11 @@ from typing import Final, Self
 import torch
 
 from model import hashing
-from subnet.transport import auth, http1, synapse
+from subnet.transport import auth, beside, http1, synapse
 from subnet.transport.auth import Signer
+from subnet.transport.beside import Place, Sheets
 from subnet.transport.connection import Connection
-from subnet.transport.errors import BadReply, Refused, Silent, Unreachable, from_wire
+from subnet.transport.errors import BadReply, Elsewhere, Refused, Silent, Unreachable, from_wire
 from subnet.transport.http1 import BadHead, ResponseHead
 from subnet.transport.memory import Memory
 from subnet.transport.pool import Neighbour
@@ -33,8 +34,6 @@ NO_TENSORS: Final[Mapping[str, torch.Tensor]] = MappingProxyType({})
 NO_SPECS: Final[Specs] = MappingProxyType({})
 
 _ERROR_LIMIT: Final = 8 * 1024
-_HASH_OFF_LOOP: Final = 4 * 1024 * 1024
-"""Bodies of this many bytes are hashed in a thread: what would stall the loop for a millisecond."""
 
 
 @dataclass(slots=True)
@@ -75,6 +74,7 @@ class Dendrite:
         self._idle_s = idle_s
         self.shaper = shaper
         self._memory = Memory()
+        self._sheets = Sheets()
         self._running = False
         self._neighbours: dict[str, Neighbour] = {}
         self._cooling: asyncio.TimerHandle | None = None
@@ -105,6 +105,7 @@ class Dendrite:
         for neighbour in self._neighbours.values():
             neighbour.close()
         self._neighbours.clear()
+        self._sheets.close()
 
     def _cool(self) -> None:
         """Close connections that nobody has used for a while."""
@@ -156,12 +157,7 @@ class Dendrite:
             neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams)
         try:
             async with asyncio.timeout(deadline):
-                large = synapse.size_of(parts) >= _HASH_OFF_LOOP
-                digest = await asyncio.to_thread(hashing.digest, *parts) if large else hashing.digest(*parts)
-                async with neighbour.gate:
-                    blob = await self._exchange(
-                        neighbour, receiver, message.route, parts, digest, max_reply_bytes, traffic
-                    )
+                blob = await self._deliver(neighbour, receiver, message.route, parts, max_reply_bytes, traffic)
             fields, received = synapse.decode(reply, blob, reply_specs)
         except TimeoutError:
             traffic.failed += 1
@@ -185,6 +181,39 @@ class Dendrite:
             raise
         return fields, received
 
+    async def _deliver(
+        self,
+        neighbour: Neighbour,
+        receiver: str,
+        route: str,
+        parts: Sequence[memoryview],
+        max_reply_bytes: int,
+        traffic: Traffic,
+    ) -> memoryview:
+        size = synapse.size_of(parts)
+        large = size >= synapse.OFF_LOOP
+        if neighbour.beside and size >= beside.FROM and self.shaper is None:
+            async with neighbour.gate:
+                sheet, read = self._sheets.take(), False
+                try:
+                    place, digest = await asyncio.to_thread(sheet.write, parts) if large else sheet.write(parts)
+                    blob = await self._exchange(
+                        neighbour, receiver, route, (), digest, max_reply_bytes, traffic, place=place
+                    )
+                    read = True
+                except Elsewhere:
+                    neighbour.beside = False
+                except Refused:
+                    read = True
+                    raise
+                else:
+                    return blob
+                finally:
+                    self._sheets.give_back(sheet, read=read)
+        digest = await asyncio.to_thread(hashing.digest, *parts) if large else hashing.digest(*parts)
+        async with neighbour.gate:
+            return await self._exchange(neighbour, receiver, route, parts, digest, max_reply_bytes, traffic)
+
     async def _exchange(
         self,
         neighbour: Neighbour,
@@ -194,7 +223,10 @@ class Dendrite:
         digest: bytes,
         max_reply_bytes: int,
         traffic: Traffic,
+        *,
+        place: Place | None = None,
     ) -> memoryview:
+        """One request and its answer; with a `place` that is where its body lies, and `parts` are none."""
         size = synapse.size_of(parts)
         shaper = None if self.shaper is None else self.shaper.towards(receiver)
         up = down = None
@@ -211,8 +243,10 @@ class Dendrite:
                 path = f"/{route}"
                 signed = auth.sign(self._signer, path=path, digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
                 fields = {"Host": neighbour.authority, "Content-Length": str(size), **signed}
+                if place is not None:
+                    fields[beside.FIELD] = str(place)
                 sent = await _send(connection, http1.request("POST", path, fields), parts, up)
-            traffic.sent += size
+            traffic.sent += size if place is None else place.length
             head = await _head(connection)
             limit = max_reply_bytes if head.status == 200 else _ERROR_LIMIT
             blob = await _read(connection, head, limit, self._memory, down)

@@ -7,6 +7,7 @@ import socket
 from urllib.parse import urlsplit
 
 from subnet.transport import sockets
+from subnet.transport.beside import OFFERED, is_beside
 from subnet.transport.connection import Address, Connection
 
 
@@ -25,6 +26,8 @@ class Neighbour:
         """Held while a large body leaves. Side by side they would all arrive last: four tensors that share a link take
         four times as long, each of them and on every hop. The other streams are for replies that are under way."""
         self._host, self._port = parts.hostname, parts.port
+        self.beside = OFFERED and is_beside(parts.hostname)
+        """Whether bodies may lie in memory that both sides see, as far as known."""
         self._idle: list[tuple[Connection, float]] = []
         """Open connections nobody uses, the one used last at the end, with the loop's time from when on."""
         self._used: set[Connection] = set()

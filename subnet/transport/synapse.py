@@ -22,6 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from subnet.transport.errors import MalformedRequest, NotFinite, WrongTensor
 
+OFF_LOOP: Final = 4 * 1024 * 1024
+"""Bodies of this many bytes are hashed in a thread: what would stall the loop for a millisecond."""
+
 HEADER_LIMIT: Final = 64 * 1024
 """Bytes before the first tensor: the length field and the padded JSON header, fields included."""
 

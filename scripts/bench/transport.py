@@ -1,5 +1,8 @@
 """How fast a tensor reaches one neighbour: Orion's axon and dendrite, bittensor 10.5.0's, and gloo's send and recv.
 
+`orion` is what nodes of one machine do (bodies lie in memory that both sides read, `subnet.transport.beside`), `sent`
+what nodes of two machines do: bodies cross a TCP connection, here over loopback, as those of the other two do.
+
     python -m scripts.bench.transport --json      (two minutes, and one more the first time; --quick: half a minute)
 
 For each, a receiver and a sender process on loopback TCP; the same fp32 tensors, as many of them, as many in flight.
@@ -36,7 +39,13 @@ MESSAGES: Final = {"64KiB": 256, "2MiB": 128, "16MiB": 24}
 """Of one round."""
 LARGE: Final = ("2MiB", "16MiB")
 """What the headline ratios are the least of."""
-RATIOS: Final = {"bittensor10": "ratio_vs_bittensor10", "gloo": "ratio_vs_gloo"}
+RATIOS: Final = {
+    "ratio_vs_bittensor10": ("orion", "bittensor10"),
+    "ratio_vs_gloo": ("orion", "gloo"),
+    "ratio_sent_vs_bittensor10": ("sent", "bittensor10"),
+    "ratio_sent_vs_gloo": ("sent", "gloo"),
+}
+"""Whose speed over whose."""
 PATIENCE_S: Final = 120.0
 HERE: Final = Path(__file__).parent
 
@@ -147,19 +156,19 @@ async def measure(
     return samples
 
 
-def ratio(samples: Mapping[tuple[str, str], list[Sample]], other: str, size: str) -> float | None:
-    """How many times as fast as `other` Orion is; None if that was not measured."""
-    if (other, size) not in samples:
+def ratio(samples: Mapping[tuple[str, str], list[Sample]], ours: str, other: str, size: str) -> float | None:
+    """How many times as fast as `other` one of ours is; None if either was not measured."""
+    if (other, size) not in samples or (ours, size) not in samples:
         return None
-    pairs = zip(samples[other, size], samples["orion", size], strict=True)
-    return round(statistics.median(theirs.seconds / ours.seconds for theirs, ours in pairs), 3)
+    pairs = zip(samples[other, size], samples[ours, size], strict=True)
+    return round(statistics.median(theirs.seconds / own.seconds for theirs, own in pairs), 3)
 
 
 def figures(samples: Mapping[tuple[str, str], list[Sample]], notes: Mapping[str, str]) -> dict[str, object]:
     """What the report says."""
     result: dict[str, object] = {}
-    for other, key in RATIOS.items():
-        by_size = {size: ratio(samples, other, size) for size in SIZES}
+    for key, (ours, other) in RATIOS.items():
+        by_size = {size: ratio(samples, ours, other, size) for size in SIZES}
         large = [by_size[size] for size in LARGE]
         known = [value for value in large if value is not None]
         result[key] = min(known) if len(known) == len(large) else None
@@ -191,14 +200,16 @@ def table(results: Mapping[str, object]) -> str:
         lines += [
             f"{name:12}{size:>8}" + "".join(f"{value:10,.2f}" for value in sizes[size].values()) for size in sizes
         ]
-    return "\n".join([*lines, *(f"{key}: {results[key]}" for key in RATIOS.values())])
+    return "\n".join([*lines, *(f"{key}: {results[key]}" for key in RATIOS)])
 
 
 async def run(options: argparse.Namespace) -> dict[str, object]:
     ours = (sys.executable, "-m", "scripts.bench.transport_ends")
-    commands: dict[str, Sequence[str]] = {"orion": (*ours, "orion"), "gloo": (*ours, "gloo")}
+    commands: dict[str, Sequence[str]] = {name: (*ours, name) for name in ("orion", "sent", "gloo")}
     notes: dict[str, str] = {}
     try:
+        if options.quick and not (options.venv / f"bittensor-{PEER}").exists():
+            raise Unmeasured(f"not measured: --quick makes no {options.venv}")
         commands["bittensor10"] = (str(peer_python(options.venv)), str(HERE / "bittensor10.py"))
     except Unmeasured as reason:
         notes["bittensor10"] = str(reason)

@@ -84,9 +84,9 @@ async def stream(dendrite: Dendrite, endpoint: str, x: torch.Tensor, left: Itera
             raise RuntimeError(f"{done.received} of {x.nbytes} bytes arrived")
 
 
-async def send_orion(port: int) -> None:
+async def send_orion(port: int, *, beside: bool) -> None:
     endpoint = f"http://{HOST}:{port}"
-    async with Dendrite(Keypair.create_from_uri("//Alice"), now_ns=time.time_ns) as dendrite:
+    async with Dendrite(Keypair.create_from_uri("//Alice"), now_ns=time.time_ns, beside=beside) as dendrite:
         while line := await asyncio.to_thread(sys.stdin.readline):
             size, messages, in_flight = map(int, line.split())
             x = tensor_of(size)
@@ -145,10 +145,10 @@ def _join(meeting: str, rank: int) -> None:
 def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     match argv:
-        case ["orion", "serve"]:
+        case ["orion" | "sent", "serve"]:
             asyncio.run(serve_orion())
-        case ["orion", "send", port]:
-            asyncio.run(send_orion(int(port)))
+        case ["orion" | "sent" as name, "send", port]:
+            asyncio.run(send_orion(int(port), beside=name == "orion"))
         case ["gloo", "serve"]:
             serve_gloo()
         case ["gloo", "send", meeting]:

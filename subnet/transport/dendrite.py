@@ -57,6 +57,7 @@ class Dendrite:
         now_ns: Callable[[], int],
         streams: int = 8,
         idle_s: float = 90.0,
+        beside: bool = True,
         shaper: Shaper | None = None,
     ) -> None:
         """
@@ -65,6 +66,7 @@ class Dendrite:
             now_ns: Unix time in nanoseconds; nonces are made from it.
             streams: connections per neighbour, and calls in flight to it.
             idle_s: seconds a connection is kept warm without traffic.
+            beside: whether bodies for this machine's own nodes may lie in memory that both sides read.
             shaper: the emulated link that calls pass through, for tests.
         """
         self._signer = signer
@@ -75,6 +77,7 @@ class Dendrite:
         self.shaper = shaper
         self._memory = Memory()
         self._sheets = Sheets()
+        self._beside = beside and shaper is None
         self._running = False
         self._neighbours: dict[str, Neighbour] = {}
         self._cooling: asyncio.TimerHandle | None = None
@@ -154,7 +157,7 @@ class Dendrite:
         parts = synapse.encode(message, tensors)
         neighbour = self._neighbours.get(endpoint)
         if neighbour is None:
-            neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams)
+            neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams, beside=self._beside)
         try:
             async with asyncio.timeout(deadline):
                 blob = await self._deliver(neighbour, receiver, message.route, parts, max_reply_bytes, traffic)
@@ -192,7 +195,7 @@ class Dendrite:
     ) -> memoryview:
         size = synapse.size_of(parts)
         large = size >= synapse.OFF_LOOP
-        if neighbour.beside and size >= beside.FROM and self.shaper is None:
+        if neighbour.beside and size >= beside.FROM:
             async with neighbour.gate:
                 sheet, read = self._sheets.take(), False
                 try:

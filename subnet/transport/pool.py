@@ -14,7 +14,7 @@ from subnet.transport.connection import Address, Connection
 class Neighbour:
     """Up to `streams` connections to one endpoint, kept for the next call. Take one inside `async with gate`."""
 
-    def __init__(self, endpoint: str, streams: int) -> None:
+    def __init__(self, endpoint: str, streams: int, *, beside: bool = False) -> None:
         """Raises `ValueError` if `endpoint` is not of the form ``http://host:port``."""
         parts = urlsplit(endpoint)
         if parts.scheme != "http" or not parts.hostname or not parts.port or parts.path:
@@ -26,7 +26,7 @@ class Neighbour:
         """Held while a large body leaves. Side by side they would all arrive last: four tensors that share a link take
         four times as long, each of them and on every hop. The other streams are for replies that are under way."""
         self._host, self._port = parts.hostname, parts.port
-        self.beside = OFFERED and is_beside(parts.hostname)
+        self.beside = beside and OFFERED and is_beside(parts.hostname)
         """Whether bodies may lie in memory that both sides see, as far as known."""
         self._idle: list[tuple[Connection, float]] = []
         """Open connections nobody uses, the one used last at the end, with the loop's time from when on."""

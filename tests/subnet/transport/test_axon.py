@@ -18,7 +18,7 @@ import torch
 from bittensor.sp_core import Keypair
 
 from model import hashing
-from subnet.transport import auth, http1, pool, synapse
+from subnet.transport import auth, http1, synapse
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon, Handler, _Request
 from subnet.transport.beside import Place, Sheet
@@ -722,13 +722,6 @@ def test_routes_are_checked_when_they_are_made() -> None:
 # -- bodies in memory that both sides see -----------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[True, False], ids=["beside", "sent"])
-def shares(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether bodies may lie beside; else they cross the connection, as between two machines."""
-    monkeypatch.setattr(pool, "OFFERED", request.param)
-    return bool(request.param)
-
-
 async def bulk(dendrite: Dendrite, node: Node) -> torch.Tensor:
     x = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     _, reply = await dendrite.call(
@@ -738,9 +731,8 @@ async def bulk(dendrite: Dendrite, node: Node) -> torch.Tensor:
     return x
 
 
-async def test_a_large_body_arrives_either_way(
-    node: Node, alice: Dendrite, shares: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("shares", [True, False])
+async def test_a_large_body_arrives_either_way(node: Node, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
     write = Sheet.write
 
@@ -749,8 +741,9 @@ async def test_a_large_body_arrives_either_way(
         return write(sheet, parts)
 
     monkeypatch.setattr(Sheet, "write", spied)
-    for _ in range(3):
-        await bulk(alice, node)
+    async with Dendrite(ALICE, now_ns=time.time_ns, beside=shares) as alice:
+        for _ in range(3):
+            await bulk(alice, node)
     assert len(written) == 3 * shares
     assert alice.counters["bulk"].sent > 3 * 4 * 1024 * 1024
 

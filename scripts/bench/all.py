@@ -44,7 +44,13 @@ class Benchmark:
     gates: tuple[Gate, ...]
 
 
-BENCHMARKS = (Benchmark("overhead", (Gate("headroom", floor=1.0),)),)
+BENCHMARKS = (
+    Benchmark("overhead", (Gate("headroom", floor=1.0),)),
+    Benchmark("transport", (Gate("ratio_vs_gloo"), Gate("ratio_sent_vs_gloo"))),
+    Benchmark("schedule", (Gate("least_over_ours"),)),
+    Benchmark("scale", (Gate("ratio_links", floor=0.6), Gate("ratio_churn", floor=0.4))),
+    Benchmark("stage", (Gate("memory_agreement", floor=0.85),)),
+)
 
 
 @dataclass(frozen=True, slots=True)

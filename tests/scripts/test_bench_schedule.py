@@ -67,6 +67,6 @@ def test_a_small_run_on_links_of_this_process(tmp_path: Path) -> None:
     setting = dataclasses.replace(QUICK, stages=2, microbatches=4, steps=1)
     figures = measure(setting, tmp_path, kernel=False)
     assert figures["ratio_1f1b_over_ours"] is None
-    over = figures["ours_over_least"]
-    assert isinstance(over, float)
-    assert over >= 0.97  # nothing is faster than the links: half a turn and a late timer's credit apart
+    share = figures["least_over_ours"]
+    assert isinstance(share, float)
+    assert 0 < share <= 1.03  # nothing is faster than the links: half a turn and a late timer's credit apart

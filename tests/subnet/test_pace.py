@@ -156,7 +156,8 @@ def test_one_replica_a_stage_leaves_nothing_to_draw() -> None:
 @pytest.mark.parametrize(
     ("routing", "depth", "jitter", "within"),
     [
-        (Routing.LANES, 16, 0.1, 0.05),
+        (Routing.LANES, 16, 0.0, 0.05),
+        (Routing.LANES, 16, 0.1, 0.12),
         (Routing.LANES, 20, 0.1, 0.03),
         (Routing.LANES, 24, 0.1, 0.02),
         (Routing.LANES, 32, 0.1, 0.03),

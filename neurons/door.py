@@ -82,7 +82,12 @@ class Door:
                 "push again after the pause or to a sibling replica",
                 retry_after=RETRY_PAUSE,
             )
-        limit = room(unit_seconds=unit_seconds, push_seconds=self._delivery.push_seconds.value, limit=capacity)
+        limit = room(
+            stages=self._manifest.swarm.stages,
+            unit_seconds=unit_seconds,
+            push_seconds=self._delivery.push_seconds.value,
+            limit=capacity,
+        )
         if len(current.work) >= limit:
             raise Full(
                 f"stage {self._plan.index} has {len(current.work)} units waiting, limit {limit}",

@@ -74,7 +74,7 @@ class Style:
     recompute: Recompute | None
     """None: as little as fits."""
     depth: int | None
-    """W; None: as deep as is of use, up to `DEPTH_LIMIT_PER_STAGE` per stage."""
+    """W; None: what nodes keep."""
     routing: Routing
     merge: Literal["overlapped", "store"]
     """Overlapped with training, by the run's codec; or through an object store while nobody trains."""
@@ -96,7 +96,7 @@ STYLES = {
             name="orion",
             recompute=None,
             depth=None,
-            routing=Routing.LOTTERY,
+            routing=Routing.LANES,
             merge="overlapped",
             margin=DRAIN_MARGIN,
             evidence=True,

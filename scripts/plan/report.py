@@ -24,7 +24,7 @@ KNOBS = {
     "steps": "--accumulation",
     "imbalance": "--stages, or --gpu with equal cards",
     "links": "--up and --down",
-    "queues": "--depth, --routing lanes, or a smaller --rtt",
+    "queues": "--routing lanes, another --depth, or a smaller --rtt",
     "drain": "a longer --round-minutes",
     "merges": "--as orion, whose merges overlap, or a longer --round-minutes",
     "departures": "more --replicas, or a shorter --round-minutes",
@@ -75,7 +75,7 @@ def facts(options: PlanOptions, speed: Speed, audits: AuditPlan | None) -> dict[
         "tokens_per_second": speed.tokens_per_second,
         "tokens_per_second_training": speed.tokens_per_second_training,
         "depth": speed.pipeline.depth,
-        "depth_hiding_network": speed.hiding,
+        "depth_of_nodes": speed.kept_in_flight,
         "routing": speed.pipeline.routing,
         "bubble": speed.bubble,
         "microbatch_seconds": options.replicas / speed.pace.rate,
@@ -150,8 +150,8 @@ def text(options: PlanOptions, run: Run, speed: Speed, audits: AuditPlan | None)
         f"{speed.days:,.1f} days for {options.tokens} tokens"
     )
     yield (
-        f"in flight: {speed.pipeline.depth} microbatches of {run.units.tokens:,} tokens per head ({speed.hiding} hide "
-        f"the network), replicas by {speed.pipeline.routing};"
+        f"in flight: {speed.pipeline.depth} microbatches of {run.units.tokens:,} tokens per head (nodes keep "
+        f"{speed.kept_in_flight}), replicas by {speed.pipeline.routing};"
     )
     yield (
         f"  a microbatch per replica every {options.replicas / speed.pace.rate:.2f} s, {speed.pace.flight:.0f} s "

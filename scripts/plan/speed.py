@@ -5,7 +5,6 @@ rounds, merges and departures leave of it. A chain of shares leads from the card
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
 
 from model.accounting import boundary_bytes, mfu, stage_flops, stage_parameters, total_parameters
@@ -21,6 +20,7 @@ from model.memory import (
 )
 from model.recompute import Recompute
 from model.split import StagePlan, split
+from neurons.drive import in_flight
 from scripts.plan.options import EVICTION_SECONDS, PlanError, Run
 from subnet.swarm.codec import codec_of
 from subnet.swarm.downtime import (
@@ -33,13 +33,8 @@ from subnet.swarm.downtime import (
     store_seconds,
 )
 from subnet.swarm.pace import Pace, Pipeline, Replica, pace
-from subnet.swarm.routing import depth as hiding_depth
 from subnet.trust.quota import UPLINK_SHARE
 
-SLACK = 1.5
-"""W in what units of equal length would need: they vary, and then queues form (`subnet.swarm.pace`)."""
-ENOUGH = 0.99
-"""Of the pace of the deepest pipeline."""
 HANDOVERS = 4
 """Copies of a stage's weights between card and host in a round: out and back at the cut, and where it is merged."""
 WORTH = 0.9
@@ -86,8 +81,8 @@ class Speed:
     stages: tuple[StageSpeed, ...]
     pipeline: Pipeline
     pace: Pace
-    hiding: int
-    """W that would hide the network if units did not get into each other's way (`subnet.swarm.routing.depth`)."""
+    kept_in_flight: int
+    """W that nodes keep by themselves (`neurons.drive.in_flight`)."""
     rounds: Rounds
     churn: Churn
     shares: tuple[Share, ...]
@@ -139,7 +134,7 @@ def plan_speed(run: Run) -> Speed:
         stages=stages,
         pipeline=pipeline,
         pace=steady,
-        hiding=_hiding(run, stages, pipeline),
+        kept_in_flight=_kept_in_flight(run, pipeline),
         rounds=rounds,
         churn=churn,
         shares=shares,
@@ -155,22 +150,20 @@ def plan_speed(run: Run) -> Speed:
 
 
 def _depth(run: Run) -> int:
-    """W: as given, or the least that is as good as the deepest. What it lets be kept changes times, so twice."""
+    """W: as given, or what nodes keep. What it lets be kept changes times, so twice."""
     if run.style.depth is not None:
         return run.style.depth
     depth = run.depth_limit
     for _ in range(2):
-        depth = _deep_enough(run, _stages(run, depth))
+        depth = _kept_in_flight(run, _pipeline(run, _stages(run, depth), depth))
     return depth
 
 
-def _deep_enough(run: Run, stages: tuple[StageSpeed, ...]) -> int:
-    def rate(depth: float) -> float:
-        return pace(_pipeline(run, stages, max(1, int(depth)))).rate
-
-    enough = ENOUGH * rate(run.depth_limit)
-    shallower = range(1, run.depth_limit)
-    return 1 + bisect_left(shallower, x=True, key=lambda depth: rate(depth / SLACK) >= enough)
+def _kept_in_flight(run: Run, pipeline: Pipeline) -> int:
+    """By the nodes' own rule, from what a head would measure: its units, and pushes to the second stage."""
+    head = pipeline.stages[0][0]
+    push = 2 * run.latency + 8 * pipeline.forward_bytes / min(head.up, head.down)
+    return in_flight(stages=run.stages, unit_seconds=head.unit, push_seconds=push)
 
 
 def _stages(run: Run, depth: int) -> tuple[StageSpeed, ...]:
@@ -274,16 +267,6 @@ def _replica(run: Run, stage: StageSpeed, factor: float, *, up: float) -> Replic
     if stage.plan.is_last:
         forward, backward = 0.0, forward + backward
     return Replica(forward=forward, backward=backward, up=up, down=run.down)
-
-
-def _hiding(run: Run, stages: tuple[StageSpeed, ...], pipeline: Pipeline) -> int:
-    return hiding_depth(
-        stages=run.stages,
-        compute=max(stage.forward + stage.backward for stage in stages),
-        latency=run.latency,
-        transfer=8 * (pipeline.forward_bytes + pipeline.backward_bytes) / min(run.up, run.down),
-        limit=run.depth_limit,
-    )
 
 
 def _rounds(run: Run) -> Rounds:

@@ -26,7 +26,7 @@ from scripts.simulate.events import Clock
 from scripts.simulate.network import Network
 from scripts.simulate.replica import Job, Microbatch, Replica
 from scripts.simulate.setting import Setting
-from subnet.swarm.routing import LANE, heirs, hops, sample_id
+from subnet.swarm.routing import heirs, hops, sample_id
 
 DRAWS = 4096
 """At a time."""
@@ -260,7 +260,7 @@ class Pipeline:
             head=self._names[0].index(head),
             heads=len(self._names[0]),
             index=microbatch.index,
-            lane=LANE,
+            lane=self._setting.pipeline.lane,
         )
         if not replica.full and not replica.knows_down and avoid is None:
             return self._named[names[0]]

@@ -133,7 +133,7 @@ class Replica:
     def has_room(self, capacity: int) -> bool:
         """Whether another activation is taken."""
         seconds = self.unit_seconds.value / 2
-        limit = room(unit_seconds=seconds, push_seconds=self.push_seconds.value, limit=capacity)
+        limit = room(stages=self.count, unit_seconds=seconds, push_seconds=self.push_seconds.value, limit=capacity)
         return len(self.open) < capacity and self.work < limit
 
     def patience(self) -> float:

@@ -16,7 +16,6 @@ from pathlib import Path
 from model.accounting import FORMULA, stage_parameters
 from model.config import ConfigError
 from model.split import split
-from neurons.drive import in_flight
 from scripts.manifests import LAST_STEP_BLOCKS
 from scripts.plan.options import PlanError, PlanOptions, Run, read
 from scripts.plan.speed import Speed, plan_speed
@@ -123,11 +122,6 @@ def prepare(plan: PlanOptions, options: SimulateOptions) -> tuple[Run, Speed, Se
     nodes = plan.stages * plan.replicas
     stay = nodes / options.failures_per_hour if options.failures_per_hour > 0 else 1e9
     plan = replace(plan, stay_hours=stay)
-    if measured:
-        pipeline = plan_speed(read(plan)).pipeline
-        head = pipeline.stages[0][0]
-        push = 2 * pipeline.latency + 8 * pipeline.forward_bytes / min(head.up, head.down)
-        plan = replace(plan, depth=in_flight(stages=plan.stages, unit_seconds=head.unit, push_seconds=push))
     run = read(plan)
     speed = plan_speed(run)
     length = speed.rounds.length

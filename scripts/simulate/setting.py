@@ -51,7 +51,7 @@ class Setting:
     """Everything that a simulation depends on."""
 
     pipeline: Pipeline
-    """All stages have equally many replicas. Its routing is that of the nodes, whatever it says."""
+    """All stages have equally many replicas. Routing is by lanes, as nodes route, whatever it says."""
     seconds: float
     wires: Wires = Wires.NODE
     rounds: Rounds = field(default_factory=Rounds)

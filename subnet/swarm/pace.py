@@ -13,20 +13,32 @@ Round trip of an empty pipeline, stages s, hops between them (facts: sota §2.2;
 How much deeper than T_loop the pipeline must be depends on how replicas are chosen (`Routing`), because what arrives at
 random queues up. C is the rate of the slowest stage or link, r_s = C ÷ rate of stage s:
 
-    lanes     X = min(C, n / (T_loop + sum_s F_s·B_s/(F_s + B_s)))       units of the other kind are in the way
-    lottery   X = min(lanes, C·n / (n + k·(sum_s R_s·r_s² - 1) + Z·C)),  k = (1 - 1/R²) (1 + c²) / 2
+    depth     D = n / (T_loop + sum_s F_s·B_s/(F_s + B_s))               units of the other kind are in the way
+    lanes     X = min(D, C·(1 - KNEE·min(1, C/D)³)) · (1 - DRAW·(1 - 1/R)/lane)
+    lottery   X = min(lanes that stay, C·n / (n + k·(sum_s R_s·r_s² - 1) + Z·C)), k = (1 - 1/R²) (1 + c²) / 2
 
-The second is a balanced-job bound of closed queueing networks (Zahorjan et al., CACM 25(2), 1982), with Z the network
+The last is a balanced-job bound of closed queueing networks (Zahorjan et al., CACM 25(2), 1982), with Z the network
 seconds of a round trip and Pollaczek and Khinchine's mean residual of units whose lengths vary by c. R in the factor
 before it is the mean number of replicas: where each is visited once in R microbatches of a head, a single one leaves
-nothing to chance. Both are within 5 % of an event simulation from W = 16 on, where lengths vary by a tenth, and lanes
-within 3 % from 1.5 times the W that reaches C (tests/subnet/test_pace.py).
+nothing to chance. KNEE and DRAW are measured by event simulation where lengths vary by a tenth. The lottery is
+within 5 % of it from W = 16 on, lanes within 3 % from the W that reaches C on; with fewer in flight they may do 12 %
+better than this (tests/subnet/test_pace.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+
+from subnet.swarm.routing import LANE
+
+KNEE = 0.065
+"""Of the pace, lost where depth and capacity bind alike, because lengths vary. 16 stages of 3 whose lanes stay, W at
+1.03, 1.29 and 1.65 of the least that reaches C: 6.0, 3.4 and 1.7 % (`scripts.simulate`)."""
+DRAW = 1.9
+"""Microbatches of a head that a draw of new lanes costs if it changes its replica: heads draw one after the other and
+share replicas meanwhile. At the nodes' W, 16 stages of 3, of equal length and as 100b is split: 2.4 and 1.7 % every 64,
+2.8 and 4.8 % every 32 (`scripts.simulate`)."""
 
 
 class PaceError(ValueError):
@@ -75,13 +87,16 @@ class Pipeline:
     depth: int
     """W: microbatches in flight per head."""
     routing: Routing
+    lane: int = LANE
+    """Microbatches of a head between two draws of its lane."""
 
     def __post_init__(self) -> None:
         if not self.stages or not all(self.stages):
             raise PaceError("a stage has no replica: nothing passes, add replicas")
-        if self.depth < 1 or self.latency < 0:
+        if self.depth < 1 or self.lane < 1 or self.latency < 0:
             raise PaceError(
-                f"depth is {self.depth} and latency {self.latency}; they must be at least 1 and at least 0: change them"
+                f"depth is {self.depth}, lane {self.lane} and latency {self.latency}; they must be at least 1, 1 "
+                "and 0: change them"
             )
         for index, stage in enumerate(self.stages):
             for replica in stage:
@@ -138,12 +153,15 @@ def pace(pipeline: Pipeline) -> Pace:
     network = network_seconds(pipeline)
     round_trip = network + sum(len(stage) / rate for stage, rate in zip(stages, compute, strict=True))
     deep = n / (round_trip + crossing_seconds(pipeline))
+    rate = min(deep, capacity * (1 - KNEE * min(1.0, capacity / deep) ** 3))
     share = sum(map(len, stages)) / len(stages)
-    if pipeline.routing is Routing.LOTTERY and share > 1:
-        loads = sum(len(stage) * (capacity / rate) ** 2 for stage, rate in zip(stages, compute, strict=True))
+    if pipeline.routing is Routing.LANES:
+        rate *= 1 - min(1.0, DRAW * (1 - 1 / share) / pipeline.lane)
+    elif share > 1:
+        loads = sum(len(stage) * (capacity / each) ** 2 for stage, each in zip(stages, compute, strict=True))
         queued = (1 - share**-2) * _residual(pipeline) * (loads - 1)
         deep = min(deep, capacity * n / (n + queued + network * capacity))
-    rate = min(capacity, deep)
+        rate = min(rate, deep)
     if deep < capacity:
         binding = "depth"
     else:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from model.devices import device
+from neurons.drive import in_flight
 from scripts.cli import main
 from scripts.plan.options import deal, fleet
 
@@ -44,11 +45,20 @@ def test_ours_reaches_45_percent_on_the_same_machines_and_links(capsys: pytest.C
     assert all(stage["memory"]["free"] >= 0 for stage in ours["stages"])
 
 
-def test_lanes_need_no_deep_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
-    lanes, lottery = _facts(capsys, "--routing", "lanes"), _facts(capsys)
-    assert lanes["depth"] < lottery["depth"] / 2
-    assert lanes["mfu"] > lottery["mfu"]
-    assert lanes["binding"] == "recompute"
+def test_plan_and_nodes_keep_the_same_depth(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _facts(capsys)
+    head = plan["stages"][0]
+    # A push takes there and back, and the boundary through what evidence leaves of an uplink (9/10) and merges little.
+    push = 0.06 + 8 * 8_192 * 144 * 2 / (0.9 * 856e6)
+    unit = head["forward_seconds"] + head["backward_seconds"]
+    assert plan["depth"] == plan["depth_of_nodes"] == in_flight(stages=16, unit_seconds=unit, push_seconds=push)
+
+
+def test_lanes_are_worth_more_than_a_lottery_at_the_nodes_depth(capsys: pytest.CaptureFixture[str]) -> None:
+    lanes, lottery = _facts(capsys), _facts(capsys, "--routing", "lottery")
+    assert lanes["depth"] == lottery["depth"]
+    assert lanes["mfu"] > 1.2 * lottery["mfu"]
+    assert (lanes["binding"], lottery["binding"]) == ("recompute", "queues")
 
 
 def test_the_shares_multiply_to_mfu(capsys: pytest.CaptureFixture[str]) -> None:

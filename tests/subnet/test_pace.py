@@ -14,6 +14,8 @@ from subnet.swarm.pace import PaceError, Pipeline, Replica, Routing, pace
 
 _REPLICA = Replica(forward=0.66, backward=1.97, up=856e6, down=1322e6)
 _BYTES = 2_359_296
+NEVER = 10**9
+"""Microbatches between two draws of lanes that stay."""
 
 
 def _pipeline(stages: int = 16, replicas: int = 3, *, depth: int = 24, routing: Routing = Routing.LANES) -> Pipeline:
@@ -24,6 +26,7 @@ def _pipeline(stages: int = 16, replicas: int = 3, *, depth: int = 24, routing: 
         latency=0.03,
         depth=depth,
         routing=routing,
+        lane=NEVER,
     )
 
 
@@ -99,10 +102,11 @@ def test_a_deep_pipeline_runs_at_its_slowest_stage() -> None:
     slow = replace(_REPLICA, backward=2 * _REPLICA.backward)
     pipeline = _pipeline()
     found = pace(replace(pipeline, stages=(*pipeline.stages[:5], (slow,) * 3, *pipeline.stages[6:]), depth=60))
-    assert found.rate == pytest.approx(3 / slow.unit)
+    assert found.capacity == pytest.approx(3 / slow.unit)
+    assert found.rate == pytest.approx(found.capacity, rel=0.02)
     assert found.binding == "compute of stage 5"
-    assert found.utilisation[5] == pytest.approx(1)
-    assert found.utilisation[0] == pytest.approx(_REPLICA.unit / slow.unit)
+    assert found.utilisation[5] == pytest.approx(1, rel=0.02)
+    assert found.utilisation[0] == pytest.approx(found.utilisation[5] * _REPLICA.unit / slow.unit)
 
 
 def test_replicas_of_a_stage_add_up() -> None:
@@ -131,8 +135,17 @@ def test_a_narrow_link_binds_and_is_named() -> None:
     narrow = replace(_REPLICA, up=8 * 2 * _BYTES / 10)  # what a body sends in 10 s
     pipeline = _pipeline(depth=200)
     found = pace(replace(pipeline, stages=(*pipeline.stages[:3], (narrow,) * 3, *pipeline.stages[4:])))
-    assert found.rate == pytest.approx(3 / 10)
+    assert found.capacity == pytest.approx(3 / 10)
+    assert found.rate == pytest.approx(found.capacity, rel=0.02)
     assert found.binding == "link of stage 3"
+
+
+def test_lanes_drawn_anew_cost_their_share() -> None:
+    stay = pace(_pipeline())
+    for lane in (32, 64):
+        assert pace(replace(_pipeline(), lane=lane)).rate == pytest.approx(stay.rate * (1 - 1.9 * 2 / 3 / lane))
+    alone = _pipeline(replicas=1)
+    assert pace(replace(alone, lane=4)) == pace(alone)
 
 
 def test_one_replica_a_stage_leaves_nothing_to_draw() -> None:
@@ -144,8 +157,9 @@ def test_one_replica_a_stage_leaves_nothing_to_draw() -> None:
     ("routing", "depth", "jitter", "within"),
     [
         (Routing.LANES, 16, 0.0, 0.05),
-        (Routing.LANES, 20, 0.0, 0.03),
-        (Routing.LANES, 24, 0.0, 0.02),
+        (Routing.LANES, 16, 0.1, 0.12),
+        (Routing.LANES, 20, 0.1, 0.03),
+        (Routing.LANES, 24, 0.1, 0.02),
         (Routing.LANES, 32, 0.1, 0.03),
         (Routing.LOTTERY, 16, 0.1, 0.05),
         (Routing.LOTTERY, 24, 0.1, 0.05),
@@ -161,6 +175,7 @@ def test_it_agrees_with_an_event_simulation(routing: Routing, depth: int, jitter
     ("change", "words"),
     [
         ({"depth": 0}, "depth is 0"),
+        ({"lane": 0}, "lane 0"),
         ({"latency": -1.0}, "latency -1.0"),
         ({"stages": ((_REPLICA,), ())}, "a stage has no replica"),
         ({"stages": ((_REPLICA,), (replace(_REPLICA, up=0.0),))}, "stage 1 has a link of 0 bit/s up"),

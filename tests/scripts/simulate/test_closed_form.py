@@ -1,13 +1,14 @@
-"""The closed form against the nodes' own rules, played out: two roads to one figure.
+"""The closed form of lanes against the nodes' own rules, played out: two roads to one figure.
 
-Where a card or a link binds they are within 3 %. Where depth binds under the lottery the closed form is a bound of
-queueing theory, within 5 % for backward units two to three times as long as forward ones.
+With one replica a stage they are within 3 % where a card or a link binds, and so are equal stages of three at the depth
+that nodes keep. Where stages are unequal the closed form is further off: docs/simulate.md says how far.
 """
 
 from __future__ import annotations
 
 import pytest
 
+from neurons.drive import in_flight
 from scripts.simulate.setting import Setting
 from scripts.simulate.swarm import simulate
 from subnet.swarm.pace import Pipeline, Replica, Routing, pace
@@ -26,7 +27,7 @@ def difference(*, stages: int, replicas: int, depth: int, up: float, latency: fl
         backward_bytes=BOUNDARY,
         latency=latency,
         depth=depth,
-        routing=Routing.LOTTERY,
+        routing=Routing.LANES,
     )
     expected = pace(pipeline)
     seconds = 2 * expected.flight + 250 * replicas / expected.rate
@@ -49,9 +50,8 @@ def test_what_binds_is_reached(stages: int, depth: int, up: float, latency: floa
     assert abs(found) < 0.03
 
 
-@pytest.mark.parametrize(
-    ("stages", "replicas", "depth"), [(8, 3, 8), (8, 3, 12), (8, 3, 24), (16, 3, 16), (16, 3, 64), (8, 6, 16)]
-)
-def test_replicas_by_lottery(stages: int, replicas: int, depth: int) -> None:
-    found = difference(stages=stages, replicas=replicas, depth=depth, up=FAST, latency=0.03, equal=False)
-    assert abs(found) < 0.05
+@pytest.mark.parametrize("stages", [4, 8, 16])
+def test_lanes_at_the_depth_of_nodes(stages: int) -> None:
+    depth = in_flight(stages=stages, unit_seconds=0.66 + 1.97, push_seconds=2 * 0.03 + 8 * BOUNDARY / FAST)
+    found = difference(stages=stages, replicas=3, depth=depth, up=FAST, latency=0.03, equal=False)
+    assert abs(found) < 0.03

@@ -48,7 +48,7 @@ def draw(recorder: Recorder, result: Result, caption: Caption, path: Path) -> No
         overview = min(5.5, max(2.2, 0.115 * rows))
         close_up = min(5.5, max(2.0, 0.115 * rows))
         heights = [1.3, overview, close_up]
-        figure = Figure(figsize=(12, sum(heights) + 2.4), dpi=80, layout="constrained")
+        figure = Figure(figsize=(12, sum(heights) + 2.4), dpi=75, layout="constrained")
         figure.suptitle(caption.title, fontsize=14, fontweight="bold", x=0.01, ha="left")
         axes = figure.subplots(3, 1, height_ratios=heights)
         _curve(axes[0], recorder, result, caption)

@@ -2,12 +2,13 @@
 #   make localnet          a whole swarm on this machine      make localnet ARGS="--rounds 5 --stages 2"
 #   make test              the test suite                     make lint    formatter, linter, type checker
 #   make test-long         the tests that take minutes
-#   make bench             benchmarks, JSON results under runs/bench
+#   make bench             a swarm against one process, JSON under runs/bench
+#   make bench-quick       every benchmark of speed, small, with a gate on ratios
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test test-long lint bench clean
+.PHONY: install localnet test test-long lint bench bench-quick clean
 
 install: $(READY)
 
@@ -42,6 +43,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(VENV)/bin/python -m scripts.bench.swarm $(ARGS)
+
+bench-quick: $(READY)
+	$(VENV)/bin/python -m scripts.bench.all --quick $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BASELINE = Path(__file__).parents[2] / "docs" / "benchmarks" / "quick.json"
-SLACK = 0.3
-"""By so large a share a ratio may fall: two cores that others use too vary by about half of it."""
+SLACK = 0.5
+"""By so large a share a ratio may fall: short runs on two cores that others use too vary by half of it and more."""
 LONGEST = 900.0
 """Seconds after which a benchmark is stopped and has failed."""
 

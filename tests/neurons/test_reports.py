@@ -127,7 +127,8 @@ def cheated(tmp_path_factory: pytest.TempPathFactory) -> ClosedRound:
 
 async def test_two_validators_with_other_picks_convict_the_same_miner(cheated: ClosedRound) -> None:
     cheat = cheated.stage(1)[0].hotkey
-    async with Offices(cheated, "one", "two", "three", "four") as held:
+    # Names whose draws look into two windows of the cheat between them: a verdict takes two.
+    async with Offices(cheated, "five", "six", "seven", "eight") as held:
         for office in held.offices:
             await office.audit()
         alone = [bool(office.judge.failed(cheat)) for office in held.offices]

@@ -4,8 +4,8 @@ Sample ids follow from a head's index in the roster. The next hop is a lottery o
 replicas in turn, in an order drawn from H(seed, stage, index // lane). So any `n` samples in a row are on `n` replicas,
 and where there are as many heads as replicas each head has a replica of its own for `lane` microbatches. Arrivals are
 evenly spaced then. What is drawn anew for every microbatch arrives at random and queues up: at 100b with 3 replicas a
-pipeline of the depth that hides its network reaches 65 % of the slowest stage's pace so, and 96 % with lanes of 32
-(docs/plan.md). Pathways still mix, from one order to the next, which attribution needs and self-dealing fears.
+pipeline of the depth that hides its network reaches 65 % of the slowest stage's pace so, and 94 % with lanes of 64
+and a half more in flight (docs/plan.md). Pathways still mix, from one order to the next, which attribution needs and self-dealing fears.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache
 
 LANE = 64
 """Microbatches of a head between two draws, as planned for long rounds: a draw costs some of what is in flight its even
-spacing (1 to 3 % of the pace at 64, 4 to 6 at 32), and a round of half an hour has a dozen of them."""
+spacing (2 % of the pace at 64, 3 to 5 at 32), and a round of half an hour has a dozen of them."""
 IN_THE_WAY = 0.25
 """Part of a unit's time that a microbatch waits at a stage for one of the other direction: F·B/(F + B)², at most."""
 SPREAD = 1.2

@@ -5,7 +5,8 @@ replicas in turn, in an order drawn from H(seed, stage, index // lane). So any `
 and where there are as many heads as replicas each head has a replica of its own for `lane` microbatches. Arrivals are
 evenly spaced then. What is drawn anew for every microbatch arrives at random and queues up: at 100b with 3 replicas a
 pipeline of the depth that hides its network reaches 65 % of the slowest stage's pace so, and 94 % with lanes of 64
-and a half more in flight (docs/plan.md). Pathways still mix, from one order to the next, which attribution needs and self-dealing fears.
+and a half more in flight (docs/plan.md). Pathways still mix, from one order to the next, which attribution needs and
+self-dealing fears.
 """
 
 from __future__ import annotations

@@ -364,7 +364,9 @@ class Delivery:
             if queued and self.is_down(hop):
                 raise Unreachable(f"{hop} has not answered the push before; a sibling is tried")
             start = loop.time()
-            accepted, _ = await self._call(hop, push, tensors, reply=Accepted, deadline=self._deadline())
+            accepted, _ = await self._call(
+                hop, push, tensors, reply=Accepted, deadline=self._deadline(), payload=leaf.output
+            )
             self.push_seconds.add(loop.time() - start)
         if accepted.receipt is None:
             return None
@@ -390,6 +392,7 @@ class Delivery:
         reply: type[S],
         reply_specs: Specs = NO_SPECS,
         deadline: float,
+        payload: bytes | None = None,
     ) -> tuple[S, dict[str, torch.Tensor]]:
         """One call; who cannot be reached is asked last for a while."""
         loop = asyncio.get_running_loop()
@@ -399,7 +402,14 @@ class Delivery:
             if endpoint is None:
                 raise Unreachable(f"{hop} serves no axon at the last finalized block; a sibling is tried")
             answer = await self._dendrite.call(
-                endpoint, hop, message, tensors, reply=reply, reply_specs=reply_specs, deadline=deadline
+                endpoint,
+                hop,
+                message,
+                tensors,
+                reply=reply,
+                reply_specs=reply_specs,
+                deadline=deadline,
+                payload=payload,
             )
         except Unreachable:
             if loop.time() - start < deadline + ASLEEP:

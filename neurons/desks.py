@@ -38,7 +38,7 @@ from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
 from subnet.transport.axon import Axon, Reply
 from subnet.transport.dendrite import NO_SPECS
 from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Unavailable, UnknownRun
-from subnet.transport.synapse import Synapse
+from subnet.transport.synapse import Received, Synapse
 from subnet.trust import delta
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES
 from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, Direction, Evidence, UnitKey
@@ -237,10 +237,10 @@ class PushDesk:
         node.axon.serve(InputRequest, self.input, specs=NO_SPECS)
         node.axon.serve(Notice, self.notice, specs=NO_SPECS)
 
-    async def forward(self, caller: str, push: Forward, tensors: Mapping[str, torch.Tensor]) -> Reply:
+    async def forward(self, caller: str, push: Forward, tensors: Received) -> Reply:
         return await self._ready().on_forward(caller, push, tensors)
 
-    async def backward(self, caller: str, push: Backward, tensors: Mapping[str, torch.Tensor]) -> Reply:
+    async def backward(self, caller: str, push: Backward, tensors: Received) -> Reply:
         return await self._ready().on_backward(caller, push, tensors)
 
     async def input(self, caller: str, request: InputRequest, tensors: Mapping[str, torch.Tensor]) -> Reply:

@@ -1,13 +1,14 @@
 """Tensors between host and device, so that the compute thread waits for no copy.
 
 A unit's input is on its way to the device while the unit before it computes; a result is copied out while the next unit
-computes, and a thread of its own waits for it. On a CPU nothing is copied that is not cast, and nobody waits.
+computes, and a thread of its own waits for it, looks at it and hashes it. On a CPU nothing is copied that is not cast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,38 +16,53 @@ import torch
 from model.engine import StageEngine
 from subnet.messages import WIRE_LIMIT
 from subnet.transport.errors import NotFinite
-from subnet.transport.synapse import require_finite
+from subnet.transport.synapse import OFF_LOOP, require_finite, tensor_bytes
+from subnet.trust.ledger import digest
 
 Boarded = Callable[[], torch.Tensor]
 """Called on the compute thread: the tensor, on the device, in the stage's dtype."""
 
 
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A result in host memory, in the wire's dtype."""
+
+    tensor: torch.Tensor
+    digest: bytes
+    """Of its bytes, as leaves name it."""
+
+
 class Departure:
-    """A result in host memory and the wire's dtype, or on its way there until its job is answered."""
+    """A result on its way to host memory, until its job is answered."""
 
     def __init__(self, wired: torch.Tensor) -> None:
-        self._wired = wired
-        self._fault: NotFinite | None = None
+        """`wired` is in host memory and the wire's dtype; what is in it may still be to come."""
+        self.wired = wired
+        self._found: Landed | NotFinite | None = None
 
     def check(self) -> None:
         """Look at it once it is there: the other side refuses what is not finite."""
         try:
-            require_finite({"output": self._wired}, limit=WIRE_LIMIT)
+            require_finite({"output": self.wired}, limit=WIRE_LIMIT)
         except NotFinite as error:
-            self._fault = error
+            self._found = error
+        else:
+            self._found = Landed(self.wired, digest(tensor_bytes(self.wired)))
 
-    def landed(self) -> torch.Tensor:
-        """The tensor, once its job is answered. Raises `NotFinite`."""
-        if self._fault is not None:
-            raise self._fault
-        return self._wired
+    def landed(self) -> Landed:
+        """The result, once its job is answered. Raises `NotFinite`."""
+        if self._found is None:
+            raise RuntimeError("a result is looked at before its job is answered")
+        if isinstance(self._found, NotFinite):
+            raise self._found
+        return self._found
 
 
 class Ferry(Protocol):
     """One stage's way in and out."""
 
     def board(self, tensor: torch.Tensor) -> Boarded:
-        """Event loop: set a host tensor on its way in. Tokens keep their dtype."""
+        """Any thread: set a host tensor on its way in. Tokens keep their dtype."""
         ...
 
     def leave(self, tensor: torch.Tensor) -> Departure:
@@ -70,23 +86,32 @@ def ferry_of(engine: StageEngine, wire: torch.dtype) -> Ferry:
 
 
 class HostFerry:
-    """Where the device is the host: a cast at most, checked at once."""
+    """Where the device is the host: a cast at most. Large results are looked at and hashed beside the next unit."""
 
     def __init__(self, dtype: torch.dtype, wire: torch.dtype) -> None:
         self._dtype = dtype
         self._wire = wire
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ferry")
+        self._waits = False
+        """Whether something has ever gone through the waiter: from then on all answers do, to keep their order."""
 
     def board(self, tensor: torch.Tensor) -> Boarded:
-        there = tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-        return lambda: there
+        return lambda: tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def leave(self, tensor: torch.Tensor) -> Departure:
         departure = Departure(tensor.to(self._wire))
-        departure.check()
+        if departure.wired.nbytes < OFF_LOOP:
+            departure.check()
+        else:
+            self._waits = True
+            self._waiter.submit(departure.check)
         return departure
 
     def settle(self, answer: Callable[[], object]) -> None:
-        answer()
+        if self._waits:
+            self._waiter.submit(answer)
+        else:
+            answer()
 
     def keep_pace(self) -> None:
         return

@@ -16,8 +16,8 @@ the next microbatches go another way.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -27,14 +27,26 @@ from neurons.telemetry import Quarantined, Telemetry
 from neurons.training import TrainingRound
 from subnet.messages import WIRE_LIMIT
 from subnet.transport.errors import Dropped, NotFinite
-from subnet.transport.synapse import require_finite
-from subnet.trust.boundary import SILENCE, Bounds, Numbers, numbers
+from subnet.transport.synapse import OFF_LOOP, require_finite
+from subnet.trust.boundary import SILENCE, Bounds, Magnitudes, magnitudes
 from subnet.trust.ledger import Direction
 
 log = logging.getLogger("orion.neurons.filter")
 
 STRIKES = 3
 """Refusals in a row; one that is wrong comes alone."""
+
+
+async def look(name: str, tensor: torch.Tensor) -> Magnitudes:
+    """What a tensor from the wire comes to, before anything is done with it; a large one is looked at in a thread.
+
+    Raises `NotFinite` of one with values that are not finite, or beyond `WIRE_LIMIT`.
+    """
+    large = tensor.nbytes >= OFF_LOOP
+    found = await asyncio.to_thread(magnitudes, tensor) if large else magnitudes(tensor)
+    if not found.largest <= WIRE_LIMIT:
+        require_finite({name: tensor}, limit=WIRE_LIMIT)
+    return found
 
 
 class Filter:
@@ -52,16 +64,21 @@ class Filter:
         self._bounds = Bounds()
         self._round = -1
         self._refused: dict[tuple[str, int, Direction], str] = {}
-        self._sent: dict[tuple[str, Direction, Numbers], int] = {}
-        """Samples of the round by what was sent for them: tensors whose three numbers are equal to the bit are the
-        same."""
+        self._sent: dict[tuple[str, Direction, bytes], int] = {}
+        """Samples of the round by the digest of what was sent for them."""
         self._counts: Counter[str] = Counter()
         self._strikes: Counter[tuple[str, Direction]] = Counter()
 
     def require_usual(
-        self, current: TrainingRound, caller: str, sample: int, direction: Direction, tensor: torch.Tensor
+        self,
+        current: TrainingRound,
+        caller: str,
+        sample: int,
+        direction: Direction,
+        seen: Magnitudes,
+        digest: bytes,
     ) -> None:
-        """Let a push go on to be computed, or not. `tensor` is finite, in host memory, as it crossed the wire.
+        """Let a push go on to be computed, or not: `seen` is what its finite tensor comes to, `digest` that tensor's.
 
         Raises `Dropped` naming the number, by what it is off and the limit, or the sample it was sent for. A push that
         was refused is refused again without being looked at, so nobody moves a level by repeating it.
@@ -74,7 +91,7 @@ class Filter:
         key = (caller, sample, direction)
         reason = self._refused.get(key)
         if reason is None:
-            unusual = self._unusual(caller, sample, direction, numbers(tensor))
+            unusual = self._unusual(caller, sample, direction, seen, digest)
             if not unusual:
                 del self._strikes[caller, direction]
                 return
@@ -89,20 +106,19 @@ class Filter:
             "check this replica's device and weights",
         )
 
-    def _unusual(self, caller: str, sample: int, direction: Direction, values: Numbers) -> str:
+    def _unusual(self, caller: str, sample: int, direction: Direction, seen: Magnitudes, digest: bytes) -> str:
         """Why a push is refused, "" if it is not."""
-        if values[0] > math.log(SILENCE):
-            first = self._sent.setdefault((caller, direction, values), sample)
+        if seen.root > SILENCE:
+            first = self._sent.setdefault((caller, direction, digest), sample)
             if first != sample:
                 return f"it is what was sent for sample {first}"
-        outside = self._bounds.judge(direction, caller, values)
+        outside = self._bounds.judge(direction, caller, seen.numbers)
         return "" if outside is None else str(outside)
 
-    def takes(self, current: TrainingRound, caller: str, sample: int, tensor: torch.Tensor) -> bool:
+    async def takes(self, current: TrainingRound, caller: str, sample: int, y: torch.Tensor, digest: bytes) -> bool:
         """Whether an activation that was fetched from `caller` may be computed with; says why if not."""
         try:
-            require_finite({"y": tensor}, limit=WIRE_LIMIT)
-            self.require_usual(current, caller, sample, Direction.FORWARD, tensor)
+            self.require_usual(current, caller, sample, Direction.FORWARD, await look("y", y), digest)
         except (NotFinite, Dropped) as refusal:
             log.warning("what %s served is not taken: %s", caller, refusal)
             return False

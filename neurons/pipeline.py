@@ -25,8 +25,8 @@ from neurons.compute import ComputeThread, Lane
 from neurons.delivery import RETRY_PAUSE, Delivery
 from neurons.door import Door
 from neurons.drive import Driver
-from neurons.ferry import Departure, ferry_of
-from neurons.filter import Filter
+from neurons.ferry import Departure, Landed, ferry_of
+from neurons.filter import Filter, look
 from neurons.heads import Heads
 from neurons.kept import State
 from neurons.telemetry import LocalStep, Telemetry, TrainingClosed
@@ -36,7 +36,6 @@ from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
 from subnet.messages import (
     WIRE_DTYPES,
-    WIRE_LIMIT,
     Accepted,
     Backward,
     Forward,
@@ -49,7 +48,7 @@ from subnet.messages import (
 from subnet.swarm.roster import Roster
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Busy, Dropped, NotFinite
-from subnet.transport.synapse import require_finite, tensor_bytes
+from subnet.transport.synapse import Received, tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import (
     NO_DIGEST,
@@ -213,9 +212,11 @@ class StageWorker:
     # -- pushes in ------------------------------------------------------------------------------------------------
 
     async def on_forward(
-        self, caller: str, push: Forward, tensors: Mapping[str, torch.Tensor]
+        self, caller: str, push: Forward, tensors: Received
     ) -> tuple[Accepted, dict[str, torch.Tensor]]:
         """Accept an activation from the stage before: tensor `y` (B, T, b)."""
+        x, x_digest = tensors["y"], tensors.payload
+        seen = await look("y", x)  # whatever is asked below is then still true when it is acted on
         current = self._door.admit(self._round, push, caller, neighbour=self.plan.index - 1)
         key = UnitKey(push.sample, Direction.FORWARD)
         if key in current.receipts:
@@ -231,10 +232,7 @@ class StageWorker:
             self._require_gone(current, push)
         seconds = self._driver.unit_seconds.value / 2
         self._door.require_room(current, capacity=self.engine.capacity, unit_seconds=seconds)
-        require_finite(tensors, limit=WIRE_LIMIT)
-        x = tensors["y"]
-        self._filter.require_usual(current, caller, push.sample, Direction.FORWARD, x)
-        x_digest = digest(tensor_bytes(x))
+        self._filter.require_usual(current, caller, push.sample, Direction.FORWARD, seen, x_digest)
         receipt = self._door.sign_receipt(current, key, caller, x_digest)
         source = current.roster.stages[self.plan.index - 1].index(caller)
         held = OpenInput(caller, source, x, x_digest)
@@ -242,9 +240,11 @@ class StageWorker:
         return Accepted(receipt=receipt), {}
 
     async def on_backward(
-        self, caller: str, push: Backward, tensors: Mapping[str, torch.Tensor]
+        self, caller: str, push: Backward, tensors: Received
     ) -> tuple[Accepted, dict[str, torch.Tensor]]:
         """Accept the gradient of what this replica sent forward: tensor `g` (B, T, b)."""
+        g, g_digest = tensors["g"], tensors.payload
+        seen = await look("g", g)
         current = self._door.admit(self._round, push, caller, neighbour=self.plan.index + 1)
         key = UnitKey(push.sample, Direction.BACKWARD)
         if key in current.receipts:
@@ -259,10 +259,7 @@ class StageWorker:
             self._driver.require_heir(current, push, caller)
         if not held.taken_over:
             self._door.require_sink(current, push.sample, caller)
-        require_finite(tensors, limit=WIRE_LIMIT)
-        g = tensors["g"]
-        self._filter.require_usual(current, caller, push.sample, Direction.BACKWARD, g)
-        g_digest = digest(tensor_bytes(g))
+        self._filter.require_usual(current, caller, push.sample, Direction.BACKWARD, seen, g_digest)
         receipt = self._door.sign_receipt(current, key, caller, g_digest)
         source = current.roster.stages[self.plan.index + 1].index(caller)
         self._delivery.returned(current, push.sample)
@@ -343,18 +340,25 @@ class StageWorker:
         )
 
     async def _adopt(self, current: TrainingRound, push: Backward) -> None:
-        found = await self._delivery.fetch_input(current, push)
-        if found is not None and not self._filter.takes(current, found[0], push.sample, found[1]):
-            found = None
+        found = await self._fetch_input(current, push)
         if UnitKey(push.sample, Direction.BACKWARD) in current.receipts:
             pass  # its forward has come meanwhile, and its gradient too
         elif found is not None and push.sample not in current.open:
-            source, y = found
-            index = current.roster.stages[self.plan.index - 1].index(source)
-            current.open[push.sample] = OpenInput(source, index, y, digest(tensor_bytes(y)), taken_over=True)
+            current.open[push.sample] = found
         elif found is None:
             current.orphans.add(push.sample)
         current.adopting.discard(push.sample)
+
+    async def _fetch_input(self, current: TrainingRound, push: Backward) -> OpenInput | None:
+        found = await self._delivery.fetch_input(current, push)
+        if found is None:
+            return None
+        source, y = found
+        y_digest = digest(tensor_bytes(y))
+        if not await self._filter.takes(current, source, push.sample, y, y_digest):
+            return None
+        index = current.roster.stages[self.plan.index - 1].index(source)
+        return OpenInput(source, index, y, y_digest, taken_over=True)
 
     # -- units ----------------------------------------------------------------------------------------------------
 
@@ -371,11 +375,11 @@ class StageWorker:
             return self.engine.version, self._ferry.leave(self.engine.forward(push.sample, x()))
 
         version, leaving = await self._timed(Lane.FORWARD, push.index, job)
-        y = leaving.landed()
+        landed = leaving.landed()
+        y = landed.tensor
         if push.sample not in current.open:  # released, or its gradient was faster
             await self._forget(current, push.sample)
             return
-        y_digest = digest(tensor_bytes(y))
         leaf = Leaf(
             direction=Direction.FORWARD,
             stage=self.plan.index,
@@ -383,7 +387,7 @@ class StageWorker:
             version=version,
             source=held.source_index,
             input=held.digest,
-            output=y_digest,
+            output=landed.digest,
         )
         current.ledger.add(leaf)
         current.archive.add(version, leaf.key, UnitTensors(held.tensor, None, y))
@@ -415,13 +419,12 @@ class StageWorker:
     ) -> None:
         gradient = self._ferry.board(g)
         held = current.open[push.sample]
-        x = self._ferry.board(held.tensor)
 
         def job() -> tuple[bool, int, Departure | None, Stepped | None]:
             version = self.engine.version
             adopted = push.sample not in self.engine.pending()
             if adopted:
-                self.engine.forward(push.sample, x())
+                self.engine.forward(push.sample, self._ferry.board(held.tensor)())
             dx = self.engine.backward(push.sample, gradient())
             return adopted, version, None if dx is None else self._ferry.leave(dx), self._maybe_step()
 
@@ -444,7 +447,7 @@ class StageWorker:
         loss: float,
         gradient: tuple[torch.Tensor, bytes] | None,
         source: int,
-        dx: torch.Tensor | None,
+        dx: Landed | None,
     ) -> None:
         """Enter the backward leaf, then pass the input's gradient on or, at the head, count the microbatch."""
         current.open.pop(push.sample, None)  # given up meanwhile or not: its gradient is in the step
@@ -457,18 +460,19 @@ class StageWorker:
             loss=loss,
             input=held.digest,
             gradient=NO_DIGEST if gradient is None else gradient[1],
-            output=NO_DIGEST if dx is None else digest(tensor_bytes(dx)),
+            output=NO_DIGEST if dx is None else dx.digest,
         )
         current.ledger.add(leaf)
         current.units += 1
-        tensors = UnitTensors(held.tensor, None if gradient is None else gradient[0], dx)
+        output = None if dx is None else dx.tensor
+        tensors = UnitTensors(held.tensor, None if gradient is None else gradient[0], output)
         current.archive.add(version, leaf.key, tensors)
         current.outputs.pop(push.sample, None)
         if self.plan.is_first:
             self._driver.complete(current, push, loss)
-        if dx is None:
+        if output is None:
             return
-        current.pass_on(push.sample, dx)
+        current.pass_on(push.sample, output)
         backward = Backward(
             run=push.run,
             round=push.round,
@@ -478,7 +482,7 @@ class StageWorker:
             version=version,
             loss=loss,
         )
-        self._spawn(current.sends, self._delivery.backward(current, backward, leaf, dx, held.source))
+        self._spawn(current.sends, self._delivery.backward(current, backward, leaf, output, held.source))
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -535,7 +539,7 @@ class StageWorker:
 
     # -- helpers --------------------------------------------------------------------------------------------------
 
-    def _returnable(self, sample: int, leaving: Departure | None) -> torch.Tensor | None:
+    def _returnable(self, sample: int, leaving: Departure | None) -> Landed | None:
         """What goes back, if anything can. The weight gradients count in any case, so there is a leaf in any case."""
         try:
             return None if leaving is None else leaving.landed()

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-from model import hashing
 from model.accounting import boundary_bytes, stage_flops, stage_parameters
 from model.config import preset
 from model.devices import device
@@ -32,7 +31,9 @@ from scripts.bench.report import report
 from subnet.identity import Identity, verify
 from subnet.messages import WIRE_LIMIT, Accepted, Forward
 from subnet.transport import auth, synapse
+from subnet.transport.digests import Digests
 from subnet.transport.synapse import require_finite, tensor_bytes
+from subnet.trust.boundary import magnitudes
 from subnet.trust.ledger import Direction, Leaf, UnitKey, digest, receipt_message, units_hash
 from subnet.trust.tree import Tree
 
@@ -66,9 +67,9 @@ def parts(out: Path) -> list[Part]:
     me, peer = Identity.from_uri("//Alice"), Identity.from_uri("//Bob")
     push = Forward(run=RUN.hex(), round=3, sample=70_000, head=peer.hotkey, index=1_000, version=12)
     blob = memoryview(bytearray(b"".join(synapse.encode(push, {"y": tensor}))))
-    body = hashing.digest(blob)
-    headers = auth.sign(peer, path="/forward", digest=body, receiver=me.hotkey, nonce_ns=1)
     key, output = UnitKey(push.sample, Direction.FORWARD), digest(tensor_bytes(tensor))
+    body = Digests.of(synapse.encode(push, {"y": tensor}), payload=output)
+    headers = auth.sign(peer, path="/forward", digests=body, receiver=me.hotkey, nonce_ns=1)
     message = receipt_message(RUN, 3, producer=peer.hotkey, key=key, stage=4, output=output)
     receipt = peer.sign(message)
     accepted = Accepted(receipt=receipt.hex())
@@ -77,12 +78,12 @@ def parts(out: Path) -> list[Part]:
     events = Telemetry.open(out / "overhead-events.jsonl", now=time.time)
     done = MicrobatchDone(round=3, sample=push.sample, loss=2.5, seconds=40.0, depth=24)
     return [
-        Part("hash a body that arrives or leaves", 4, lambda: hashing.digest(blob)),
-        Part("hash a tensor for its leaf", 4, lambda: digest(tensor_bytes(tensor))),
-        Part("look for values that are not finite", 4, lambda: require_finite({"y": tensor}, limit=WIRE_LIMIT)),
+        Part("hash a tensor that arrives or leaves", 4, lambda: digest(tensor_bytes(tensor))),
+        Part("look at a tensor that leaves", 2, lambda: require_finite({"y": tensor}, limit=WIRE_LIMIT)),
+        Part("look at a tensor that arrives", 2, lambda: magnitudes(tensor).numbers),
         Part("encode a push", 2, lambda: synapse.encode(push, {"y": tensor})),
         Part("decode a push", 2, lambda: synapse.decode(Forward, blob, specs)),
-        Part("sign a request", 2, lambda: auth.sign(me, path="/f", digest=body, receiver=peer.hotkey, nonce_ns=2)),
+        Part("sign a request", 2, lambda: auth.sign(me, path="/f", digests=body, receiver=peer.hotkey, nonce_ns=2)),
         Part(
             "verify a request",
             2,

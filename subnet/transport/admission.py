@@ -19,6 +19,7 @@ from bittensor import http_auth
 
 from subnet.transport import auth
 from subnet.transport.beside import FIELD, Place
+from subnet.transport.digests import Digests
 from subnet.transport.errors import (
     Busy,
     LengthRequired,
@@ -37,11 +38,11 @@ Allow = Callable[[str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """An admitted request: who sent it, how many bytes follow and what their BLAKE3 is."""
+    """An admitted request: who sent it, how many bytes follow and what their digests are."""
 
     caller: str
     length: int
-    digest: bytes
+    digests: Digests
     place: Place | None = None
     """Where its body lies, if it is not sent."""
 
@@ -159,7 +160,7 @@ class Admission:
         self._held[claim.caller] += 1
         self._buffered += length
         try:
-            yield Ticket(claim.caller, length, claim.digest, place)
+            yield Ticket(claim.caller, length, claim.digests, place)
         finally:
             self._buffered -= length
             self._held[claim.caller] -= 1

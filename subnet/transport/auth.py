@@ -4,7 +4,7 @@ The signature of `bittensor.http_auth` covers protocol, scheme, method, path, th
 for the body, a nanosecond nonce, sender and receiver. Its own `verify` wants the whole body first, so a
 stranger could make a node buffer megabytes, an impostor could hold a neighbour's slots, and a slow upload
 outlives the freshness window. Here what is signed as the body is the text of ``Content-Digest`` (RFC 9530),
-which names the BLAKE3 of the real one: identity, freshness and replay are judged from the headers alone,
+which names the digests of the real one: identity, freshness and replay are judged from the headers alone,
 and the body is hashed as it arrives and compared at its end. `http_auth.verify`, given that text, accepts
 our requests, and we accept what `http_auth.sign` makes of it (tests hold both).
 """
@@ -21,11 +21,12 @@ from typing import Final, Protocol
 from bittensor import http_auth, sp_core
 from bittensor.wallets import CRYPTO_TYPE_NAMES, parse_crypto_type
 
+from subnet.transport.digests import Digests
 from subnet.transport.errors import BadSignature, MalformedRequest, StaleRequest, WrongReceiver
 
 DIGEST_HEADER: Final = "Content-Digest"
 METHOD: Final = "POST"
-_DIGEST: Final = re.compile(r"blake3=:([A-Za-z0-9+/]{43}=):")
+_DIGEST: Final = re.compile(r"blake3-head=:([A-Za-z0-9+/]{43}=):, blake3-payload=:([A-Za-z0-9+/]{43}=):")
 _SR25519: Final = "sr25519"
 
 
@@ -43,22 +44,23 @@ class Signer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What verified headers prove: `caller` signed, at `nonce_ns`, a body whose BLAKE3 is `digest`."""
+    """What verified headers prove: `caller` signed, at `nonce_ns`, a body with these digests."""
 
     caller: str
     nonce_ns: int
-    digest: bytes
+    digests: Digests
 
 
-def content_digest(digest: bytes) -> str:
-    """The value of ``Content-Digest`` for a body with this BLAKE3 (32 bytes)."""
-    return f"blake3=:{base64.b64encode(digest).decode()}:"
+def content_digest(digests: Digests) -> str:
+    """The value of ``Content-Digest`` for a body with these digests."""
+    head, payload = (base64.b64encode(each).decode() for each in (digests.head, digests.payload))
+    return f"blake3-head=:{head}:, blake3-payload=:{payload}:"
 
 
-def sign(signer: Signer, *, path: str, digest: bytes, receiver: str, nonce_ns: int) -> dict[str, str]:
-    """Headers that authenticate one POST of a body with this digest to this receiver's path."""
+def sign(signer: Signer, *, path: str, digests: Digests, receiver: str, nonce_ns: int) -> dict[str, str]:
+    """Headers that authenticate one POST of a body with these digests to this receiver's path."""
     scheme = CRYPTO_TYPE_NAMES[signer.crypto_type]
-    stated = content_digest(digest)
+    stated = content_digest(digests)
     payload = _payload(
         scheme=scheme,
         path=path,
@@ -124,7 +126,7 @@ def verify(
     if nonce_ns is None or match is None:
         raise MalformedRequest(
             "signature scheme, signature, nonce or Content-Digest is unreadable",
-            "send the btauth/1 headers and Content-Digest: blake3=:base64:",
+            "send the btauth/1 headers and Content-Digest: blake3-head=:base64:, blake3-payload=:base64:",
         )
     target = _header(headers, http_auth.HEADER_RECEIVER)
     if target != receiver:
@@ -151,7 +153,7 @@ def verify(
         ) from None
     if not valid:
         raise BadSignature(f"signature is not {sender}'s for POST {path}", "sign with the hotkey that the header names")
-    return Claim(sender, nonce_ns, base64.b64decode(match[1]))
+    return Claim(sender, nonce_ns, Digests(base64.b64decode(match[1]), base64.b64decode(match[2])))
 
 
 def _header(headers: Mapping[str, str], name: str) -> str:

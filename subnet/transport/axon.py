@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from typing import Final, TypeAlias
 
 import torch
 
-from model import hashing
 from subnet.transport import http1, sockets, synapse
 from subnet.transport.admission import Admission, Ticket
 from subnet.transport.beside import is_beside
 from subnet.transport.connection import Connection
+from subnet.transport.digests import Digests, Running
 from subnet.transport.errors import (
     BadSignature,
     Broken,
@@ -40,12 +41,12 @@ from subnet.transport.errors import (
 from subnet.transport.http1 import BadHead, RequestHead
 from subnet.transport.memory import Memory
 from subnet.transport.shaping import TURN, Shaper, Stream
-from subnet.transport.synapse import S, Specs, Synapse
+from subnet.transport.synapse import Received, S, Specs, Synapse
 
 _log = logging.getLogger("orion.subnet.axon")
 
 Reply: TypeAlias = tuple[Synapse, Mapping[str, torch.Tensor]]
-Handler: TypeAlias = Callable[[str, S, dict[str, torch.Tensor]], Awaitable[Reply]]
+Handler: TypeAlias = Callable[[str, S, Received], Awaitable[Reply]]
 """(caller's hotkey, fields, tensors) to the reply. Raise a `Refused` to refuse."""
 
 _BINARY: Final = "application/octet-stream"
@@ -61,7 +62,7 @@ _ACCEPT_PAUSE: Final = 1.0
 class _Route:
     name: str
     max_bytes: int
-    answer: Callable[[str, memoryview], Awaitable[list[memoryview]]]
+    answer: Callable[[Ticket, memoryview], Awaitable[list[memoryview]]]
 
 
 @dataclass(slots=True)
@@ -155,9 +156,10 @@ class Axon:
                 raise ValueError(f"max_bytes is missing for {kind.__name__}, whose specs depend on its fields")
             max_bytes = synapse.max_blob_bytes(specs)
 
-        async def answer(caller: str, body: memoryview) -> list[memoryview]:
+        async def answer(ticket: Ticket, body: memoryview) -> list[memoryview]:
             fields, tensors = synapse.decode(kind, body, specs)
-            return synapse.encode(*await handler(caller, fields, tensors))
+            received = Received(tensors, payload=ticket.digests.payload)
+            return synapse.encode(*await handler(ticket.caller, fields, received))
 
         self._routes[kind.route] = _Route(kind.route, max_bytes, answer)
 
@@ -249,7 +251,7 @@ class Axon:
                 head.fields, route=route.name, path=head.target, max_bytes=route.max_bytes
             ) as ticket:
                 body = await self._receive(request, ticket)
-                parts = await self._answer(route, ticket.caller, body)
+                parts = await self._answer(route, ticket, body)
                 stream = None if self.shaper is None else self.shaper.towards(ticket.caller).up.stream()
                 return (
                     await self._respond(connection, 200, parts, kind=_BINARY, keep=head.keeps, stream=stream)
@@ -278,19 +280,19 @@ class Axon:
             read = ticket.place.read
             found = await asyncio.to_thread(read, body) if ticket.length >= synapse.OFF_LOOP else read(body)
             return _proven(body, found, ticket)
-        digest = hashing.hasher()
+        running = Running()
 
         def seen(piece: memoryview) -> None:
-            digest.update(piece)
+            running.update(piece)
             request.received += piece.nbytes
 
         try:
             async with asyncio.timeout(self._patience_s(ticket.length)):
-                if self.shaper is None:
+                down = None if self.shaper is None else self.shaper.towards(ticket.caller).down
+                if down is None or math.isinf(down.bandwidth_bps):
                     await request.connection.fill(body, seen)
                 else:
-                    stream = self.shaper.towards(ticket.caller).down.stream()
-                    await self._receive_shaped(request.connection, body, seen, stream)
+                    await self._receive_shaped(request.connection, body, seen, down.stream())
         except TimeoutError:
             raise TooSlow(
                 f"{request.received} of {ticket.length} bytes after {self._patience_s(ticket.length):.1f} s, "
@@ -301,7 +303,7 @@ class Axon:
             pass  # cut off: the count below says so
         if request.received < ticket.length:
             raise MalformedRequest(f"{request.received} of {ticket.length} bytes received", "send the whole body")
-        return _proven(body, digest.digest(), ticket)
+        return _proven(body, running.digests(), ticket)
 
     @staticmethod
     async def _receive_shaped(
@@ -316,14 +318,14 @@ class Axon:
             seen(body[filled : filled + got])
             filled += got
 
-    async def _answer(self, route: _Route, caller: str, body: memoryview) -> list[memoryview]:
+    async def _answer(self, route: _Route, ticket: Ticket, body: memoryview) -> list[memoryview]:
         try:
-            return await route.answer(caller, body)
+            return await route.answer(ticket, body)
         except Refused:
             raise
         except Exception:  # noqa: BLE001  (the border: whatever a handler does, the node stays up)
             incident = f"{self.port}-{next(self._incidents)}"
-            _log.exception("handler of route %s failed for %s (incident %s)", route.name, caller, incident)
+            _log.exception("handler of route %s failed for %s (incident %s)", route.name, ticket.caller, incident)
             raise Broken(
                 f"the handler of {route.name} failed, incident {incident}",
                 "its operator's log has the traceback",
@@ -391,8 +393,8 @@ class Axon:
         return self._grace_s + size / self._min_rate
 
 
-def _proven(body: memoryview, digest: bytes, ticket: Ticket) -> memoryview:
-    """The body, if this is the digest that was signed."""
-    if digest != ticket.digest:
+def _proven(body: memoryview, digests: Digests, ticket: Ticket) -> memoryview:
+    """The body, if these are the digests that were signed."""
+    if digests != ticket.digests:
         raise BadSignature("the body is not the one that was signed", "send the bytes that Content-Digest is of")
     return body

@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Final
 
-from model import hashing
+from subnet.transport.digests import Digests, Running
 from subnet.transport.errors import Elsewhere, MalformedRequest
 
 FIELD: Final = "Orion-Memory"
@@ -64,8 +64,8 @@ class Place:
     def __str__(self) -> str:
         return f"{self.process}/{self.number}/{self.length}"
 
-    def read(self, into: memoryview) -> bytes:
-        """Copy the body into as many bytes; the BLAKE3 of what was copied.
+    def read(self, into: memoryview) -> Digests:
+        """Copy the body into as many bytes; the digests of what was copied.
 
         Raises:
             Elsewhere: it cannot be opened from here, or is no such file.
@@ -82,15 +82,15 @@ class Place:
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise Elsewhere(f"{path} holds no body", "send it over the connection")
-            digest, filled = hashing.hasher(), 0
+            running, filled = Running(), 0
             while filled < self.length:
                 piece = into[filled : filled + _PIECE]
                 got = os.preadv(file, [piece], filled)
                 if not got:
                     raise MalformedRequest(f"{filled} of {self.length} bytes in memory", "send the whole body")
-                digest.update(piece[:got])
+                running.update(piece[:got])
                 filled += got
-            return digest.digest()
+            return running.digests()
         finally:
             os.close(file)
 
@@ -103,9 +103,12 @@ class Sheet:
     _writing: Lock = field(default_factory=Lock)
     """A call that is given up may still be writing, in a thread: its number must not be another file's meanwhile."""
 
-    def write(self, parts: Sequence[memoryview]) -> tuple[Place, bytes]:
-        """Put a body there; where it lies, and its BLAKE3. Raises `OSError` where there is no room for it."""
-        digest, end = hashing.hasher(), 0
+    def write(self, parts: Sequence[memoryview], *, payload: bytes | None = None) -> tuple[Place, Digests]:
+        """Put a body there; where it lies, and its digests, of which that of its payload may be known.
+
+        Raises `OSError` where there is no room for it.
+        """
+        running, end = Running(), 0
         with self._writing:
             for part in parts:
                 for start in range(0, part.nbytes, _PIECE):
@@ -113,9 +116,12 @@ class Sheet:
                     written = 0
                     while written < piece.nbytes:
                         written += os.pwritev(self.number, [piece[written:]], end + written)
-                    digest.update(piece)
+                    if part is parts[0] or payload is None:
+                        running.update(piece)
                     end += piece.nbytes
-        return Place(os.getpid(), self.number, end), digest.digest()
+        found = running.digests()
+        digests = found if payload is None else Digests(found.head, payload)
+        return Place(os.getpid(), self.number, end), digests
 
     def close(self) -> None:
         """Whoever has opened it keeps it."""

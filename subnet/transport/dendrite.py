@@ -10,20 +10,20 @@ peer said no), `Unreachable` (nobody knows) or `BadReply` (the peer is broken).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Final, Self
 
 import torch
 
-from model import hashing
 from subnet.transport import auth, beside, http1, synapse
 from subnet.transport.auth import Signer
 from subnet.transport.beside import Place, Sheets
 from subnet.transport.connection import Connection
-from subnet.transport.errors import BadReply, Elsewhere, Refused, Silent, Unreachable, from_wire
+from subnet.transport.digests import Digests
+from subnet.transport.errors import BadReply, Elsewhere, Refused, Silent, Unreachable, Unserved, from_wire
 from subnet.transport.http1 import BadHead, ResponseHead
 from subnet.transport.memory import Memory
 from subnet.transport.pool import Neighbour
@@ -128,6 +128,7 @@ class Dendrite:
         reply_specs: Specs | Callable[[S], Specs] = NO_SPECS,
         max_reply_bytes: int | None = None,
         deadline: float,
+        payload: bytes | None = None,
     ) -> tuple[S, dict[str, torch.Tensor]]:
         """Send one message and wait for its reply.
 
@@ -139,6 +140,7 @@ class Dendrite:
             reply_specs: exactly the tensors of the reply, fixed or as a function of its fields.
             max_reply_bytes: bound for the reply, needed where its specs depend on its fields.
             deadline: seconds from now that everything may take, waiting for a stream included.
+            payload: BLAKE3 of the tensors' bytes, end to end in the order of `synapse.encode`, where it is known.
 
         Raises:
             Refused: the subclass that the axon raised.
@@ -160,7 +162,9 @@ class Dendrite:
             neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams, beside=self._beside)
         try:
             async with asyncio.timeout(deadline):
-                blob = await self._deliver(neighbour, receiver, message.route, parts, max_reply_bytes, traffic)
+                blob = await self._deliver(
+                    neighbour, receiver, message.route, parts, max_reply_bytes, traffic, payload=payload
+                )
             fields, received = synapse.decode(reply, blob, reply_specs)
         except TimeoutError:
             traffic.failed += 1
@@ -192,6 +196,8 @@ class Dendrite:
         parts: Sequence[memoryview],
         max_reply_bytes: int,
         traffic: Traffic,
+        *,
+        payload: bytes | None,
     ) -> memoryview:
         size = synapse.size_of(parts)
         large = size >= synapse.OFF_LOOP
@@ -199,9 +205,10 @@ class Dendrite:
             async with neighbour.gate:
                 sheet, read = self._sheets.take(), False
                 try:
-                    place, digest = await asyncio.to_thread(sheet.write, parts) if large else sheet.write(parts)
+                    write = partial(sheet.write, parts, payload=payload)
+                    place, digests = await asyncio.to_thread(write) if large else write()
                     blob = await self._exchange(
-                        neighbour, receiver, route, (), digest, max_reply_bytes, traffic, place=place
+                        neighbour, receiver, route, (), digests, max_reply_bytes, traffic, place=place
                     )
                     read = True
                 except Elsewhere:
@@ -213,9 +220,13 @@ class Dendrite:
                     return blob
                 finally:
                     self._sheets.give_back(sheet, read=read)
-        digest = await asyncio.to_thread(hashing.digest, *parts) if large else hashing.digest(*parts)
+        hashed = partial(Digests.of, parts, payload=payload)
+        digests = await asyncio.to_thread(hashed) if large and payload is None else hashed()
         async with neighbour.gate:
-            return await self._exchange(neighbour, receiver, route, parts, digest, max_reply_bytes, traffic)
+            try:
+                return await self._exchange(neighbour, receiver, route, parts, digests, max_reply_bytes, traffic)
+            except Unserved:
+                return await self._exchange(neighbour, receiver, route, parts, digests, max_reply_bytes, traffic)
 
     async def _exchange(
         self,
@@ -223,7 +234,7 @@ class Dendrite:
         receiver: str,
         route: str,
         parts: Sequence[memoryview],
-        digest: bytes,
+        digests: Digests,
         max_reply_bytes: int,
         traffic: Traffic,
         *,
@@ -238,28 +249,28 @@ class Dendrite:
             up, down = shaper.up, shaper.down
         if not self._running:
             raise Unreachable("this dendrite was stopped before the call was sent")
-        connection = await neighbour.take()
-        reusable = False
-        try:
-            async with neighbour.turn if size > TURN else nullcontext():
-                self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
-                path = f"/{route}"
-                signed = auth.sign(self._signer, path=path, digest=digest, receiver=receiver, nonce_ns=self._last_nonce)
-                fields = {"Host": neighbour.authority, "Content-Length": str(size), **signed}
-                if place is not None:
-                    fields[beside.FIELD] = str(place)
-                sent = await _send(connection, http1.request("POST", path, fields), parts, up)
+
+        def request() -> bytes:
+            self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
+            path = f"/{route}"
+            signed = auth.sign(self._signer, path=path, digests=digests, receiver=receiver, nonce_ns=self._last_nonce)
+            fields = {"Host": neighbour.authority, "Content-Length": str(size), **signed}
+            if place is not None:
+                fields[beside.FIELD] = str(place)
+            return http1.request("POST", path, fields)
+
+        async def answer(connection: Connection) -> tuple[ResponseHead, memoryview]:
             traffic.sent += size if place is None else place.length
             head = await _head(connection)
             limit = max_reply_bytes if head.status == 200 else _ERROR_LIMIT
             blob = await _read(connection, head, limit, self._memory, down)
             traffic.received += blob.nbytes
-            reusable = sent and head.keeps
-        finally:
-            if reusable:
-                neighbour.put(connection)
-            else:
-                neighbour.drop(connection)
+            return head, blob
+
+        if size > TURN:
+            head, blob = await _in_line(neighbour, request, parts, answer, up)
+        else:
+            head, blob = await _alone(neighbour, request, parts, answer, up)
         if shaper is not None:
             await shaper.arrive(blob.nbytes)
         if head.status == 200:
@@ -271,16 +282,69 @@ class Dendrite:
         raise BadReply(f"{neighbour.endpoint} {error}")
 
 
-async def _send(connection: Connection, head: bytes, parts: Sequence[memoryview], up: Pipe | None) -> bool:
-    """Send a request; whether all of it left. What is answered before that was refused, and need not leave."""
+async def _alone(
+    neighbour: Neighbour,
+    request: Callable[[], bytes],
+    parts: Sequence[memoryview],
+    answer: Callable[[Connection], Awaitable[tuple[ResponseHead, memoryview]]],
+    up: Pipe | None,
+) -> tuple[ResponseHead, memoryview]:
+    """Send a request over a connection of its own and read the answer."""
+    connection = await neighbour.take()
+    reusable = False
+    try:
+        sent = await _send(connection, request(), parts, up)
+        head, blob = await answer(connection)
+        reusable = sent and head.keeps
+    finally:
+        if reusable:
+            neighbour.put(connection)
+        else:
+            neighbour.drop(connection)
+    return head, blob
+
+
+async def _in_line(
+    neighbour: Neighbour,
+    request: Callable[[], bytes],
+    parts: Sequence[memoryview],
+    answer: Callable[[Connection], Awaitable[tuple[ResponseHead, memoryview]]],
+    up: Pipe | None,
+) -> tuple[ResponseHead, memoryview]:
+    """Send a request behind others, and read its answer behind theirs."""
+    async with neighbour.turn:
+        line = await neighbour.line()
+        member = line.enter()
+        try:
+            sent = await _send(line.connection, request(), parts, up, heed=member.first)
+        except BaseException as error:
+            served = member.first
+            line.end()
+            if isinstance(error, OSError) and not served:
+                raise Unserved(f"{neighbour.endpoint} closed before its answer; it may be sent again") from error
+            raise
+    keeps = False
+    try:
+        await member.turn
+        head, blob = await answer(line.connection)
+        keeps = sent and head.keeps
+    finally:
+        line.leave(member, keeps=keeps)
+    return head, blob
+
+
+async def _send(
+    connection: Connection, head: bytes, parts: Sequence[memoryview], up: Pipe | None, *, heed: bool = True
+) -> bool:
+    """Send a request; whether all of it left. What is answered before that (`heed`) was refused, and need not leave."""
     try:
         if up is None:
-            return await connection.write([head, *parts], heed=True)
+            return await connection.write([head, *parts], heed=heed)
         stream = up.stream()
-        whole = await connection.write([head], heed=True)
+        whole = await connection.write([head], heed=heed)
         for piece in synapse.slices(parts, size=TURN):
             await stream.carry(piece.nbytes)
-            whole = whole and await connection.write([piece], heed=True)
+            whole = whole and await connection.write([piece], heed=heed)
             if not whole:
                 break
     except (BrokenPipeError, ConnectionResetError):

@@ -33,6 +33,10 @@ class Silent(Unreachable):
     """No answer in time: it may be gone, frozen or slow. Any other `Unreachable` says that nobody listens there."""
 
 
+class Unserved(Unreachable):
+    """The connection ended on account of a request before this one, whose own answer had not begun."""
+
+
 class BadReply(TransportError):  # noqa: N818
     """The answer is not a reply of the type, shape or size that was asked for: the peer's fault."""
 

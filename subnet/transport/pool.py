@@ -1,4 +1,4 @@
-"""Warm connections to one neighbour: a cold one costs 300 to 400 ms for the first boundary tensor at 50 ms."""
+"""Warm connections to one neighbour: a cold one costs about a second for the first boundary tensor at 50 ms."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from urllib.parse import urlsplit
 from subnet.transport import sockets
 from subnet.transport.beside import OFFERED, is_beside
 from subnet.transport.connection import Address, Connection
+from subnet.transport.line import Line
 
 
 class Neighbour:
-    """Up to `streams` connections to one endpoint, kept for the next call. Take one inside `async with gate`."""
+    """Up to `streams` connections to one endpoint, kept for the next call: one for all large bodies, the others taken
+    and given back inside `async with gate`."""
 
     def __init__(self, endpoint: str, streams: int, *, beside: bool = False) -> None:
         """Raises `ValueError` if `endpoint` is not of the form ``http://host:port``."""
@@ -24,7 +26,8 @@ class Neighbour:
         self.gate = asyncio.Semaphore(streams)
         self.turn = asyncio.Lock()
         """Held while a large body leaves. Side by side they would all arrive last: four tensors that share a link take
-        four times as long, each of them and on every hop. The other streams are for replies that are under way."""
+        four times as long, each of them and on every hop."""
+        self._line: Line | None = None
         self._host, self._port = parts.hostname, parts.port
         self.beside = beside and OFFERED and is_beside(parts.hostname)
         """Whether bodies may lie in memory that both sides see, as far as known."""
@@ -58,6 +61,17 @@ class Neighbour:
                     self.drop(connection)
         raise error
 
+    async def line(self) -> Line:
+        """Where large bodies leave; to be asked for while holding `turn`. Raises `OSError`."""
+        line = self._line
+        if line is not None and (line.ended or (line.empty and not line.connection.quiet)):
+            line.end()
+            line = None
+        if line is None:
+            line = self._line = Line(await self.take())
+            self._used.discard(line.connection)
+        return line
+
     def put(self, connection: Connection) -> None:
         """Give back a connection that is ready for another request."""
         self._used.discard(connection)
@@ -74,6 +88,8 @@ class Neighbour:
             if since < before:
                 connection.close()
         self._idle = [(connection, since) for connection, since in self._idle if since >= before]
+        if self._line is not None and self._line.empty and self._line.since < before:
+            self._line.end()
 
     def close(self) -> None:
         """Close every connection; calls that use one end with `ConnectionAbortedError`."""
@@ -81,6 +97,8 @@ class Neighbour:
         for connection in (*self._used, *(connection for connection, _ in self._idle)):
             connection.close()
         self._idle.clear()
+        if self._line is not None:
+            self._line.end()
 
     async def _addresses(self) -> list[tuple[int, Address]]:
         """Family and address, in the resolver's order. Raises `OSError`."""

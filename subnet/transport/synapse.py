@@ -55,6 +55,15 @@ class Synapse(BaseModel):
 S = TypeVar("S", bound=Synapse)
 
 
+class Received(dict[str, torch.Tensor]):
+    """The tensors of a request whose bytes are proven to be the signed ones."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], *, payload: bytes) -> None:
+        """`payload` is the BLAKE3 of all their bytes, end to end: where there is one tensor, that one's."""
+        super().__init__(tensors)
+        self.payload = payload
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """What a tensor must be, to the byte."""

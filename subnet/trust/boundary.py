@@ -67,30 +67,47 @@ SILENCE = 1e-18
 BLOCK = 128 * 1024
 """Elements summed up at a time: half a megabyte stays in a core's cache, which takes a fifth of the time of a pass over
 5 MB with its temporaries."""
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 NAMES = ("size", "peak", "crest")
 Numbers = tuple[float, float, float]
 """Size, peak and crest of a tensor, natural logs."""
 
 
-def numbers(tensor: torch.Tensor) -> Numbers:
-    """Size, peak and crest of a finite tensor in host memory, of any shape and floating dtype.
+@dataclass(frozen=True, slots=True)
+class Magnitudes:
+    """What a tensor's magnitudes come to."""
 
-    Of one whose root mean square is below `SILENCE`: log(SILENCE), 0, 0.
-    """
+    root: float
+    """Of their mean square."""
+    mean: float
+    largest: float
+    """NaN if there is one among the values."""
+
+    @property
+    def numbers(self) -> Numbers:
+        """Of a finite tensor; of one whose root mean square is below `SILENCE` log(SILENCE), 0, 0."""
+        if self.root < SILENCE:
+            return math.log(SILENCE), 0.0, 0.0
+        return math.log(self.root), math.log(self.root / self.mean), math.log(self.largest / self.root)
+
+
+def magnitudes(tensor: torch.Tensor) -> Magnitudes:
+    """Of a tensor in host memory, of any shape and floating dtype, in one pass (1 ms per million bf16)."""
     count = max(1, tensor.numel())
-    squares = total = largest = 0.0
     flat = tensor.detach().reshape(-1)
+    integers = _INTEGERS[flat.dtype.itemsize]
+    scratch = torch.empty(min(count, BLOCK), dtype=torch.float32)
+    squares, total, largest = 0.0, 0.0, 0
     for start in range(0, flat.numel(), BLOCK):
-        values = flat[start : start + BLOCK].to(torch.float32)
-        squares += float(torch.dot(values, values))
-        magnitudes = values.abs()
-        total += float(magnitudes.sum())
-        largest = max(largest, float(magnitudes.max()))
-    root, mean = math.sqrt(squares / count), total / count
-    if root < SILENCE:
-        return math.log(SILENCE), 0.0, 0.0
-    return math.log(root), math.log(root / mean), math.log(largest / root)
+        values = flat[start : start + BLOCK].abs()
+        # The bits of what has no sign, read as integers, are in the same order, NaN last; and integers compare faster.
+        largest = max(largest, int(values.view(integers).max()))
+        wide = scratch[: values.numel()].copy_(values)
+        squares += float(torch.dot(wide, wide))
+        total += float(wide.sum())
+    reached = float(torch.tensor(largest, dtype=integers).view(flat.dtype))
+    return Magnitudes(math.sqrt(squares / count), total / count, reached)
 
 
 @dataclass(frozen=True, slots=True)

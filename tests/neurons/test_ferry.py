@@ -19,6 +19,8 @@ from neurons.compute import ComputeThread, Lane
 from neurons.ferry import CudaFerry, Ferry, HostFerry, ferry_of
 from subnet.messages import WIRE_LIMIT
 from subnet.transport.errors import NotFinite
+from subnet.transport.synapse import tensor_bytes
+from subnet.trust.ledger import digest
 
 _CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
@@ -40,7 +42,7 @@ def test_on_a_cpu_nothing_is_copied_that_is_not_cast() -> None:
     x, tokens = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64)
     assert ferry.board(x)() is x
     assert ferry.board(tokens)() is tokens
-    assert ferry.leave(x).landed() is x
+    assert ferry.leave(x).landed().tensor is x
 
 
 @pytest.mark.parametrize("device", ["cpu", _CUDA])
@@ -54,9 +56,11 @@ def test_what_boards_has_the_stage_s_dtype_and_what_leaves_the_wire_s(device: st
     ferry.keep_pace()
     ferry.keep_pace()
     _settled(ferry)
-    back = departure.landed()
+    landed = departure.landed()
+    back = landed.tensor
     assert (back.dtype, back.device.type) == (torch.bfloat16, "cpu")
     assert torch.equal(back, x + 1)
+    assert landed.digest == digest(tensor_bytes(back))
 
 
 @pytest.mark.parametrize("device", ["cpu", _CUDA])
@@ -67,7 +71,7 @@ def test_what_the_other_side_would_refuse_lands_as_a_fault(value: float, device:
     _settled(ferry)
     with pytest.raises(NotFinite):
         bad.landed()
-    assert good.landed().tolist() == [1.0] * 4
+    assert good.landed().tensor.tolist() == [1.0] * 4
 
 
 def test_the_stage_s_place_decides() -> None:

@@ -15,7 +15,9 @@ from neurons.telemetry import Quarantined, Telemetry, read_events
 from neurons.training import TrainingRound
 from subnet.swarm.roster import Roster
 from subnet.transport.errors import Dropped
-from subnet.trust.ledger import NO_RECEIPT, Direction
+from subnet.transport.synapse import tensor_bytes
+from subnet.trust.boundary import magnitudes
+from subnet.trust.ledger import NO_RECEIPT, Direction, digest
 from tests.neurons.swarm import Member, Swarm, manifest, open_corpus, tiny, tokens_file
 
 ROSTER = Roster.of([["a", "b", "c"], ["me"], ["x", "y", "z"]])
@@ -35,12 +37,19 @@ class Desk:
     def tensor(self, scale: float = 1.0) -> torch.Tensor:
         return (scale * torch.randn(4, 32, 8, generator=self.generator)).to(torch.bfloat16)
 
+    def require_usual(self, sender: str, sample: int, direction: Direction, tensor: torch.Tensor) -> None:
+        seen, named = magnitudes(tensor), digest(tensor_bytes(tensor))
+        self.filter.require_usual(self.round, sender, sample, direction, seen, named)
+
+    async def takes(self, sender: str, sample: int, tensor: torch.Tensor) -> bool:
+        return await self.filter.takes(self.round, sender, sample, tensor, digest(tensor_bytes(tensor)))
+
     def push(
         self, sender: str, scale: float = 1.0, *, direction: Direction = Direction.BACKWARD, sample: int | None = None
     ) -> None:
         self.sample += 1
         number = self.sample if sample is None else sample
-        self.filter.require_usual(self.round, sender, number, direction, self.tensor(scale))
+        self.require_usual(sender, number, direction, self.tensor(scale))
 
     def warm(self, pushes: int = 80) -> None:
         for _ in range(pushes):
@@ -68,17 +77,17 @@ def test_a_tensor_that_was_sent_for_another_sample_is_refused_in_that_round() ->
     desk.warm()
     old, zero = desk.tensor(), torch.zeros(4, 32, 8)
     for direction, sender, sample in (("BACKWARD", "x", 900), ("BACKWARD", "x", 900), ("FORWARD", "x", 901)):
-        desk.filter.require_usual(desk.round, sender, sample, Direction[direction], old)
+        desk.require_usual(sender, sample, Direction[direction], old)
     for sample in (902, 903, 904):
         with pytest.raises(Dropped, match=f"backward of sample {sample} .* what was sent for sample 900"):
-            desk.filter.require_usual(desk.round, "x", sample, Direction.BACKWARD, old)
+            desk.require_usual("x", sample, Direction.BACKWARD, old)
     assert desk.aside == ["x"]
-    desk.filter.require_usual(desk.round, "y", 905, Direction.BACKWARD, old)
+    desk.require_usual("y", 905, Direction.BACKWARD, old)
     for sample in (906, 907):  # a gradient of nothing is like another: its size is judged, not that it is the same
         with pytest.raises(Dropped, match="size"):
-            desk.filter.require_usual(desk.round, "z", sample, Direction.BACKWARD, zero)
+            desk.require_usual("z", sample, Direction.BACKWARD, zero)
     desk.round = TrainingRound(1, ROSTER, b"seed", RoundArchive())
-    desk.filter.require_usual(desk.round, "x", 908, Direction.BACKWARD, old)
+    desk.require_usual("x", 908, Direction.BACKWARD, old)
 
 
 def test_repeating_a_refused_push_neither_helps_nor_counts() -> None:
@@ -120,14 +129,14 @@ def test_bounds_outlive_the_round_and_counts_do_not() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2e4])
-def test_fetched_activations_pass_the_same_door(value: float) -> None:
+async def test_fetched_activations_pass_the_same_door(value: float) -> None:
     desk = Desk()
     desk.warm()
-    assert desk.filter.takes(desk.round, "a", 900, desk.tensor())
-    assert not desk.filter.takes(desk.round, "a", 901, desk.tensor(10.0))
+    assert await desk.takes("a", 900, desk.tensor())
+    assert not await desk.takes("a", 901, desk.tensor(10.0))
     bad = desk.tensor()
     bad[0, 0, 0] = value
-    assert not desk.filter.takes(desk.round, "a", 902, bad)
+    assert not await desk.takes("a", 902, bad)
 
 
 # -- between real workers -----------------------------------------------------------------------------------------

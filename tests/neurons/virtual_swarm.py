@@ -28,7 +28,8 @@ from subnet.messages import Backward, Forward, InputRequest, Notice
 from subnet.transport.dendrite import Traffic
 from subnet.transport.errors import Refused, Silent, Unreachable
 from subnet.transport.shaping import Link, Shaper
-from subnet.transport.synapse import Synapse
+from subnet.transport.synapse import Received, Synapse
+from subnet.trust.ledger import NO_DIGEST
 from tests.virtual import VirtualLoop
 
 HEADERS = 500
@@ -151,7 +152,7 @@ class Member:
             self.drive.cancel()
         self.worker.shut_down()
 
-    async def answer(self, caller: str, message: Synapse, tensors: Mapping[str, torch.Tensor]) -> Answer:
+    async def answer(self, caller: str, message: Synapse, tensors: Received) -> Answer:
         """What the axon does with a request."""
         handlers: dict[type, Callable[..., Awaitable[Answer]]] = {
             Forward: self.worker.on_forward,
@@ -169,6 +170,7 @@ class Member:
         tensors: Mapping[str, torch.Tensor] | None = None,
         *,
         deadline: float,
+        payload: bytes | None = None,
         **_reply: object,
     ) -> Answer:
         """What a dendrite does."""
@@ -177,7 +179,8 @@ class Member:
         gate = self._gates.setdefault(receiver, asyncio.Semaphore(STREAMS))
         try:
             async with asyncio.timeout(deadline), gate:
-                return await self._exchange(receiver, message, tensors or {})
+                received = Received(tensors or {}, payload=payload or NO_DIGEST)
+                return await self._exchange(receiver, message, received)
         except TimeoutError:
             traffic.failed += 1
             raise Silent(f"{receiver} said nothing") from None
@@ -188,7 +191,7 @@ class Member:
             traffic.refused += 1
             raise
 
-    async def _exchange(self, receiver: str, message: Synapse, tensors: Mapping[str, torch.Tensor]) -> Answer:
+    async def _exchange(self, receiver: str, message: Synapse, tensors: Received) -> Answer:
         size = HEADERS + (self.world.bytes if tensors else 0)
         await self.shaper.depart(size)
         other = self.world.alive.get(receiver)

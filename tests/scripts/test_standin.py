@@ -49,7 +49,7 @@ def engine(stage: int, hold: Hold, *, seed: str = "0") -> StandInEngine:
 def test_an_engine_holds_its_thread_and_gives_what_a_stage_gives() -> None:
     hold = Hold()
     body = engine(1, hold)
-    x, g = torch.randn(2, 16, 24), torch.randn(2, 16, 24)
+    x, g = torch.randn(2, 16, 24).bfloat16(), torch.randn(2, 16, 24).bfloat16()
     y = body.forward(7, x)
     assert hold.asked == pytest.approx(0.02)
     dx = body.backward(7, g)
@@ -71,23 +71,23 @@ def test_an_engine_holds_its_thread_and_gives_what_a_stage_gives() -> None:
 def test_a_tail_holds_for_both_and_a_head_has_no_gradient_to_send() -> None:
     hold = Hold()
     tokens = torch.zeros(2, 16, dtype=torch.int64)
-    loss, dx = engine(2, hold).tail(1, torch.randn(2, 16, 24), tokens)
+    loss, dx = engine(2, hold).tail(1, torch.randn(2, 16, 24).bfloat16(), tokens)
     assert loss == 1.0
     assert dx is not None
     assert hold.asked == pytest.approx(0.07)
     head = engine(0, hold)
     assert head.forward(1, tokens).shape == (2, 16, 24)
-    assert head.backward(1, torch.randn(2, 16, 24)) is None
+    assert head.backward(1, torch.randn(2, 16, 24).bfloat16()) is None
 
 
 def test_no_two_tensors_are_alike() -> None:
-    """Neither of one stage, nor of two that differ in their seeds only: as bf16, in which they travel."""
+    """Neither of one stage, nor of two that differ in their seeds only: in the bf16 in which they travel."""
     hold = Hold()
     hold.end()
     made = []
     for seed in ("0", "1"):
         body = engine(1, hold, seed=seed)
-        made += [body.forward(key, torch.zeros(2, 16, 24)).bfloat16() for key in range(8)]
+        made += [body.forward(key, torch.zeros(2, 16, 24, dtype=torch.bfloat16)) for key in range(8)]
     assert len({tensor.view(torch.int16).numpy().tobytes() for tensor in made}) == len(made)
 
 

@@ -5,7 +5,7 @@ manifest's shape. Underneath lies one layer of a few dozen weights, so windows, 
 wait releases the GIL: whatever else the process does goes on meanwhile, as beside a GPU.
 
 What comes out is drawn, not computed, and new each time: a receiver refuses a tensor that it has had for another
-sample.
+sample. It is in the wire's dtype, as what comes off a device is: casts are a device's work.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from model.split import StagePlan
 from model.stage import Stage
 
 MARKS = 8
-"""Elements of a tensor that are drawn anew each time; all others are a fixed drawing times a drawn factor."""
-SPREAD = 0.2
-"""The factor lies between 1 and this much more."""
+"""Elements of a tensor that are drawn anew each time."""
 GRADIENT = 1e-3
 """Of every weight that has one."""
 
@@ -86,7 +84,12 @@ class StandInStage(Stage):
         self.hold = hold
         draw = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little")
         self._generator = torch.Generator().manual_seed(draw)
-        self._drawing = self._drawn = torch.empty(0)
+        self._drawing = torch.empty(0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what crosses its boundaries."""
+        return torch.bfloat16
 
     @property
     def anchor(self) -> Tensor:
@@ -110,17 +113,16 @@ class StandInStage(Stage):
         return out
 
     def drawn(self, x: Tensor) -> Tensor:
-        """What leaves the stage for an input `x`: fp32 (B, T, width), until the next one is drawn."""
-        out = torch.mul(self.like(x), 1 + SPREAD * float(torch.rand((), generator=self._generator)), out=self._drawn)
+        """What leaves the stage for an input `x`: bf16 (B, T, width)."""
+        out = self.like(x).clone()
         out.view(-1)[:MARKS] = torch.randn(min(MARKS, out.numel()), generator=self._generator)
-        return out.detach()
+        return out
 
     def like(self, x: Tensor) -> Tensor:
         """The same for what nobody looks at."""
         shape = (*x.shape[:2], self.config.boundary_width)
         if self._drawing.shape != shape:
-            self._drawing = torch.randn(shape, generator=self._generator)
-            self._drawn = torch.empty(shape)
+            self._drawing = torch.randn(shape, generator=self._generator).to(self.dtype)
         return self._drawing.detach()
 
     def returned(self, x: Tensor, *, wanted: bool) -> tuple[Tensor | None, Tensor]:

@@ -9,9 +9,9 @@ from bittensor import http_auth
 from bittensor.sp_core import Keypair
 from multidict import CIMultiDict
 
-from model import hashing
 from subnet.transport import auth
 from subnet.transport.admission import Admission, ReplayCache
+from subnet.transport.digests import Digests
 from subnet.transport.errors import (
     BadSignature,
     Busy,
@@ -31,6 +31,8 @@ BOB = Keypair.create_from_uri("//Bob")
 EVE = Keypair.create_from_uri("//Eve")
 SECOND = 1_000_000_000
 BODY = b"body"
+DIGESTS = Digests(b"h" * 32, b"p" * 32)
+NO_DIGESTS = Digests(bytes(32), bytes(32))
 
 
 class Clock:
@@ -53,8 +55,7 @@ def admission(clock: Clock, *, slots: int = 2, buffer_bytes: int = 100) -> Admis
 def request(
     nonce_ns: int, signer: Keypair = ALICE, receiver: str = BOB.ss58_address, length: int = len(BODY)
 ) -> CIMultiDict[str]:
-    digest = hashing.digest(BODY)
-    headers = auth.sign(signer, path="/push", digest=digest, receiver=receiver, nonce_ns=nonce_ns)
+    headers = auth.sign(signer, path="/push", digests=DIGESTS, receiver=receiver, nonce_ns=nonce_ns)
     return CIMultiDict(headers | {"Content-Length": str(length)})
 
 
@@ -89,7 +90,7 @@ def test_headers_signed_by_bittensor_are_accepted() -> None:
     )
     with door.admit(headers, route="push", path="/push", max_bytes=64) as ticket:
         assert (ticket.caller, ticket.length) == (ALICE.ss58_address, len(BODY))
-        assert ticket.digest == hashing.digest(BODY)
+        assert ticket.digests == DIGESTS
 
 
 @pytest.mark.parametrize(
@@ -112,15 +113,15 @@ def test_headers_signed_by_bittensor_are_accepted() -> None:
         ({"X-Bittensor-Crypto": "rsa"}, MalformedRequest, 400, "unreadable"),
         ({"X-Bittensor-Crypto": "ed25519"}, BadSignature, 401, "is not"),
         ({"Content-Digest": None}, MalformedRequest, 400, "Content-Digest is missing"),
-        ({"Content-Digest": "blake3=:AAAA:"}, MalformedRequest, 400, "unreadable"),
-        ({"Content-Digest": auth.content_digest(bytes(32))[:-1]}, MalformedRequest, 400, "unreadable"),
+        ({"Content-Digest": "blake3-head=:AAAA:, blake3-payload=:AAAA:"}, MalformedRequest, 400, "unreadable"),
+        ({"Content-Digest": auth.content_digest(NO_DIGESTS)[:-1]}, MalformedRequest, 400, "unreadable"),
         (
-            {"Content-Digest": auth.content_digest(bytes(32)).replace("blake3", "sha-256")},
+            {"Content-Digest": auth.content_digest(NO_DIGESTS).replace("blake3-head", "blake3")},
             MalformedRequest,
             400,
             "unreadable",
         ),
-        ({"Content-Digest": auth.content_digest(bytes(32))}, BadSignature, 401, "is not"),
+        ({"Content-Digest": auth.content_digest(NO_DIGESTS)}, BadSignature, 401, "is not"),
         ({"X-Bittensor-Receiver": None}, MalformedRequest, 400, "X-Bittensor-Receiver is missing"),
         ({"X-Bittensor-Receiver": EVE.ss58_address}, WrongReceiver, 421, "signed for"),
     ],

@@ -17,12 +17,12 @@ import pytest
 import torch
 from bittensor.sp_core import Keypair
 
-from model import hashing
 from subnet.transport import auth, http1, synapse
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon, Handler, _Request
 from subnet.transport.beside import Place, Sheet
 from subnet.transport.dendrite import Dendrite
+from subnet.transport.digests import Digests, Running
 from subnet.transport.errors import (
     BadReply,
     BadSignature,
@@ -192,6 +192,12 @@ async def raw(node: Node, request: bytes) -> AsyncIterator[Answer]:
             await writer.wait_closed()
 
 
+def hashed(body: memoryview) -> Digests:
+    running = Running()
+    running.update(body)
+    return running.digests()
+
+
 def head(
     body: bytes = b"", *, path: str = "/push", change: dict[str, str | None] | None = None, age_s: float = 0
 ) -> bytes:
@@ -200,7 +206,7 @@ def head(
         **auth.sign(
             ALICE,
             path=path,
-            digest=hashing.digest(body),
+            digests=hashed(memoryview(body)),
             receiver=BOB_KEY,
             nonce_ns=time.time_ns() - int(age_s * 1e9),
         ),
@@ -736,9 +742,9 @@ async def test_a_large_body_arrives_either_way(node: Node, shares: bool, monkeyp
     written: list[int] = []
     write = Sheet.write
 
-    def spied(sheet: Sheet, parts: Sequence[memoryview]) -> tuple[Place, bytes]:
+    def spied(sheet: Sheet, parts: Sequence[memoryview], *, payload: bytes | None) -> tuple[Place, Digests]:
         written.append(synapse.size_of(parts))
-        return write(sheet, parts)
+        return write(sheet, parts, payload=payload)
 
     monkeypatch.setattr(Sheet, "write", spied)
     async with Dendrite(ALICE, now_ns=time.time_ns, beside=shares) as alice:
@@ -753,7 +759,7 @@ async def test_who_cannot_read_it_there_gets_it_sent(
 ) -> None:
     tries: list[str] = []
 
-    def elsewhere(place: Place, _into: memoryview) -> bytes:
+    def elsewhere(place: Place, _into: memoryview) -> Digests:
         tries.append(str(place))
         raise Elsewhere("another container", "send it over the connection")
 
@@ -768,10 +774,10 @@ async def test_another_body_in_that_memory_is_found_out(
 ) -> None:
     write = Sheet.write
 
-    def changed(sheet: Sheet, parts: Sequence[memoryview]) -> tuple[Place, bytes]:
-        place, digest = write(sheet, parts)
+    def changed(sheet: Sheet, parts: Sequence[memoryview], *, payload: bytes | None) -> tuple[Place, Digests]:
+        place, digests = write(sheet, parts, payload=payload)
         os.pwrite(sheet.number, b"!", place.length - 1)
-        return place, digest
+        return place, digests
 
     monkeypatch.setattr(Sheet, "write", changed)
     with pytest.raises(BadSignature, match="not the one that was signed"):
@@ -782,7 +788,9 @@ async def test_another_body_in_that_memory_is_found_out(
 async def test_memory_is_admitted_as_a_body_is(node: Node, length: int, refusal: str) -> None:
     """By the route's limit, and not together with a body."""
     body = b"" if length else b"both"
-    signed = auth.sign(ALICE, path="/bulk", digest=bytes(32), receiver=BOB_KEY, nonce_ns=time.time_ns())
+    signed = auth.sign(
+        ALICE, path="/bulk", digests=Digests(bytes(32), bytes(32)), receiver=BOB_KEY, nonce_ns=time.time_ns()
+    )
     fields = {"Host": "x", "Content-Length": str(len(body)), **signed, "Orion-Memory": f"{os.getpid()}/0/{length}"}
     reader, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
     writer.write(http1.request("POST", "/bulk", fields) + body)

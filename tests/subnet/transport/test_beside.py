@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import hashing
 from subnet.transport import beside
 from subnet.transport.beside import FROM, Place, Sheet, Sheets
+from subnet.transport.digests import Digests, Running
 from subnet.transport.errors import Elsewhere, MalformedRequest
 
 pytestmark = pytest.mark.skipif(not beside.OFFERED, reason="this system has no files without a name")
@@ -29,13 +29,20 @@ def parts(size: int) -> list[memoryview]:
     return [memoryview(body.data)[:7], memoryview(body.data)[7:]]
 
 
+def hashed(*pieces: memoryview) -> Digests:
+    running = Running()
+    for piece in pieces:
+        running.update(piece)
+    return running.digests()
+
+
 @pytest.mark.parametrize("size", [8, FROM, 3 * 1024 * 1024 + 1])
 def test_a_body_is_read_as_it_was_written(sheets: Sheets, size: int) -> None:
     written = parts(size)
-    place, digest = sheets.take().write(written)
+    place, digests = sheets.take().write(written)
     found = memoryview(bytearray(size))
     assert Place.parse(str(place)) == place
-    assert place.read(found) == digest == hashing.digest(*written)
+    assert place.read(found) == digests == hashed(*written)
     assert bytes(found) == b"".join(written)
 
 

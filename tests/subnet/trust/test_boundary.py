@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from subnet.trust.boundary import (
+    BLOCK,
     IDLE,
     LEAST,
     SILENCE,
@@ -17,7 +18,7 @@ from subnet.trust.boundary import (
     WIDTHS,
     Bounds,
     Numbers,
-    numbers,
+    magnitudes,
 )
 
 SENDERS = ("a", "b", "c")
@@ -53,21 +54,29 @@ def test_numbers_are_those_of_their_definition(dtype: torch.dtype, width: int) -
     wide = x.double()
     root = wide.square().mean().sqrt()
     expected = (root.log(), (root / wide.abs().mean()).log(), (wide.abs().max() / root).log())
-    assert numbers(x) == pytest.approx([float(value) for value in expected], abs=1e-5)
+    assert magnitudes(x).numbers == pytest.approx([float(value) for value in expected], abs=1e-5)
 
 
 def test_numbers_of_silence_and_of_tiny_values_are_finite() -> None:
     for fill in (0.0, 1e-38, 1e-30):
-        assert numbers(torch.full((4, 8), fill)) == (math.log(SILENCE), 0.0, 0.0)
-    assert numbers(torch.empty(0, 8))[0] == math.log(SILENCE)
-    assert numbers(torch.full((4, 8), 1e-12)) == pytest.approx((math.log(1e-12), 0.0, 0.0), abs=1e-4)
+        assert magnitudes(torch.full((4, 8), fill)).numbers == (math.log(SILENCE), 0.0, 0.0)
+    assert magnitudes(torch.empty(0, 8)).numbers[0] == math.log(SILENCE)
+    assert magnitudes(torch.full((4, 8), 1e-12)).numbers == pytest.approx((math.log(1e-12), 0.0, 0.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [-3.0e4, math.inf, -math.inf, math.nan, -math.nan])
+def test_the_largest_is_found_whatever_its_sign_and_place(dtype: torch.dtype, value: float) -> None:
+    x = torch.randn(3, BLOCK, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x[1, 77] = value
+    assert magnitudes(x).largest == pytest.approx(abs(float(x[1, 77])), nan_ok=True)
 
 
 @given(scale=st.floats(1e-6, 1e3), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_scaling_moves_the_size_alone(scale: float, seed: int) -> None:
     x = torch.randn(512, generator=torch.Generator().manual_seed(seed))
-    (size, peak, crest), scaled = numbers(x), numbers(x * scale)
+    (size, peak, crest), scaled = magnitudes(x).numbers, magnitudes(x * scale).numbers
     assert scaled == pytest.approx((size + math.log(scale), peak, crest), abs=1e-4)
 
 

@@ -40,7 +40,7 @@ from subnet.transport.errors import (
 )
 from subnet.transport.http1 import BadHead, RequestHead
 from subnet.transport.memory import Memory
-from subnet.transport.shaping import TURN, Shaper, Stream
+from subnet.transport.shaping import TURN, Pipe, Shaper
 from subnet.transport.synapse import Received, S, Specs, Synapse
 
 _log = logging.getLogger("orion.subnet.axon")
@@ -252,11 +252,8 @@ class Axon:
             ) as ticket:
                 body = await self._receive(request, ticket)
                 parts = await self._answer(route, ticket, body)
-                stream = None if self.shaper is None else self.shaper.towards(ticket.caller).up.stream()
-                return (
-                    await self._respond(connection, 200, parts, kind=_BINARY, keep=head.keeps, stream=stream)
-                    and head.keeps
-                )
+                up = None if self.shaper is None else self.shaper.towards(ticket.caller).up
+                return await self._respond(connection, 200, parts, kind=_BINARY, keep=head.keeps, up=up) and head.keeps
         except Refused as refusal:
             return await self._refuse(request, refusal)
 
@@ -292,7 +289,7 @@ class Axon:
                 if down is None or math.isinf(down.bandwidth_bps):
                     await request.connection.fill(body, seen)
                 else:
-                    await self._receive_shaped(request.connection, body, seen, down.stream())
+                    await self._receive_shaped(request.connection, body, seen, down)
         except TimeoutError:
             raise TooSlow(
                 f"{request.received} of {ticket.length} bytes after {self._patience_s(ticket.length):.1f} s, "
@@ -307,11 +304,11 @@ class Axon:
 
     @staticmethod
     async def _receive_shaped(
-        connection: Connection, body: memoryview, seen: Callable[[memoryview], None], stream: Stream
+        connection: Connection, body: memoryview, seen: Callable[[memoryview], None], down: Pipe
     ) -> None:
-        filled = 0
+        filled, stream = 0, down.stream()
         while filled < body.nbytes:
-            got = await connection.some(body[filled : filled + TURN])
+            got = await connection.some(body[filled : filled + down.turn])
             if not got:
                 return
             await stream.carry(got)
@@ -355,18 +352,19 @@ class Axon:
         *,
         kind: str,
         keep: bool,
-        stream: Stream | None = None,
+        up: Pipe | None = None,
     ) -> bool:
         """Send an answer of this media type; whether it left in time."""
         size = synapse.size_of(parts)
         head = http1.response(status, size, kind=kind, keep=keep)
         try:
             async with asyncio.timeout(self._patience_s(size)):
-                if stream is None:
+                if up is None:
                     await connection.write([head, *parts])
                 else:
+                    stream = up.stream()
                     await connection.write([head])
-                    for piece in synapse.slices(parts, size=TURN):
+                    for piece in synapse.slices(parts, size=up.turn):
                         await stream.carry(piece.nbytes)
                         await connection.write([piece])
         except TimeoutError:

@@ -21,6 +21,8 @@ PIECE: Final = 1024 * 1024
 """Bytes received or sent before the loop has its turn: about half a millisecond."""
 Address: TypeAlias = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 """As `socket.getaddrinfo` gives it."""
+HEAP: Final = 256 * 1024
+"""Bytes of a large body that are waited for at a time: a slow link delivers 64 KiB or less, each worth a wake-up."""
 _BUFFERS: Final = 64
 """Parts handed to one system call, far below what any system allows (1024)."""
 
@@ -39,6 +41,7 @@ class Connection:
         self._buffer = bytearray(HEAD_LIMIT)
         self._ahead = range(0)
         """Where in the buffer bytes lie that came with the last head."""
+        self._heap = 1
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def connect(self, address: Address) -> None:
@@ -114,10 +117,19 @@ class Connection:
             if got and seen is not None:
                 seen(into[filled : filled + got])
             filled += got
+            if self._heap > 1 and size - filled < self._heap:
+                self._wait_for(max(1, size - filled))
             return filled == size or not got
 
         if filled < size and not _at_once(advance):
-            await self._until(advance, self._loop.add_reader, self._loop.remove_reader)
+            large = size - filled > HEAP
+            if large:
+                self._wait_for(HEAP)
+            try:
+                await self._until(advance, self._loop.add_reader, self._loop.remove_reader)
+            finally:
+                if large and self._sock.fileno() >= 0:
+                    self._wait_for(1)
         return filled
 
     async def write(self, parts: Sequence[bytes | memoryview], *, heed: bool = False) -> bool:
@@ -151,6 +163,11 @@ class Connection:
         for waiting in self._waiting:
             if not waiting.done():
                 waiting.set_exception(ConnectionAbortedError("closed by this node"))
+
+    def _wait_for(self, size: int) -> None:
+        """Be woken only when so many bytes have come, or the stream has ended."""
+        self._heap = size
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     def _take(self, into: memoryview) -> int:
         count = min(len(self._ahead), into.nbytes)

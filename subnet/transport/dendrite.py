@@ -342,7 +342,7 @@ async def _send(
             return await connection.write([head, *parts], heed=heed)
         stream = up.stream()
         whole = await connection.write([head], heed=heed)
-        for piece in synapse.slices(parts, size=TURN):
+        for piece in synapse.slices(parts, size=up.turn):
             await stream.carry(piece.nbytes)
             whole = whole and await connection.write([piece], heed=heed)
             if not whole:
@@ -373,7 +373,7 @@ async def _read(
         filled = await connection.fill(blob)
     else:
         filled, stream = 0, down.stream()
-        while filled < size and (got := await connection.some(blob[filled : filled + TURN])):
+        while filled < size and (got := await connection.some(blob[filled : filled + down.turn])):
             await stream.carry(got)
             filled += got
     if filled < size:

@@ -18,9 +18,10 @@ POOLED: Final = 1024 * 1024
 
 
 class Memory:
-    """Buffers for bodies, taken by one thread. Of those nobody uses, each take leaves at most `spare_bytes`."""
+    """Buffers for bodies, taken by one thread. Of those nobody uses, each take leaves at most `spare_bytes`: what is in
+    flight at a stage comes and goes with each round."""
 
-    def __init__(self, spare_bytes: int = 128 << 20) -> None:
+    def __init__(self, spare_bytes: int = 512 << 20) -> None:
         self._spare_bytes = spare_bytes
         self._spare: deque[npt.NDArray[np.uint8]] = deque()
         self._watched: dict[int, weakref.ref[npt.NDArray[np.uint8]]] = {}

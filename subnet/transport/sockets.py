@@ -19,8 +19,8 @@ from typing import Final
 
 from subnet.transport.errors import PortTaken
 
-UNSENT: Final = 256 * 1024
-"""10 ms of a link of 200 Mbit/s; a loop that is late by that much leaves no gap."""
+UNSENT: Final = 512 * 1024
+"""20 ms of a link of 200 Mbit/s; a loop that is late by that much leaves no gap."""
 
 
 def outgoing(family: int, host: str | int) -> socket.socket:

@@ -22,6 +22,8 @@ from typing import Final
 from scripts.bench.links.wire import VNET_HEADER, Wire, destination, wire_bytes
 
 _LARGEST: Final = VNET_HEADER.size + 65_536
+_SPARE: Final = 4096
+"""Buffers kept for the next packets: memory given back to the system would have to be cleared again."""
 _BURST: Final = 32
 """Packets read from one interface before the others have their turn."""
 PRIORITY: Final = 1
@@ -60,7 +62,8 @@ class Switch:
         self._spec = spec
         self._files = {socket.inet_aton(address): fd for address, fd in spec.interfaces.items()}
         self._wires: dict[tuple[int, int], Wire] = {}
-        self._due: list[tuple[float, int, int, bytes]] = []
+        self._due: list[tuple[float, int, int, bytearray, int]] = []
+        self._spare: list[bytearray] = []
         self._order = itertools.count()
         self._late = 0.0
 
@@ -78,13 +81,16 @@ class Switch:
 
     def _read(self, source: int) -> None:
         for _ in range(_BURST):
+            packet = self._spare.pop() if self._spare else bytearray(_LARGEST)
             try:
-                packet = os.read(source, _LARGEST)
+                size = os.readv(source, (packet,))
             except BlockingIOError:
+                self._spare.append(packet)
                 return
-            address = destination(packet)
+            address = destination(packet, size)
             target = None if address is None else self._files.get(address)
             if target is None:
+                self._spare.append(packet)
                 continue  # what hosts say to everybody: nobody here listens
             wire = self._wires.get((source, target))
             if wire is None:
@@ -93,16 +99,20 @@ class Switch:
                     latency_s=self._spec.latency_s,
                     queue_s=self._spec.queue_s,
                 )
-            arrives = wire.send(wire_bytes(packet), time.monotonic())
-            if arrives is not None:
-                heapq.heappush(self._due, (arrives, next(self._order), target, packet))
+            arrives = wire.send(wire_bytes(packet, size), time.monotonic())
+            if arrives is None:
+                self._spare.append(packet)
+            else:
+                heapq.heappush(self._due, (arrives, next(self._order), target, packet, size))
 
     def _write(self) -> None:
         now = time.monotonic()
         while self._due and self._due[0][0] <= now:
-            due, _, target, packet = heapq.heappop(self._due)
+            due, _, target, packet, size = heapq.heappop(self._due)
             self._late = max(self._late, now - due)
-            os.write(target, packet)
+            os.write(target, memoryview(packet)[:size])
+            if len(self._spare) < _SPARE:
+                self._spare.append(packet)
 
     def _passed(self) -> Passed:
         wires = self._wires.values()

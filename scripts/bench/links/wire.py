@@ -15,19 +15,22 @@ VNET_HEADER: Final = struct.Struct("=BBHHHH")
 _IPV4: Final = 4
 
 
-def destination(packet: bytes) -> bytes | None:
-    """The four bytes of a packet's IPv4 destination, None of what is no IPv4. `packet` begins with a `VNET_HEADER`."""
+def destination(packet: bytes | bytearray, length: int) -> bytes | None:
+    """The four bytes of a packet's IPv4 destination, None of what is no IPv4.
+
+    `packet` begins with a `VNET_HEADER`; of its bytes `length` count.
+    """
     ip = VNET_HEADER.size
-    if len(packet) < ip + 20 or packet[ip] >> 4 != _IPV4:
+    if length < ip + 20 or packet[ip] >> 4 != _IPV4:
         return None
-    return packet[ip + 16 : ip + 20]
+    return bytes(packet[ip + 16 : ip + 20])
 
 
-def wire_bytes(packet: bytes) -> int:
-    """Bytes of the IPv4 packets that this one stands for: headers are repeated in each of them."""
+def wire_bytes(packet: bytes | bytearray, length: int) -> int:
+    """Bytes of the IPv4 packets that this one stands for: headers are repeated in each of them. As above."""
     fields: tuple[int, ...] = VNET_HEADER.unpack_from(packet)
     segment, transport = fields[3], fields[4]
-    size = len(packet) - VNET_HEADER.size
+    size = length - VNET_HEADER.size
     if not segment:
         return size
     # `hdr_len` is only a hint (how much of it the sender held in one piece), so TCP says how long its header is.

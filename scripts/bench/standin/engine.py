@@ -25,9 +25,12 @@ from model.optimizer import OptimizerConfig
 from model.recompute import Recompute
 from model.split import StagePlan
 from model.stage import Stage
+from subnet.transport.memory import Memory
 
 MARKS = 8
-"""Elements of a tensor that are drawn anew each time."""
+"""Elements of a tensor that are drawn anew each time, its first ones."""
+SEAL = 32
+"""As many at its end tell that pages hold the drawing."""
 GRADIENT = 1e-3
 """Of every weight that has one."""
 
@@ -85,6 +88,7 @@ class StandInStage(Stage):
         draw = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little")
         self._generator = torch.Generator().manual_seed(draw)
         self._drawing = torch.empty(0)
+        self._memory = Memory()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,7 +118,12 @@ class StandInStage(Stage):
 
     def drawn(self, x: Tensor) -> Tensor:
         """What leaves the stage for an input `x`: bf16 (B, T, width)."""
-        out = self.like(x).clone()
+        drawing = self.like(x)
+        pages = self._memory.take(drawing.nbytes)
+        out = torch.frombuffer(pages, dtype=self.dtype).view(drawing.shape)
+        # Off a device it would come without the processor's help: pages that held the drawing before still do.
+        if not torch.equal(out.view(-1)[-SEAL:], drawing.view(-1)[-SEAL:]):
+            out.copy_(drawing)
         out.view(-1)[:MARKS] = torch.randn(min(MARKS, out.numel()), generator=self._generator)
         return out
 

@@ -42,7 +42,7 @@ from scripts.bench.standin.launch import free_ports, run
 from scripts.bench.standin.spec import Boundary, Place, Spec, Steps
 from subnet.transport.shaping import Link
 
-WARM_UP: Final = 2
+WARM_UP: Final = 3
 """Steps that do not count: a new connection's window opens over several tensors."""
 PORT: Final = 29_511
 """Of every node in a namespace of its own."""
@@ -179,7 +179,7 @@ def _swarm(setting: Setting, out: Path, places: list[Place], enter: Sequence[Seq
         accumulation=setting.microbatches,
         boundary=Boundary(batch=batch, sequence=sequence, width=width),
         nodes=places,
-        steps=Steps(warm_up=WARM_UP * setting.microbatches, microbatches=setting.microbatches, count=setting.steps),
+        steps=Steps(warm_up=WARM_UP, microbatches=setting.microbatches, count=setting.steps),
     )
     groups = [[node] for node in range(setting.stages)]
     found = asyncio.run(run(spec, out, groups, patience=setting.patience, enter=enter))

@@ -6,7 +6,7 @@ socket when the module is there and permitted; elsewhere the default stays, and 
 loses nothing, and where BBR's pacing only waits for timers. Buffer sizes are left to the
 kernel: setting one switches its autotuning off, and caps at `net.core.rmem_max`, which on a stock system
 (208 KiB) is far below what a 1 Gbit/s link needs. But of what they hold only `UNSENT` bytes may wait to be
-sent, so that a sender knows when it is the next one's turn. TCP_NODELAY, because a message's last segment waits
+sent, so that what a sender gives up, or a round that ends, leaves little behind. TCP_NODELAY, because a message's last segment waits
 for nobody.
 """
 
@@ -19,8 +19,8 @@ from typing import Final
 
 from subnet.transport.errors import PortTaken
 
-UNSENT: Final = 512 * 1024
-"""20 ms of a link of 200 Mbit/s; a loop that is late by that much leaves no gap."""
+UNSENT: Final = 2 * 1024 * 1024
+"""80 ms of a link of 200 Mbit/s. The loop is woken at half of it, and leaves no gap if it is late by the other half."""
 
 
 def outgoing(family: int, host: str | int) -> socket.socket:

@@ -33,7 +33,7 @@ def described(**changes: object) -> Json:
         "accumulation": 4,
         "boundary": {"batch": 2, "sequence": 16, "width": 24},
         "nodes": [{"host": "127.0.0.1", "port": port} for port in ports],
-        "steps": {"warm_up": 4, "microbatches": 6, "count": 2},
+        "steps": {"warm_up": 1, "microbatches": 6, "count": 2},
         **changes,
     }
 

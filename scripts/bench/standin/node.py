@@ -176,11 +176,11 @@ class StandIn:
         """At a head: seconds of the warm-up and of each step."""
         loop, worker = asyncio.get_running_loop(), self._lives[-1].worker
         seconds = []
-        for number in range(steps.count + 1):
+        for number in range(steps.warm_up + steps.count):
             start = loop.time()
-            await worker.drive(limit=steps.warm_up + number * steps.microbatches)
+            await worker.drive(limit=(number + 1) * steps.microbatches)
             seconds.append(loop.time() - start)
-        return seconds[0], seconds[1:]
+        return sum(seconds[: steps.warm_up]), seconds[steps.warm_up :]
 
     def counted(self) -> Counts:
         rounds, holds = [life.round for life in self._lives], [life.hold for life in self._lives]

@@ -91,7 +91,7 @@ class Steady(_Section):
 
 
 class Steps(_Section):
-    """Each head starts `warm_up` microbatches, waits for all, then `count` times exactly `microbatches`."""
+    """Each head starts exactly `microbatches` and waits for all; of such steps `warm_up` do not count, then `count` do."""
 
     warm_up: Count
     microbatches: Count

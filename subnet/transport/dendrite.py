@@ -47,6 +47,18 @@ class Traffic:
     failed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What stays the same however a call is made."""
+
+    neighbour: Neighbour
+    receiver: str
+    route: str
+    max_reply_bytes: int
+    traffic: Traffic
+    deadline: float
+
+
 class Dendrite:
     """Calls axons in the name of one hotkey. Use one per hotkey: it keeps that hotkey's nonces unique."""
 
@@ -139,7 +151,8 @@ class Dendrite:
             reply: model of the reply's fields.
             reply_specs: exactly the tensors of the reply, fixed or as a function of its fields.
             max_reply_bytes: bound for the reply, needed where its specs depend on its fields.
-            deadline: seconds from now that everything may take, waiting for a stream included.
+            deadline: seconds that everything may take, waiting for a stream included. For a large body, which goes
+                behind others (`line`), they begin when it is its turn to leave: those before it have their own.
             payload: BLAKE3 of the tensors' bytes, end to end in the order of `synapse.encode`, where it is known.
 
         Raises:
@@ -160,11 +173,11 @@ class Dendrite:
         neighbour = self._neighbours.get(endpoint)
         if neighbour is None:
             neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams, beside=self._beside)
+        call = _Call(neighbour, receiver, message.route, max_reply_bytes, traffic, deadline)
+        queues = synapse.size_of(parts) > TURN and not neighbour.beside
         try:
-            async with asyncio.timeout(deadline):
-                blob = await self._deliver(
-                    neighbour, receiver, message.route, parts, max_reply_bytes, traffic, payload=payload
-                )
+            async with asyncio.timeout(None if queues else deadline):
+                blob = await self._deliver(call, parts, payload=payload)
             fields, received = synapse.decode(reply, blob, reply_specs)
         except TimeoutError:
             traffic.failed += 1
@@ -188,18 +201,8 @@ class Dendrite:
             raise
         return fields, received
 
-    async def _deliver(
-        self,
-        neighbour: Neighbour,
-        receiver: str,
-        route: str,
-        parts: Sequence[memoryview],
-        max_reply_bytes: int,
-        traffic: Traffic,
-        *,
-        payload: bytes | None,
-    ) -> memoryview:
-        size = synapse.size_of(parts)
+    async def _deliver(self, call: _Call, parts: Sequence[memoryview], *, payload: bytes | None) -> memoryview:
+        neighbour, size = call.neighbour, synapse.size_of(parts)
         large = size >= synapse.OFF_LOOP
         if neighbour.beside and size >= beside.FROM:
             async with neighbour.gate:
@@ -207,9 +210,7 @@ class Dendrite:
                 try:
                     write = partial(sheet.write, parts, payload=payload)
                     place, digests = await asyncio.to_thread(write) if large else write()
-                    blob = await self._exchange(
-                        neighbour, receiver, route, (), digests, max_reply_bytes, traffic, place=place
-                    )
+                    blob = await self._exchange(call, (), digests, place=place)
                     read = True
                 except Elsewhere:
                     neighbour.beside = False
@@ -224,25 +225,16 @@ class Dendrite:
         digests = await asyncio.to_thread(hashed) if large and payload is None else hashed()
         async with neighbour.gate:
             try:
-                return await self._exchange(neighbour, receiver, route, parts, digests, max_reply_bytes, traffic)
+                return await self._exchange(call, parts, digests)
             except Unserved:
-                return await self._exchange(neighbour, receiver, route, parts, digests, max_reply_bytes, traffic)
+                return await self._exchange(call, parts, digests)
 
     async def _exchange(
-        self,
-        neighbour: Neighbour,
-        receiver: str,
-        route: str,
-        parts: Sequence[memoryview],
-        digests: Digests,
-        max_reply_bytes: int,
-        traffic: Traffic,
-        *,
-        place: Place | None = None,
+        self, call: _Call, parts: Sequence[memoryview], digests: Digests, *, place: Place | None = None
     ) -> memoryview:
         """One request and its answer; with a `place` that is where its body lies, and `parts` are none."""
-        size = synapse.size_of(parts)
-        shaper = None if self.shaper is None else self.shaper.towards(receiver)
+        neighbour, traffic, size = call.neighbour, call.traffic, synapse.size_of(parts)
+        shaper = None if self.shaper is None else self.shaper.towards(call.receiver)
         up = down = None
         if shaper is not None:
             await shaper.depart(size)
@@ -252,8 +244,8 @@ class Dendrite:
 
         def request() -> bytes:
             self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
-            path = f"/{route}"
-            signed = auth.sign(self._signer, path=path, digests=digests, receiver=receiver, nonce_ns=self._last_nonce)
+            path, nonce = f"/{call.route}", self._last_nonce
+            signed = auth.sign(self._signer, path=path, digests=digests, receiver=call.receiver, nonce_ns=nonce)
             fields = {"Host": neighbour.authority, "Content-Length": str(size), **signed}
             if place is not None:
                 fields[beside.FIELD] = str(place)
@@ -262,13 +254,13 @@ class Dendrite:
         async def answer(connection: Connection) -> tuple[ResponseHead, memoryview]:
             traffic.sent += size if place is None else place.length
             head = await _head(connection)
-            limit = max_reply_bytes if head.status == 200 else _ERROR_LIMIT
+            limit = call.max_reply_bytes if head.status == 200 else _ERROR_LIMIT
             blob = await _read(connection, head, limit, self._memory, down)
             traffic.received += blob.nbytes
             return head, blob
 
         if size > TURN:
-            head, blob = await _in_line(neighbour, request, parts, answer, up)
+            head, blob = await _in_line(call, request, parts, answer, up)
         else:
             head, blob = await _alone(neighbour, request, parts, answer, up)
         if shaper is not None:
@@ -305,28 +297,31 @@ async def _alone(
 
 
 async def _in_line(
-    neighbour: Neighbour,
+    call: _Call,
     request: Callable[[], bytes],
     parts: Sequence[memoryview],
     answer: Callable[[Connection], Awaitable[tuple[ResponseHead, memoryview]]],
     up: Pipe | None,
 ) -> tuple[ResponseHead, memoryview]:
     """Send a request behind others, and read its answer behind theirs."""
-    async with neighbour.turn:
-        line = await neighbour.line()
-        member = line.enter()
-        try:
-            sent = await _send(line.connection, request(), parts, up, heed=member.first)
-        except BaseException as error:
-            served = member.first
-            line.end()
-            if isinstance(error, OSError) and not served:
-                raise Unserved(f"{neighbour.endpoint} closed before its answer; it may be sent again") from error
-            raise
+    async with call.neighbour.turn:
+        until = asyncio.get_running_loop().time() + call.deadline
+        async with asyncio.timeout_at(until):
+            line = await call.neighbour.line()
+            member = line.enter()
+            try:
+                sent = await _send(line.connection, request(), parts, up, heed=member.first)
+            except BaseException as error:
+                served = member.first
+                line.end()
+                if isinstance(error, OSError) and not served:
+                    raise Unserved(f"{line.connection.peer} closed before its answer; send it again") from error
+                raise
     keeps = False
     try:
-        await member.turn
-        head, blob = await answer(line.connection)
+        async with asyncio.timeout_at(until):
+            await member.turn
+            head, blob = await answer(line.connection)
         keeps = sent and head.keeps
     finally:
         line.leave(member, keeps=keeps)

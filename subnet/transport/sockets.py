@@ -6,8 +6,8 @@ socket when the module is there and permitted; elsewhere the default stays, and 
 loses nothing, and where BBR's pacing only waits for timers. Buffer sizes are left to the
 kernel: setting one switches its autotuning off, and caps at `net.core.rmem_max`, which on a stock system
 (208 KiB) is far below what a 1 Gbit/s link needs. But of what they hold only `UNSENT` bytes may wait to be
-sent, so that what a sender gives up, or a round that ends, leaves little behind. TCP_NODELAY, because a message's last segment waits
-for nobody.
+sent, so that what a sender gives up, or a round that ends, leaves little behind. TCP_NODELAY, because a message's
+last segment waits for nobody.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Steady(_Section):
 
 
 class Steps(_Section):
-    """Each head starts exactly `microbatches` and waits for all; of such steps `warm_up` do not count, then `count` do."""
+    """Each head starts `microbatches` and waits for all; of such steps `warm_up` do not count, then `count` do."""
 
     warm_up: Count
     microbatches: Count

@@ -30,7 +30,7 @@ SPARE = SPREAD * (1 + IN_THE_WAY) - 1
 and what is sent away from there leaves its lane, fills a sibling, and that sends away what is its own. By event
 simulation, 100b in 16 stages of 3: 0.94 of the slowest stage's pace at the depth that heads keep and 0.97 a quarter
 deeper; with a quarter of this 0.88 or 0.94, by chance, and 0.82. The price: if one of three is half as fast, its stage
-reaches 0.87 of what it can, instead of 0.90."""
+reaches 0.86 to 0.87 of what it can, instead of 0.90."""
 
 
 def sample_id(*, base: int, heads: int, head: int, index: int) -> int:

@@ -94,6 +94,8 @@ SETTINGS = [
     "--depth 32",
     "--depth 52",
     "--gpu h100",
+    "--gpu h200",
+    "--depth 40",
     "--seed 1",
     "--seed 2",
 ]
@@ -101,6 +103,21 @@ SETTINGS = [
 
 @pytest.mark.parametrize("flags", ["--stages 8 --gpu h200 --replicas 2", "--replicas 1", "--replicas 1 --depth 36"])
 def test_small_ones_off_the_documented_run(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    training, whole = simulated(capsys, "--minutes", "48", *flags.split())
+    assert abs(training) < WITHIN
+    assert abs(whole) < WITHIN
+
+
+BEYOND = [
+    pytest.param("--stages 24", id="later stages hold graphs and are faster by steps"),
+    pytest.param("--up 100mbit --down 200mbit", id="narrow links"),
+]
+
+
+@pytest.mark.long
+@pytest.mark.xfail(strict=True, reason="the closed form is too high here: docs/simulate.md")
+@pytest.mark.parametrize("flags", BEYOND)
+def test_where_they_do_not_agree(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     training, whole = simulated(capsys, "--minutes", "48", *flags.split())
     assert abs(training) < WITHIN
     assert abs(whole) < WITHIN

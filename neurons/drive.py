@@ -13,7 +13,7 @@ from collections.abc import Callable
 from model.data import Corpus
 from model.engine import StageEngine
 from neurons.delivery import ASLEEP, RETRY_PAUSE, Delivery, RecentMean, Spawn
-from neurons.flights import Departure, Flights
+from neurons.flights import Flight, Flights
 from neurons.heads import BEAT, Heads
 from neurons.telemetry import MicrobatchDone, MicrobatchStarted, Telemetry
 from neurons.training import OpenInput, TrainingRound
@@ -131,7 +131,7 @@ class Driver:
         stages = self._engine.plan.count
         return stages * self.unit_seconds.value + 2 * (stages - 1) * self._delivery.push_seconds.value
 
-    def land(self, current: TrainingRound, sample: int) -> tuple[float, Departure] | None:
+    def land(self, current: TrainingRound, sample: int) -> tuple[float, Flight] | None:
         """Take a flight out of the air; how long it lasted and how it left, None if none of this head's was."""
         left = current.flights.pop(sample, None)
         current.room.set()

@@ -22,7 +22,7 @@ DRAIN_SLACK = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Departure:
+class Flight:
     """A microbatch that left."""
 
     time: float
@@ -38,7 +38,7 @@ class Flights:
     """Of one head, over its rounds."""
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[float, Departure]] = deque(maxlen=RECENT)
+        self._recent: deque[tuple[float, Flight]] = deque(maxlen=RECENT)
         self._load = 1.0
         self._left: float | None = None
         self._landed = 0
@@ -62,13 +62,13 @@ class Flights:
             self._recent = deque(((seconds * grown, left) for seconds, left in self._recent), maxlen=RECENT)
         self._load, self._left, self._landed, self._flown = load, None, 0, 0.0
 
-    def leave(self, now: float, in_air: int) -> Departure:
+    def leave(self, now: float, in_air: int) -> Flight:
         """A microbatch leaves after `in_air` others that are not back."""
         if self._left is None:
             self._left = now
-        return Departure(now, in_air + 1)
+        return Flight(now, in_air + 1)
 
-    def land(self, seconds: float, left: Departure) -> None:
+    def land(self, seconds: float, left: Flight) -> None:
         """One is back after so long. The first of a round tells more than all before it."""
         if not self._landed:
             self._recent.clear()
@@ -76,7 +76,7 @@ class Flights:
         self._flown += seconds
         self._recent.append((seconds, left))
 
-    def expected(self, now: float, in_air: Collection[Departure]) -> float:
+    def expected(self, now: float, in_air: Collection[Flight]) -> float:
         """Seconds until one that leaves now is back; `in_air` are those that are not."""
         load, slowest = len(in_air) + 1, self.slowest
         quickest = min((seconds for seconds, _ in self._recent), default=0.0)
@@ -87,7 +87,7 @@ class Flights:
             queued = load * (now - self._left) / self._landed
         return max(quickest, queued, *back, *away)
 
-    def returns(self, now: float, in_air: Collection[Departure], *, closing_at: float, probe_until: float) -> bool:
+    def returns(self, now: float, in_air: Collection[Flight], *, closing_at: float, probe_until: float) -> bool:
         """Whether one that leaves now will be back before the round closes, with some margin.
 
         A slow round before must not keep a head out of this one: who starts nothing measures nothing better. So as long

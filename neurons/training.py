@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from neurons.archive import RoundArchive
-from neurons.flights import Departure
+from neurons.flights import Flight
 from subnet.messages import Forward
 from subnet.swarm.roster import Roster
 from subnet.trust.ledger import Direction, Ledger, UnitKey
@@ -102,7 +102,7 @@ class TrainingRound:
     """Samples whose input is being fetched to take over a dead sibling's backward."""
     orphans: set[int] = field(default_factory=set)
     """Samples whose input nobody in the stage before has."""
-    flights: dict[int, Departure] = field(default_factory=dict)
+    flights: dict[int, Flight] = field(default_factory=dict)
     """At the head: samples in flight and how they left."""
     siblings: dict[str, Sibling] = field(default_factory=dict)
     """At the head: the other heads."""

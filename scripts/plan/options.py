@@ -12,7 +12,9 @@ from model.devices import Device, device
 from model.memory import Units
 from model.recompute import Recompute
 from neurons.drive import DEPTH_LIMIT_PER_STAGE
-from neurons.flights import DRAIN_MARGIN
+from neurons.flights import DRAIN_MARGIN, DRAIN_SLACK
+from scripts.manifests import LAST_STEP_BLOCKS
+from subnet.metagraph import BLOCK_SECONDS
 from subnet.quantities import parse, parse_bandwidth
 from subnet.swarm.codec import CodecName
 from subnet.swarm.pace import Routing
@@ -78,8 +80,10 @@ class Style:
     routing: Routing
     merge: Literal["overlapped", "store"]
     """Overlapped with training, by the run's codec; or through an object store while nobody trains."""
-    margin: float
-    """Round trips that a round's end costs."""
+    held_back: float
+    """Full flights before a round's close whose time brings nothing back."""
+    last_step: float
+    """Seconds from the close of training to the end of the round."""
     evidence: bool
     """Whether each local step copies its state to the host for audits."""
     sequence: int
@@ -98,7 +102,8 @@ STYLES = {
             depth=None,
             routing=Routing.LANES,
             merge="overlapped",
-            margin=DRAIN_MARGIN,
+            held_back=DRAIN_MARGIN + DRAIN_SLACK - 1,
+            last_step=LAST_STEP_BLOCKS * BLOCK_SECONDS,
             evidence=True,
             sequence=8_192,
             batch=1,
@@ -114,7 +119,8 @@ STYLES = {
             depth=16,
             routing=Routing.LOTTERY,
             merge="store",
-            margin=1.0,
+            held_back=0.0,
+            last_step=0.0,
             evidence=False,
             sequence=1_024,
             batch=8,

@@ -125,7 +125,7 @@ def plan_speed(run: Run) -> Speed:
     steady = pace(pipeline)
     rounds, churn = _rounds(run), _churn(run)
     shares = _shares(run, stages, steady, rounds, churn)
-    kept = math.prod(share.kept for share in shares if share.name in ("drain", "merges", "departures", "unmerged"))
+    kept = math.prod(share.kept for share in shares if share.name in ("ends", "merges", "departures", "unmerged"))
     tokens = steady.rate * run.units.tokens
     per_token = sum(stage.flops for stage in stages) / run.units.tokens
     hourly = run.price * len(run.devices)
@@ -280,7 +280,8 @@ def _rounds(run: Run) -> Rounds:
     overlapped = run.style.merge == "overlapped"
     return Rounds(
         length=run.round_seconds,
-        margin=run.style.margin,
+        held_back=run.style.held_back,
+        last_step=run.style.last_step,
         merge=seconds,
         overlapped=overlapped,
         pause=HANDOVERS * run.units.value_bytes * parameters / HOST_LINK if overlapped else 0.0,
@@ -317,7 +318,7 @@ def _shares(run: Run, stages: tuple[StageSpeed, ...], steady: Pace, rounds: Roun
         Share(name="imbalance", kept=slowest / working),
         Share(name="links", kept=steady.capacity / slowest),
         Share(name="queues", kept=steady.rate / steady.capacity),
-        Share(name="drain", kept=1 - rounds.drain_share(steady.round_trip)),
+        Share(name="ends", kept=1 - rounds.ends_share(steady.round_trip, steady.flight)),
         Share(name="merges", kept=1 - rounds.merge_share),
         Share(
             name="departures",

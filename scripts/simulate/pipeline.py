@@ -12,7 +12,7 @@ notices (siblings know at once what was started); a push that is given up becaus
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -291,19 +291,14 @@ class Pipeline:
             self._offer(replica, hop, line[0], in_line=True)
 
     def _offer(self, replica: Replica, hop: Replica, microbatch: Microbatch, *, in_line: bool) -> None:
-        arrived = partial(self._forward_arrived, replica, hop, microbatch, self._clock.now, in_line)
-        self._network.send(replica.port, hop.port, self._setting.pipeline.forward_bytes, arrived)
+        take = partial(self._take_forward, replica, hop, microbatch, in_line)
+        again = partial(self._again, replica, microbatch, in_line)
+        self._push(replica, hop, microbatch, self._setting.pipeline.forward_bytes, take=take, again=again)
 
-    def _forward_arrived(
-        self, replica: Replica, hop: Replica, microbatch: Microbatch, start: float, in_line: bool
+    def _take_forward(
+        self, replica: Replica, hop: Replica, microbatch: Microbatch, in_line: bool, start: float
     ) -> None:
-        if not self._goes_on(microbatch) or not replica.alive:
-            return
         now, latency = self._clock.now, self._network.latency
-        if not hop.alive:
-            silence = max(now, start + push_deadline(replica.push_seconds.value))
-            self._clock.at(silence, self._forward_unanswered, replica, hop, microbatch, in_line)
-            return
         if microbatch in hop.forwarded:
             if microbatch in hop.gradients:
                 self._backward(hop, microbatch)
@@ -337,12 +332,6 @@ class Pipeline:
         self._accounts.refused += 1
         self._again(replica, microbatch, in_line)
 
-    def _forward_unanswered(self, replica: Replica, hop: Replica, microbatch: Microbatch, in_line: bool) -> None:
-        if not self._goes_on(microbatch) or not replica.alive:
-            return
-        self._missed(replica, hop)
-        self._again(replica, microbatch, in_line)
-
     def _again(self, replica: Replica, microbatch: Microbatch, in_line: bool) -> None:
         if in_line:
             self._advance(replica, self._number)
@@ -361,25 +350,19 @@ class Pipeline:
     def _return(self, replica: Replica, microbatch: Microbatch, turn: int) -> None:
         if not self._goes_on(microbatch) or not replica.alive:
             return
-        now, hop = self._clock.now, replica.gradients[microbatch]
+        hop = replica.gradients[microbatch]
+        now = self._clock.now
         if replica.is_down(hop, now) or turn:
             stage = replica.stage - 1
             names = heirs(self._names[stage], seed=self._seed, sample=microbatch.sample)
             order = [hop, *(heir for name in names if (heir := self._named[name]) is not hop)]
             hop = next((other for other in order if not replica.is_down(other, now)), order[turn % len(order)])
-        arrived = partial(self._backward_arrived, replica, hop, microbatch, now, turn)
-        self._network.send(replica.port, hop.port, self._setting.pipeline.backward_bytes, arrived)
+        take = partial(self._take_backward, replica, hop, microbatch, turn)
+        again = partial(self._return_later, replica, microbatch, turn + 1)
+        self._push(replica, hop, microbatch, self._setting.pipeline.backward_bytes, take=take, again=again)
 
-    def _backward_arrived(
-        self, replica: Replica, hop: Replica, microbatch: Microbatch, start: float, turn: int
-    ) -> None:
-        if not self._goes_on(microbatch) or not replica.alive:
-            return
+    def _take_backward(self, replica: Replica, hop: Replica, microbatch: Microbatch, turn: int, start: float) -> None:
         now, latency = self._clock.now, self._network.latency
-        if not hop.alive:
-            silence = max(now, start + push_deadline(replica.push_seconds.value))
-            self._clock.at(silence, self._backward_unanswered, replica, hop, microbatch, turn)
-            return
         if microbatch not in hop.returned:
             if microbatch not in hop.open and not self._take_over(hop, microbatch):
                 self._clock.at(now + latency + RETRY_PAUSE, self._return, replica, microbatch, turn)
@@ -390,18 +373,69 @@ class Pipeline:
         replica.push_seconds.add(now + latency - start)  # known when the answer is here, which nothing waits for
         replica.delivering.discard(microbatch)
 
-    def _backward_unanswered(self, replica: Replica, hop: Replica, microbatch: Microbatch, turn: int) -> None:
+    def _return_later(self, replica: Replica, microbatch: Microbatch, turn: int) -> None:
+        self._clock.at(self._clock.now + RETRY_PAUSE, self._return, replica, microbatch, turn)
+
+    # -- pushes ---------------------------------------------------------------------------------------------------
+
+    def _push(
+        self,
+        replica: Replica,
+        hop: Replica,
+        microbatch: Microbatch,
+        size: int,
+        *,
+        take: Callable[[float], None],
+        again: Callable[[], None],
+    ) -> None:
+        """Send so many bytes. `take` is what the other side does, given when the push began; `again` what this side
+        does if there is no answer."""
+        arrived = partial(self._arrived, replica, hop, microbatch, self._clock.now, take, again)
+        self._network.send(replica.port, hop.port, size, arrived)
+
+    def _arrived(
+        self,
+        replica: Replica,
+        hop: Replica,
+        microbatch: Microbatch,
+        start: float,
+        take: Callable[[float], None],
+        again: Callable[[], None],
+    ) -> None:
         if not self._goes_on(microbatch) or not replica.alive:
             return
-        self._missed(replica, hop)
-        self._clock.at(self._clock.now + RETRY_PAUSE, self._return, replica, microbatch, turn + 1)
+        if hop.alive:
+            take(start)
+            return
+        silence = max(self._clock.now, start + push_deadline(replica.push_seconds.value))
+        self._clock.at(silence, self._unanswered, replica, hop, microbatch, start, again)
+
+    def _unanswered(
+        self, replica: Replica, hop: Replica, microbatch: Microbatch, start: float, again: Callable[[], None]
+    ) -> None:
+        if not self._goes_on(microbatch) or not replica.alive:
+            return
+        now, number = self._clock.now, self._number
+        replica.missed(hop, since=start, now=now)
+        self._clock.at(now + OVERDUE_CHECK, self._chase, replica, number)
+        if hop not in replica.looking:
+            replica.looking.add(hop)
+            self._clock.at(now + OVERDUE_CHECK, self._look, replica, hop, number)
+        again()
 
     # -- repair ---------------------------------------------------------------------------------------------------
 
-    def _missed(self, replica: Replica, hop: Replica) -> None:
+    def _look(self, replica: Replica, hop: Replica, number: int) -> None:
+        """Ask one that is down whether it is back. The dead do not answer, so it goes on until the round closes."""
+        if number == self._number and self._accepting and replica.alive:
+            now = self._clock.now
+            silence = now + push_deadline(replica.push_seconds.value)
+            self._clock.at(silence, self._unseen, replica, hop, now, number)
+
+    def _unseen(self, replica: Replica, hop: Replica, start: float, number: int) -> None:
         now = self._clock.now
-        replica.mark_down(hop, now)
-        self._clock.at(now + OVERDUE_CHECK, self._chase, replica, self._number)
+        replica.missed(hop, since=start, now=now)
+        self._clock.at(now + OVERDUE_CHECK, self._look, replica, hop, number)
 
     def _take_over(self, hop: Replica, microbatch: Microbatch) -> bool:
         """A gradient has come whose forward ran on a sibling: whether its input is here, else it is fetched."""

@@ -12,8 +12,8 @@ from enum import IntEnum
 from neurons.compute import Lane
 from neurons.delivery import RECENT_RETURNS, RecentMean, overdue_after
 from neurons.drive import in_flight, longest_flight
-from neurons.flights import Departure, Flights
-from neurons.reach import DOWN_SECONDS
+from neurons.flights import Flight, Flights
+from neurons.reach import Reach
 from scripts.simulate.network import Port
 from subnet.swarm import pace
 from subnet.swarm.routing import room
@@ -66,7 +66,9 @@ class Replica:
         """F + B of a unit."""
         self.flights = Flights()
         self._returns: deque[float] = deque(maxlen=RECENT_RETURNS)
-        self._down: dict[Replica, float] = {}
+        self._reach = Reach()
+        self.knows_down = False
+        """Whether anybody could not be reached so far."""
         self.unmerged = 0
         """Backward units since its last cut: what dies with it."""
         self.begin()
@@ -103,7 +105,9 @@ class Replica:
         self.line: deque[Microbatch] = deque()
         """Activations that wait for room at the next stage."""
         self.chasing = False
-        self.in_air: dict[Microbatch, Departure] = {}
+        self.looking: set[Replica] = set()
+        """Neighbours that are down and asked whether they are back."""
+        self.in_air: dict[Microbatch, Flight] = {}
         """Of a head: how those left that are not back."""
         self.started = 0
         self.holding = False
@@ -160,14 +164,10 @@ class Replica:
             del self.full[other]
         return until is not None and until > now
 
-    def mark_down(self, other: Replica, now: float) -> None:
-        """It could not be reached."""
-        self._down[other] = now + DOWN_SECONDS
+    def missed(self, other: Replica, *, since: float, now: float) -> None:
+        """A call that began at `since` did not reach it."""
+        self.knows_down = True
+        self._reach.failed(other.name, since=since, now=now)
 
     def is_down(self, other: Replica, now: float) -> bool:
-        return bool(self._down) and self._down.get(other, 0.0) > now
-
-    @property
-    def knows_down(self) -> bool:
-        """Whether anybody could not be reached so far."""
-        return bool(self._down)
+        return self.knows_down and self._reach.is_down(other.name, now=now)

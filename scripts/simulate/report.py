@@ -16,7 +16,6 @@ from pathlib import Path
 from model.accounting import FORMULA, stage_parameters
 from model.config import ConfigError
 from model.split import split
-from scripts.manifests import LAST_STEP_BLOCKS
 from scripts.plan.options import PlanError, PlanOptions, Run, read
 from scripts.plan.speed import Speed, plan_speed
 from scripts.simulate.accounts import Idle
@@ -25,7 +24,6 @@ from scripts.simulate.picture import Caption, PictureError, draw
 from scripts.simulate.setting import Churn, Rounds, Setting, SettingError
 from scripts.simulate.swarm import Result, failures_of, simulate
 from scripts.simulate.timeline import Recorder
-from subnet.metagraph import BLOCK_SECONDS
 from subnet.quantities import QuantityError
 from subnet.swarm.butterfly import ButterflyError
 from subnet.swarm.downtime import DowntimeError
@@ -128,7 +126,7 @@ def prepare(plan: PlanOptions, options: SimulateOptions) -> tuple[Run, Speed, Se
     setting = Setting(
         pipeline=speed.pipeline,
         seconds=60 * options.minutes,
-        rounds=Rounds(length=length, close=length - LAST_STEP_BLOCKS * BLOCK_SECONDS)
+        rounds=Rounds(length=length, close=length - speed.rounds.last_step)
         if speed.rounds.overlapped
         else Rounds(length=length + speed.rounds.merge, close=length),
         churn=Churn(failures_per_hour=options.failures_per_hour, ready_after=60 * options.ready_minutes),

@@ -1,7 +1,12 @@
 """What of a swarm's clock time rounds, merges and departures take away, in closed form. Times are seconds.
 
-drain    A round begins with an empty pipeline and ends with one: no microbatch is started that would not be back,
-         with a margin, and the pipeline fills again: margin · T_loop in every round (`neurons.flights`).
+fill     A round begins with an empty pipeline. All W leave at once, the first is back after T_loop, and from then on
+         they come back at full pace: T_loop is lost.
+drain    A head starts nothing that takes more than m·f + s·f, a full flight f with its margin and slack. What is in the
+         air then comes back at full pace, the last of it after f: (m + s - 1)·f is lost (`neurons.flights`). Heads may
+         keep fewer in the air instead of none, which would cost less: with that 29 s were expected at 100b and 39 to
+         41 s found by event simulation, since the quickest recent flight, below which none is expected, is a full one.
+close    Training closes before the round does, since a unit and a step in flight have to end somewhere.
 merge    Serial: all stages wait for it, as the published run's did (facts: orion §1.5, §3.4). Overlapped: it takes a
          share of the uplink, and no time while it is shorter than a round.
 churn    A replica leaves at rate f and its place stays empty for D: it is away a = f·D / (1 + f·D) of the time. A
@@ -32,19 +37,21 @@ class Rounds:
     """How training and merging share the clock."""
 
     length: float
-    """Seconds of training between two merges."""
-    margin: float
-    """Round trips that a round's end costs."""
+    """Seconds between two merges."""
+    held_back: float
+    """Full flights before the close whose time brings nothing back."""
     merge: float
     """Seconds of one merge."""
     overlapped: bool
     pause: float = 0.0
     """Seconds in which a replica computes nothing, while an overlapped merge takes and changes its weights."""
+    last_step: float = 0.0
+    """Seconds from the close of training to the end of the round."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.length < math.inf or not 0 <= self.merge < math.inf or self.margin < 0:
+        if not 0 < self.length < math.inf or not 0 <= self.merge < math.inf or self.held_back < 0:
             raise DowntimeError(
-                f"a round is {self.length} s, a merge {self.merge} s, the margin {self.margin}; they must be "
+                f"a round is {self.length} s, a merge {self.merge} s, held back {self.held_back} flights; they must be "
                 "finite and above 0: change the round or the links"
             )
         if self.overlapped and self.merge > self.length:
@@ -53,13 +60,19 @@ class Rounds:
                 "training, lengthen the round, raise the bandwidth or choose codec topk2bit"
             )
 
-    def drain_share(self, round_trip: float) -> float:
-        """Of training time, lost to filling and draining. Raises `DowntimeError` where nothing is left."""
-        lost = self.margin * round_trip
+    def ends_share(self, round_trip: float, flight: float) -> float:
+        """Of a round, lost to its ends: filling, draining and the last step. Raises `DowntimeError` where nothing is
+        left.
+
+        Args:
+            round_trip: T_loop, of an empty pipeline.
+            flight: of a microbatch through a full one.
+        """
+        lost = round_trip + self.held_back * flight + self.last_step
         if lost >= self.length:
             raise DowntimeError(
-                f"a round of {self.length:.0f} s is over before a microbatch is back ({lost:.0f} s with the margin): "
-                "lengthen the round"
+                f"a round of {self.length:.0f} s is over before a microbatch is back ({lost:.0f} s to fill, to drain "
+                "and for the last step): lengthen the round"
             )
         return lost / self.length
 

@@ -10,35 +10,50 @@ Round trip of an empty pipeline, stages s, hops between them (facts: sota §2.2;
 
     T_loop = sum_s (F_s + B_s) + sum_hops (2L + x_f + x_b)
 
-How much deeper than T_loop the pipeline must be depends on how replicas are chosen (`Routing`), because what arrives at
-random queues up. C is the rate of the slowest stage or link, r_s = C ÷ rate of stage s:
+How much deeper than T_loop the pipeline must be depends on how evenly units arrive, because what comes late leaves a
+stage idle and what comes early waits. C is the rate of the slowest stage or link, r_s = C ÷ rate of stage s, R the mean
+number of replicas, P the number of stages:
 
-    depth     D = n / (T_loop + sum_s F_s·B_s/(F_s + B_s))               units of the other kind are in the way
-    lanes     X = min(D, C·(1 - KNEE·min(1, C/D)³)) · (1 - DRAW·(1 - 1/R)/lane)
+    lanes     X = n / (T_loop + w),  1 - X/C = V/w²,  V = sum_s (v_s + d·U_s²)                        U_s = F_s + B_s
     lottery   X = min(lanes that stay, C·n / (n + k·(sum_s R_s·r_s² - 1) + Z·C)), k = (1 - 1/R²) (1 + c²) / 2
 
-The last is a balanced-job bound of closed queueing networks (Zahorjan et al., CACM 25(2), 1982), with Z the network
+Lanes: w is what a microbatch waits on a round trip, and the reserve that keeps a stage busy when the next unit is late.
+Lateness has mean 0 and variance V, so it exceeds w no more often than V/w² (Chebyshev), and taken as an equality this
+closes Little's law. V has three parts:
+
+    met       A unit that meets one of the other direction waits for what is left of that, anything from nothing to all:
+              F²/12 + B²/12. An interval has two ends, so (F² + B²)/6. The tail does both at once and meets nothing.
+    order     Where forwards and backwards do not alternate, two units in a row take 2F or 2B, which are 2(B - F) apart.
+              A tail that needs the share u of the slowest stage's time returns its gradient so much later, so the stage
+              before it meets one or the other with odds u : 1 - u: Bernoulli, 4u(1 - u)(B - F)². A tail as slow as the
+              slowest stage sets an even beat, and this part is gone.
+    drawn     A draw takes P microbatches to pass through. Meanwhile (P of `lane`) arrivals are those of streams that
+              know nothing of each other: Poisson's, of variance U² a stage, where the replica changes (1 - 1/R).
+              d = (1 - 1/R)·min(1, P/lane).
+
+v_s is the sum of the first two. These are arguments for terms that were chosen by measurement, and no proof. V was
+measured first, by event simulation (`scripts.simulate`) of 4 to 32 stages, B/F of 1 to 3, tails of 0.4 to 1 and draws
+every 32 and 64 microbatches of 3 replicas; of the terms with a reason those were taken that follow it. No factor is a
+regression's, but several reasons were tried. There V is off by up to half from 24 stages on and for a tail that is
+nearly as slow as the rest. docs/simulate.md has settings that were compared afterwards, and where it fails.
+
+Lottery: a balanced-job bound of closed queueing networks (Zahorjan et al., CACM 25(2), 1982), with Z the network
 seconds of a round trip and Pollaczek and Khinchine's mean residual of units whose lengths vary by c. R in the factor
 before it is the mean number of replicas: where each is visited once in R microbatches of a head, a single one leaves
-nothing to chance. KNEE and DRAW are measured by event simulation where lengths vary by a tenth. The lottery is
-within 5 % of it from W = 16 on, lanes within 3 % from the W that reaches C on; with fewer in flight they may do 12 %
-better than this (tests/subnet/test_pace.py).
+nothing to chance. It is within 5 % of event simulation from W = 16 on (tests/subnet/test_pace.py).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 from subnet.swarm.routing import LANE
 
-KNEE = 0.065
-"""Of the pace, lost where depth and capacity bind alike, because lengths vary. 16 stages of 3 whose lanes stay, W at
-1.03, 1.29 and 1.65 of the least that reaches C: 6.0, 3.4 and 1.7 % (`scripts.simulate`)."""
-DRAW = 1.9
-"""Microbatches of a head that a draw of new lanes costs if it changes its replica: heads draw one after the other and
-share replicas meanwhile. At the nodes' W, 16 stages of 3, of equal length and as 100b is split: 2.4 and 1.7 % every 64,
-2.8 and 4.8 % every 32 (`scripts.simulate`)."""
+HALVINGS = 60
+"""Of an interval of length 1: as far as floats go."""
 
 
 class PaceError(ValueError):
@@ -152,17 +167,17 @@ def pace(pipeline: Pipeline) -> Pace:
     capacity = min(compute[slowest], links[slowest])
     network = network_seconds(pipeline)
     round_trip = network + sum(len(stage) / rate for stage, rate in zip(stages, compute, strict=True))
-    deep = n / (round_trip + crossing_seconds(pipeline))
-    rate = min(deep, capacity * (1 - KNEE * min(1.0, capacity / deep) ** 3))
     share = sum(map(len, stages)) / len(stages)
+    drawn = (1 - 1 / share) * min(1.0, len(stages) / pipeline.lane)
+    lateness = sum(_variances(pipeline, capacity))
     if pipeline.routing is Routing.LANES:
-        rate *= 1 - min(1.0, DRAW * (1 - 1 / share) / pipeline.lane)
-    elif share > 1:
+        lateness += drawn * sum((len(stage) / rate) ** 2 for stage, rate in zip(stages, compute, strict=True))
+    rate = _closed(n, capacity=capacity, round_trip=round_trip, variance=lateness)
+    if pipeline.routing is Routing.LOTTERY and share > 1:
         loads = sum(len(stage) * (capacity / each) ** 2 for stage, each in zip(stages, compute, strict=True))
         queued = (1 - share**-2) * _residual(pipeline) * (loads - 1)
-        deep = min(deep, capacity * n / (n + queued + network * capacity))
-        rate = min(rate, deep)
-    if deep < capacity:
+        rate = min(rate, capacity * n / (n + queued + network * capacity))
+    if n / round_trip < capacity:
         binding = "depth"
     else:
         binding = f"{'compute' if compute[slowest] <= links[slowest] else 'link'} of stage {slowest}"
@@ -187,13 +202,29 @@ def network_seconds(pipeline: Pipeline) -> float:
     return total
 
 
-def crossing_seconds(pipeline: Pipeline) -> float:
-    """What units wait on a round trip for units of the other direction, which their replica is busy with: about
-    F·B/(F + B) a stage (by event simulation: within 2 % for F:B from 1:1 to 1:3). The tail does both at once."""
-    total = 0.0
+def _closed(n: int, *, capacity: float, round_trip: float, variance: float) -> float:
+    """The X at which n = X·(T_loop + w) and 1 - X/C = variance/w². What n must be grows with X, so it is halved in on.
+
+    Args:
+        variance: of how late units are, summed over a round trip, seconds².
+    """
+    spread = math.sqrt(variance)
+    low, high = 0.0, 1.0  # of what is left of capacity, as a root: y² = 1 - X/C
+    for _ in range(HALVINGS):
+        left = (low + high) / 2
+        needed = capacity * (1 - left**2) * (round_trip + spread / left)
+        low, high = (left, high) if needed > n else (low, left)
+    return min(capacity * (1 - high**2), n / round_trip)
+
+
+def _variances(pipeline: Pipeline, capacity: float) -> Iterator[float]:
+    """How late units of each stage before the tail are, where lanes stay: seconds²."""
+    tail = sum(1 / replica.unit for replica in pipeline.stages[-1])
+    odds = min(1.0, capacity / tail)
     for stage in pipeline.stages[:-1]:
-        total += sum(replica.forward * replica.backward / replica.unit for replica in stage) / len(stage)
-    return total
+        forward = sum(replica.forward for replica in stage) / len(stage)
+        backward = sum(replica.backward for replica in stage) / len(stage)
+        yield (forward**2 + backward**2) / 6 + 4 * odds * (1 - odds) * (backward - forward) ** 2
 
 
 def _transfer(size: int, senders: tuple[Replica, ...], receivers: tuple[Replica, ...]) -> float:

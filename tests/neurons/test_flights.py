@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from neurons.flights import DRAIN_MARGIN, DRAIN_SLACK, RECENT, Departure, Flights
+from neurons.flights import DRAIN_MARGIN, DRAIN_SLACK, RECENT, Flight, Flights
 
 
 def begun() -> Flights:
@@ -13,7 +13,7 @@ def begun() -> Flights:
     return flights
 
 
-def leave(flights: Flights, count: int, *, at: float = 0.0) -> list[Departure]:
+def leave(flights: Flights, count: int, *, at: float = 0.0) -> list[Flight]:
     return [flights.leave(at, number) for number in range(count)]
 
 
@@ -39,7 +39,7 @@ def test_a_pipeline_that_is_not_full_takes_as_long_as_the_slowest() -> None:
     for _ in range(100):
         flights.land(2.0, one)
     flights.land(3.0, one)
-    in_air = [Departure(59.0, 1)]
+    in_air = [Flight(59.0, 1)]
     assert flights.expected(60.0, in_air) == 3.0
     for _ in range(RECENT):
         flights.land(2.0, one)
@@ -53,7 +53,7 @@ def test_fewer_in_the_air_are_back_sooner_but_not_sooner_than_one_can_cross() ->
     for _ in range(RECENT - 1):
         flights.land(8.0, slow)
     flights.land(1.5, quick)
-    in_air = [Departure(39.0, 8)] * 7
+    in_air = [Flight(39.0, 8)] * 7
     assert flights.expected(40.0, in_air) == pytest.approx(40.0)  # 8 x 40 s / 8 landed: what the round shows
     for _ in range(32):
         flights.land(8.0, slow)
@@ -67,23 +67,23 @@ def test_one_that_is_not_back_counts_as_long_as_it_is_away() -> None:
     flights = begun()
     (one,) = leave(flights, 1)
     flights.land(0.5, one)
-    assert flights.expected(9.0, [Departure(1.0, 5)]) >= 8.0
+    assert flights.expected(9.0, [Flight(1.0, 5)]) >= 8.0
 
 
 def test_one_that_is_away_no_longer_than_others_were_counts_by_how_many_it_waits_for() -> None:
     flights = begun()
     leave(flights, 1)
     for _ in range(60):
-        flights.land(8.0, Departure(0.0, 8))
-    assert flights.expected(40.0, [Departure(33.0, 8)]) == pytest.approx(8.0)  # the quickest took so long
-    flights.land(1.0, Departure(39.0, 1))
-    assert flights.expected(40.0, [Departure(33.0, 8)]) == pytest.approx(2.0)
+        flights.land(8.0, Flight(0.0, 8))
+    assert flights.expected(40.0, [Flight(33.0, 8)]) == pytest.approx(8.0)  # the quickest took so long
+    flights.land(1.0, Flight(39.0, 1))
+    assert flights.expected(40.0, [Flight(33.0, 8)]) == pytest.approx(2.0)
 
 
 def test_fewer_replicas_make_flights_longer_until_one_is_back() -> None:
     flights = Flights()
     flights.begin(4 / 3)
-    flights.land(3.0, Departure(0.0, 1))
+    flights.land(3.0, Flight(0.0, 1))
     flights.begin(4.0)
     assert flights.expected(0.0, []) == pytest.approx(9.0)
     (one,) = leave(flights, 1)
@@ -97,9 +97,9 @@ def test_the_last_one_leaves_with_time_to_spare_that_a_usual_flight_measures() -
     flights = begun()
     flights.leave(0.0, 0)
     for _ in range(60):
-        flights.land(8.0, Departure(0.0, 8))
+        flights.land(8.0, Flight(0.0, 8))
     for _ in range(RECENT):
-        flights.land(1.0, Departure(0.0, 1))
+        flights.land(1.0, Flight(0.0, 1))
     usual = (60 * 8.0 + RECENT) / (60 + RECENT)
     needed = DRAIN_MARGIN * 1.0 + DRAIN_SLACK * usual
     assert flights.returns(40.0, [], closing_at=40.0 + needed + 0.01, probe_until=0.0)

@@ -15,7 +15,7 @@ from model.engine import StepReport
 from model.split import split
 from model.stage import assign_flat, build_stage, flatten
 from neurons.archive import Archive
-from neurons.flights import Departure
+from neurons.flights import Flight
 from neurons.training import OpenInput
 from neurons.windows import root_of
 from subnet.identity import verify
@@ -497,7 +497,7 @@ async def test_one_slow_flight_keeps_no_head_out_of_a_round(tmp_path: Path) -> N
     loaded = manifest(tiny(), entry, stages=2).write(tmp_path / "manifest.toml")
     async with Swarm(loaded, open_corpus(tmp_path, loaded.manifest, entry)) as swarm:
         (head,) = swarm.stage(0)
-        head.worker._driver._flights.land(1000.0, Departure(0.0, 1))
+        head.worker._driver._flights.land(1000.0, Flight(0.0, 1))
         head.worker.closes(asyncio.get_running_loop().time() + 4.0)
         await head.worker.drive()
         assert head.worker._current().started > 1  # the first one shows that flights are fast again

@@ -21,11 +21,16 @@ _UP, _DOWN = 856e6, 1322e6
 
 
 def test_a_serial_merge_stops_training_and_an_overlapped_one_does_not() -> None:
-    serial = Rounds(length=3600, margin=1, merge=600, overlapped=False)
+    serial = Rounds(length=3600, held_back=0, merge=600, overlapped=False)
     assert serial.merge_share == pytest.approx(1 / 7)
-    assert Rounds(length=3600, margin=1, merge=600, overlapped=True).merge_share == 0
-    assert Rounds(length=3600, margin=1, merge=600, overlapped=True, pause=36).merge_share == pytest.approx(0.01)
-    assert serial.drain_share(36) == pytest.approx(0.01)
+    assert Rounds(length=3600, held_back=0, merge=600, overlapped=True).merge_share == 0
+    assert Rounds(length=3600, held_back=0, merge=600, overlapped=True, pause=36).merge_share == pytest.approx(0.01)
+
+
+def test_a_round_ends_empty_and_begins_empty() -> None:
+    """It fills for 30 s; what leaves 1.75 flights of 40 s before the close is the last, and is back after one."""
+    rounds = Rounds(length=1440, held_back=0.75, merge=3, overlapped=True, last_step=24)
+    assert rounds.ends_share(30, 40) == pytest.approx((30 + 30 + 24) / 1440)
 
 
 def test_the_published_merge_takes_what_its_code_takes() -> None:
@@ -72,9 +77,12 @@ def test_the_expected_pace_is_the_mean_of_drawn_lots() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Rounds(length=0, margin=1, merge=1, overlapped=False), "a round is 0 s"),
-        (lambda: Rounds(length=60, margin=1, merge=90, overlapped=True), "a merge takes 90 s, a round 60 s"),
-        (lambda: Rounds(length=60, margin=1.5, merge=1, overlapped=True).drain_share(50), "a round of 60 s is over"),
+        (lambda: Rounds(length=0, held_back=0, merge=1, overlapped=False), "a round is 0 s"),
+        (lambda: Rounds(length=60, held_back=0, merge=90, overlapped=True), "a merge takes 90 s, a round 60 s"),
+        (
+            lambda: Rounds(length=60, held_back=1, merge=1, overlapped=True).ends_share(20, 40),
+            "a round of 60 s is over",
+        ),
         (lambda: Churn(rate=-1, absence=1), "-1 departures per replica"),
     ],
 )

@@ -140,10 +140,28 @@ def test_a_narrow_link_binds_and_is_named() -> None:
     assert found.binding == "link of stage 3"
 
 
-def test_lanes_drawn_anew_cost_their_share() -> None:
-    stay = pace(_pipeline())
-    for lane in (32, 64):
-        assert pace(replace(_pipeline(), lane=lane)).rate == pytest.approx(stay.rate * (1 - 1.9 * 2 / 3 / lane))
+def _lateness(pipeline: Pipeline) -> float:
+    """V by what came out: (1 - X/C)·w², w the seconds that a flight takes beyond an empty pipeline's."""
+    found = pace(pipeline)
+    return (1 - found.rate / found.capacity) * (found.flight - found.round_trip) ** 2
+
+
+def test_what_is_late_waits_as_long_as_units_of_the_other_direction_last() -> None:
+    met = (_REPLICA.forward**2 + _REPLICA.backward**2) / 6
+    assert _lateness(_pipeline()) == pytest.approx(15 * met)
+    # A tail that is half as slow as the others: a gradient comes amid a forward or a backward, with even odds.
+    tail = replace(_REPLICA, forward=0.0, backward=_REPLICA.unit / 2)
+    short = replace(_pipeline(), stages=(*_pipeline().stages[:-1], (tail,) * 3))
+    assert _lateness(short) == pytest.approx(15 * (met + (_REPLICA.backward - _REPLICA.forward) ** 2))
+    assert pace(short).rate < pace(_pipeline()).rate
+
+
+def test_lanes_drawn_anew_are_late_by_chance_while_a_draw_passes_through() -> None:
+    stay = _lateness(_pipeline())
+    for lane, share in ((64, 16 / 64), (32, 16 / 32), (8, 1.0)):
+        drawn = replace(_pipeline(), lane=lane)
+        assert _lateness(drawn) - stay == pytest.approx(2 / 3 * share * 16 * _REPLICA.unit**2)
+        assert pace(drawn).rate < pace(_pipeline()).rate
     alone = _pipeline(replicas=1)
     assert pace(replace(alone, lane=4)) == pace(alone)
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from scripts.simulate.accounts import Idle
+from scripts.simulate.accounts import Idle, Timeline
 from scripts.simulate.setting import Churn, Rounds, Setting, SettingError, Wires
-from scripts.simulate.swarm import Failure, simulate
+from scripts.simulate.swarm import Failure, _Swarm, simulate
 from subnet.swarm.pace import Pipeline, Replica, Routing
 
 BOUNDARY = 2_359_296
@@ -103,6 +103,21 @@ def test_a_newcomer_works_from_the_second_round_after_it_came() -> None:
     result = simulate(swarm, failures=[Failure(50.0, 1, 1)])
     assert result.stages[1].idle[Idle.DEAD] == pytest.approx(250)
     assert result.rate(310, 390) == pytest.approx(result.rate(10, 45), rel=0.05)
+
+
+def test_who_is_dead_stays_down_though_nobody_pushes_to_it() -> None:
+    """It is asked whether it is back for as long as the round lasts."""
+    few = Setting(pipeline=pipeline(stages=3, replicas=2, forward=0.2), seconds=400, microbatches=20)
+    swarm = _Swarm(few, Timeline(), [Failure(8.0, 1, 0)], ())
+    dead, before = swarm.places[1][0], swarm.places[0][0]
+    down: list[bool] = []
+    for moment in range(100, 400, 3):
+        swarm.clock.at(float(moment), lambda: down.append(before.is_down(dead, swarm.clock.now)))
+    result = swarm.run()
+    assert len(result.completed) == result.started == 40
+    assert result.completed[-1] < 100
+    assert len(down) == 100
+    assert all(down)
 
 
 def test_unequal_replicas_share_by_speed() -> None:

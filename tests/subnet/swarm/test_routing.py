@@ -6,7 +6,7 @@ from math import ceil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subnet.swarm.routing import depth, head_of, hops, sample_id
+from subnet.swarm.routing import depth, head_of, hops, room, sample_id
 
 REPLICAS = ("a", "b", "c")
 
@@ -62,3 +62,10 @@ def test_depth_is_the_closed_form() -> None:
     assert depth(stages=8, compute=0.1, latency=0.05, transfer=0.844, limit=1000) == ceil(1.2 * (10 + 7 * 0.944 / 0.1))
     assert depth(stages=4, compute=0.01, latency=1.0, transfer=0.0, limit=16) == 16
     assert depth(stages=4, compute=0.0, latency=1.0, transfer=0.0, limit=16) == 4
+
+
+@given(st.integers(1, 64), st.floats(0.01, 10))
+def test_what_is_in_flight_beyond_need_has_room_at_one_stage(stages: int, unit: float) -> None:
+    kept = depth(stages=stages, compute=unit, latency=0.0, transfer=0.0, limit=1000)
+    assert room(stages=stages, unit_seconds=unit / 2, push_seconds=0.0, limit=1000) > kept - stages
+    assert room(stages=stages, unit_seconds=0.0, push_seconds=0.0, limit=7) == 7

@@ -40,11 +40,14 @@ class Memory:
         room = -(-size // POOLED) * POOLED
         pages = self._of(room)
         if pages is None:
-            # numpy's, because its large arrays use huge pages and are not zeroed.
-            pages = np.empty(room, dtype=np.uint8)
+            pages = self._new(room)
         view = pages[:size]
         self._watched[id(pages)] = weakref.ref(view, lambda _, pages=pages: self._give_back(pages))  # type: ignore[misc]
         return view.data
+
+    def _new(self, room: int) -> npt.NDArray[np.uint8]:
+        """numpy's, because its large arrays use huge pages and are not zeroed."""
+        return np.empty(room, dtype=np.uint8)
 
     def _of(self, room: int) -> npt.NDArray[np.uint8] | None:
         for _ in range(len(self._spare)):

@@ -40,14 +40,16 @@ def tcp_packet(payload: int, *, segment: int = 0, options: int = 12) -> bytes:
     ],
 )
 def test_a_large_segment_counts_as_the_packets_it_stands_for(payload: int, segment: int, expected: int) -> None:
-    assert wire_bytes(tcp_packet(payload, segment=segment)) == expected
+    packet = tcp_packet(payload, segment=segment)
+    assert wire_bytes(packet, len(packet)) == expected
 
 
 def test_the_destination_is_read_from_ipv4_only() -> None:
     packet = tcp_packet(10)
-    assert destination(packet) == b"\x0a\x49\x00\x02"
-    assert destination(packet[: VNET_HEADER.size] + b"\x60" + packet[VNET_HEADER.size + 1 :]) is None
-    assert destination(packet[: VNET_HEADER.size + 19]) is None
+    assert destination(packet, len(packet)) == b"\x0a\x49\x00\x02"
+    other = packet[: VNET_HEADER.size] + b"\x60" + packet[VNET_HEADER.size + 1 :]
+    assert destination(other, len(other)) is None
+    assert destination(packet, VNET_HEADER.size + 19) is None
 
 
 def test_a_wire_delays_paces_and_drops() -> None:

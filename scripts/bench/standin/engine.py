@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,12 +27,11 @@ from model.optimizer import OptimizerConfig
 from model.recompute import Recompute
 from model.split import StagePlan
 from model.stage import Stage
-from subnet.transport.memory import Memory
+from subnet.transport.memory import POOLED, Memory
+from subnet.transport.synapse import tensor_bytes
 
 MARKS = 8
 """Elements of a tensor that are drawn anew each time, its first ones."""
-SEAL = 32
-"""As many at its end tell that pages hold the drawing."""
 GRADIENT = 1e-3
 """Of every weight that has one."""
 
@@ -64,6 +65,19 @@ class Hold:
         self._ended.set()
 
 
+class Copies(Memory):
+    """Pages that hold a drawing from their first use on. Off a device it would come without the processor's help."""
+
+    def __init__(self, drawing: Tensor) -> None:
+        super().__init__()
+        self._bytes = tensor_bytes(drawing)
+
+    def _new(self, room: int) -> npt.NDArray[np.uint8]:
+        pages = super()._new(room)
+        pages[: self._bytes.nbytes] = self._bytes
+        return pages
+
+
 class StandInStage(Stage):
     """A stage by interface. Without a graph `forward` takes its time; with one it is the recompute of a backward, whose
     time is the backward's own."""
@@ -88,7 +102,7 @@ class StandInStage(Stage):
         draw = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little")
         self._generator = torch.Generator().manual_seed(draw)
         self._drawing = torch.empty(0)
-        self._memory = Memory()
+        self._copies = Copies(self._drawing)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,11 +133,10 @@ class StandInStage(Stage):
     def drawn(self, x: Tensor) -> Tensor:
         """What leaves the stage for an input `x`: bf16 (B, T, width)."""
         drawing = self.like(x)
-        pages = self._memory.take(drawing.nbytes)
-        out = torch.frombuffer(pages, dtype=self.dtype).view(drawing.shape)
-        # Off a device it would come without the processor's help: pages that held the drawing before still do.
-        if not torch.equal(out.view(-1)[-SEAL:], drawing.view(-1)[-SEAL:]):
-            out.copy_(drawing)
+        if drawing.nbytes < POOLED:
+            out = drawing.clone()
+        else:
+            out = torch.frombuffer(self._copies.take(drawing.nbytes), dtype=self.dtype).view(drawing.shape)
         out.view(-1)[:MARKS] = torch.randn(min(MARKS, out.numel()), generator=self._generator)
         return out
 
@@ -132,6 +145,7 @@ class StandInStage(Stage):
         shape = (*x.shape[:2], self.config.boundary_width)
         if self._drawing.shape != shape:
             self._drawing = torch.randn(shape, generator=self._generator).to(self.dtype)
+            self._copies = Copies(self._drawing)
         return self._drawing.detach()
 
     def returned(self, x: Tensor, *, wanted: bool) -> tuple[Tensor | None, Tensor]:

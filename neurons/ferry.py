@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -23,8 +22,7 @@ Boarded = Callable[[], torch.Tensor]
 """Called on the compute thread: the tensor, on the device, in the stage's dtype."""
 
 
-@dataclass(frozen=True, slots=True)
-class Landed:
+class Landed(NamedTuple):
     """A result in host memory, in the wire's dtype."""
 
     tensor: torch.Tensor

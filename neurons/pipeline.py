@@ -235,8 +235,7 @@ class StageWorker:
         self._filter.require_usual(current, caller, push.sample, Direction.FORWARD, seen, x_digest)
         receipt = self._door.sign_receipt(current, key, caller, x_digest)
         source = current.roster.stages[self.plan.index - 1].index(caller)
-        held = OpenInput(caller, source, x, x_digest)
-        self._enter(current, push, held)
+        self._enter(current, push, OpenInput(caller, source, x, x_digest))
         return Accepted(receipt=receipt), {}
 
     async def on_backward(
@@ -375,8 +374,7 @@ class StageWorker:
             return self.engine.version, self._ferry.leave(self.engine.forward(push.sample, x()))
 
         version, leaving = await self._timed(Lane.FORWARD, push.index, job)
-        landed = leaving.landed()
-        y = landed.tensor
+        y, y_digest = leaving.landed()
         if push.sample not in current.open:  # released, or its gradient was faster
             await self._forget(current, push.sample)
             return
@@ -387,7 +385,7 @@ class StageWorker:
             version=version,
             source=held.source_index,
             input=held.digest,
-            output=landed.digest,
+            output=y_digest,
         )
         current.ledger.add(leaf)
         current.archive.add(version, leaf.key, UnitTensors(held.tensor, None, y))
@@ -465,8 +463,8 @@ class StageWorker:
         current.ledger.add(leaf)
         current.units += 1
         output = None if dx is None else dx.tensor
-        tensors = UnitTensors(held.tensor, None if gradient is None else gradient[0], output)
-        current.archive.add(version, leaf.key, tensors)
+        came = None if gradient is None else gradient[0]
+        current.archive.add(version, leaf.key, UnitTensors(held.tensor, came, output))
         current.outputs.pop(push.sample, None)
         if self.plan.is_first:
             self._driver.complete(current, push, loss)

@@ -66,8 +66,7 @@ IDLE = 1024
 SILENCE = 1e-18
 """A root mean square below this is none: fp32 cannot hold its square."""
 BLOCK = 256 * 1024
-"""Elements summed up at a time: half a megabyte stays in a core's cache, which takes a fifth of the time of a pass over
-5 MB with its temporaries."""
+"""Elements summed up at a time: as fp32 they are a megabyte, which stays in a core's cache from one sum to the next."""
 _memory = threading.local()
 
 NAMES = ("size", "peak", "crest")

@@ -1,14 +1,14 @@
 """Parameters, FLOPs, MFU and boundary bytes, as arithmetic on the config: nothing is allocated.
 
 One formula serves every report, `FORMULA`: training FLOPs per token = 6·N + 6·L·T·d, with N the parameters
-without the input embedding (a look-up does no arithmetic), L layers, T tokens of context and d = heads ·
-head_dim. The second term is attention's scores and mixing with the causal half counted once: forward 2·T·d
-per layer, backward twice that. Recomputed forwards are not counted, so recomputing lowers MFU, as it
-should.
+without the input embedding and receivers' token tables (a look-up does no arithmetic), L layers, T tokens
+of context and d = heads · head_dim. The second term is attention's scores and mixing with the causal half
+counted once: forward 2·T·d per layer, backward twice that. Recomputed forwards are not counted, so
+recomputing lowers MFU, as it should.
 """
 
 from model.bottleneck import receiver_parameters, sender_parameters
-from model.config import ConfigError, ModelConfig
+from model.config import BoundaryForm, ConfigError, ModelConfig
 from model.split import StagePlan, block_matrix_parameters, split
 
 FORMULA = "6N + 6LTd, N without the input embedding, causal attention once, recompute not counted"
@@ -20,6 +20,10 @@ def stage_parameters(config: ModelConfig, plan: StagePlan, *, boundaries: bool =
     count = plan.layers * (block_matrix_parameters(config) + 2 * config.hidden)
     count += vocabulary if plan.is_first else 0
     count += vocabulary + config.hidden if plan.is_last else 0
+    if config.boundary.form is BoundaryForm.SUBSPACE and not plan.is_last:
+        # What writes to the residual has b rows instead of d, and a head's embedding b columns.
+        written = plan.layers * (config.hidden + config.ffn) + (config.vocab if plan.is_first else 0)
+        count -= written * (config.hidden - config.boundary_width)
     return count + (_boundary_parameters(config, plan) if boundaries else 0)
 
 
@@ -31,12 +35,11 @@ def total_parameters(config: ModelConfig, stages: int = 1, *, boundaries: bool =
 def stage_flops(config: ModelConfig, plan: StagePlan, *, tokens: int | None = None) -> tuple[int, int]:
     """Forward and backward FLOPs per token of one stage, boundary matrices included.
 
-    `tokens` is the sequence length T, by default the config's context. The head's embedding look-up counts
-    nothing.
+    `tokens` is the sequence length T, by default the config's context. What is looked up, the head's embedding and
+    receivers' token tables, counts nothing.
     """
     length = config.context if tokens is None else tokens
-    embedding = config.vocab * config.hidden if plan.is_first else 0
-    matrices = 2 * (stage_parameters(config, plan) - embedding)
+    matrices = 2 * (stage_parameters(config, plan) - _looked_up(config, plan))
     attention = plan.layers * 2 * length * config.heads * config.head_dim
     forward = matrices + attention
     return forward, 2 * forward
@@ -57,6 +60,14 @@ def mfu(tokens_per_second: float, flops_per_token: float, *, peak_flops: float) 
 def boundary_bytes(config: ModelConfig, *, tokens: int, itemsize: int) -> int:
     """Bytes of one boundary tensor: `tokens` of a microbatch (B·T) times width times bytes per element."""
     return tokens * config.boundary_width * itemsize
+
+
+def _looked_up(config: ModelConfig, plan: StagePlan) -> int:
+    """Parameters of a stage of which a token takes rows: they take part in no product."""
+    if plan.is_first:
+        confined = config.boundary.form is BoundaryForm.SUBSPACE and not plan.is_last
+        return config.vocab * (config.boundary_width if confined else config.hidden)
+    return config.boundary.rank * (config.vocab + config.boundary.pairs)
 
 
 def _boundary_parameters(config: ModelConfig, plan: StagePlan) -> int:

@@ -18,21 +18,44 @@ class ConfigError(ValueError):
 
 
 class BoundaryForm(StrEnum):
-    """What crosses between two stages: the whole residual, or a narrow tensor in ResBM's form A or B."""
+    """What crosses between two stages: the whole residual, or a narrow tensor, as `bottleneck.py` has it."""
 
     NONE = "none"
+    TRUNCATION = "truncation"
     A = "a"
     B = "b"
+    SUBSPACE = "subspace"
+    T = "t"
+
+
+RESTORING = frozenset({BoundaryForm.NONE, BoundaryForm.T})
+"""Forms whose receivers may have token tables of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundaryConfig:
-    """Form and width (channels per token) of the boundary; width is 0 exactly when the form is `none`."""
+    """Form and width (channels per token) of the boundary; width is 0 exactly when the form is `none`.
+
+    `rank` is that of the receivers' token tables, 0 without; `pairs` the rows of their tables over hashed pairs of
+    neighbouring tokens, 0 without.
+    """
 
     form: BoundaryForm = BoundaryForm.NONE
     width: int = 0
+    rank: int = 0
+    pairs: int = 0
 
     def __post_init__(self) -> None:
+        if self.rank < 0 or self.pairs < 0:
+            raise ConfigError(
+                f"boundary.rank is {self.rank} and boundary.pairs {self.pairs}; both must be at least 0: raise them"
+            )
+        if self.rank and self.form not in RESTORING:
+            raise ConfigError(
+                f"boundary.rank is {self.rank}, but form '{self.form}' has no token tables: set it to 0 or form to 't'"
+            )
+        if self.pairs and not self.rank:
+            raise ConfigError(f"boundary.pairs is {self.pairs} and boundary.rank 0: raise boundary.rank")
         if self.form is BoundaryForm.NONE and self.width != 0:
             raise ConfigError(
                 f"boundary.width is {self.width} but boundary.form 'none' sends the whole residual: set width to 0"
@@ -90,6 +113,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.hidden // self.heads
+
+    @property
+    def restores(self) -> bool:
+        """Whether receivers need the tokens of what they receive."""
+        return self.boundary.rank > 0 or self.boundary.form is BoundaryForm.SUBSPACE
 
     @property
     def boundary_width(self) -> int:

@@ -63,6 +63,8 @@ class _Unit:
     """An open unit: its input and, where its graph is held, the graph's leaf and output until the next step."""
 
     x: Tensor
+    tokens: Tensor | None
+    """Of the unit, where the stage restores them."""
     leaf: Tensor | None = None
     y: Tensor | None = None
 
@@ -134,8 +136,10 @@ class StageEngine:
         """Keys of the open units, oldest first."""
         return tuple(self._units)
 
-    def forward(self, key: Hashable, x: Tensor) -> Tensor:
+    def forward(self, key: Hashable, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Runs the stage on `x`, remembers the unit and returns the detached boundary tensor (B, T, width).
+
+        `tokens`, int64 (B, T), are the unit's, where the stage restores them.
 
         Raises `CapacityError`, `DuplicateUnitError`, or `StageInputError` for an input that does not fit.
         """
@@ -150,12 +154,12 @@ class StageEngine:
             )
         self._used = True
         if not self._holds():
-            out = replay_forward(self.stage, x)
-            self._units[key] = _Unit(x)
+            out = replay_forward(self.stage, x, tokens)
+            self._units[key] = _Unit(x, tokens)
             return out
         leaf = _leaf(x)
-        y: Tensor = self.stage(leaf)
-        self._units[key] = _Unit(x, leaf, y)
+        y: Tensor = self.stage(leaf, tokens)
+        self._units[key] = _Unit(x, tokens, leaf, y)
         return y.detach()
 
     def backward(self, key: Hashable, g: Tensor) -> Tensor | None:
@@ -177,20 +181,22 @@ class StageEngine:
             )
         self._used = True
         leaf = _leaf(unit.x) if unit.leaf is None else unit.leaf
-        y = self.stage(leaf) if unit.y is None else unit.y
+        y = self.stage(leaf, unit.tokens) if unit.y is None else unit.y
         torch.autograd.backward(y, g)
         del self._units[key]
         self._accumulated += 1
         return leaf.grad
 
-    def tail(self, key: Hashable, x: Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
+    def tail(
+        self, key: Hashable, x: Tensor, targets: Tensor, tokens: Tensor | None = None
+    ) -> tuple[float, Tensor | None]:
         """Forward, loss and backward of a unit at the last stage: (mean loss in nats per token, gradient of
         `x`).
 
         The gradient is that of loss / accumulation, so that a step sees the mean over its units; it is None
         for a solo stage. Raises `NonFiniteError` before any gradient is kept.
         """
-        loss, leaf = _tail_forward(self.stage, x, targets)
+        loss, leaf = _tail_forward(self.stage, x, targets, tokens)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(f"loss of unit {key} is {value}: drop the unit and check its input")
@@ -329,56 +335,60 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _OPTIMIZER_FIELDS = {"adamw": ("step", *_MOMENTS), "nadam": ("step", "mu_product", *_MOMENTS)}
 
 
-def replay_forward(stage: Stage, x: Tensor) -> Tensor:
+def replay_forward(stage: Stage, x: Tensor, tokens: Tensor | None = None) -> Tensor:
     """What an honest `StageEngine.forward` returns for `x` with these weights; for auditors."""
     with torch.no_grad():
-        y: Tensor = stage(x)
+        y: Tensor = stage(x, tokens)
     return y
 
 
-def replay_backward(stage: Stage, x: Tensor, g: Tensor) -> Tensor | None:
+def replay_backward(stage: Stage, x: Tensor, g: Tensor, tokens: Tensor | None = None) -> Tensor | None:
     """What an honest `StageEngine.backward` returns for (`x`, `g`); leaves no gradients in the stage."""
-    dx = _backward(stage, x, g)
+    dx = _backward(stage, x, g, tokens)
     stage.zero_grad(set_to_none=True)
     return dx
 
 
-def replay_tail(stage: Stage, x: Tensor, targets: Tensor, *, accumulation: int) -> tuple[float, Tensor | None]:
+def replay_tail(
+    stage: Stage, x: Tensor, targets: Tensor, tokens: Tensor | None = None, *, accumulation: int
+) -> tuple[float, Tensor | None]:
     """What an honest `StageEngine.tail` returns; leaves no gradients in the stage."""
-    loss, dx = _tail_backward(stage, x, targets, accumulation)
+    loss, dx = _tail_backward(stage, x, targets, tokens, accumulation)
     stage.zero_grad(set_to_none=True)
     return loss, dx
 
 
 def replay_gradient(
-    stage: Stage, units: Iterable[tuple[Tensor, Tensor]], *, accumulation: int, clip: float
+    stage: Stage, units: Iterable[tuple[Tensor, Tensor, Tensor | None]], *, accumulation: int, clip: float
 ) -> tuple[Tensor, float]:
     """What an honest `StageEngine.step` gives its optimizer after the backwards of these units, in their order: the
     clipped gradient, fp32 (n,) in the order of `flatten`, and its norm before. Leaves no gradients in the stage.
 
     Args:
-        units: input and gradient of the output of each; at the last stage input and targets.
+        units: input, gradient of the output (at the last stage targets) and, where the stage restores them, tokens.
         clip: the stage's bound, see `clip_bound`.
     """
-    for x, target in units:
+    for x, target, tokens in units:
         if stage.plan.is_last:
-            _tail_backward(stage, x, target, accumulation)
+            _tail_backward(stage, x, target, tokens, accumulation)
         else:
-            _backward(stage, x, target)
+            _backward(stage, x, target, tokens)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in sorted(stage.named_parameters())]
     norm, _ = clip_gradients(gradients, clip)
     stage.zero_grad(set_to_none=True)
     return torch.cat([gradient.float().reshape(-1) for gradient in gradients]), norm
 
 
-def _backward(stage: Stage, x: Tensor, g: Tensor) -> Tensor | None:
+def _backward(stage: Stage, x: Tensor, g: Tensor, tokens: Tensor | None) -> Tensor | None:
     leaf = _leaf(x)
-    torch.autograd.backward(stage(leaf), g)
+    torch.autograd.backward(stage(leaf, tokens), g)
     return leaf.grad
 
 
-def _tail_backward(stage: Stage, x: Tensor, targets: Tensor, accumulation: int) -> tuple[float, Tensor | None]:
-    loss, leaf = _tail_forward(stage, x, targets)
+def _tail_backward(
+    stage: Stage, x: Tensor, targets: Tensor, tokens: Tensor | None, accumulation: int
+) -> tuple[float, Tensor | None]:
+    loss, leaf = _tail_forward(stage, x, targets, tokens)
     torch.autograd.backward(loss / accumulation)
     return float(loss.detach()), leaf.grad
 
@@ -388,9 +398,9 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(x.is_floating_point())
 
 
-def _tail_forward(stage: Stage, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _tail_forward(stage: Stage, x: Tensor, targets: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     leaf = _leaf(x)
-    return stage.loss(leaf, targets), leaf
+    return stage.loss(leaf, targets, tokens), leaf
 
 
 def _take(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:

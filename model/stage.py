@@ -21,6 +21,7 @@ from model.config import BoundaryForm, ModelConfig
 from model.loss import cross_entropy
 from model.recompute import Run, plain
 from model.split import StagePlan
+from model.subspace import ConfinedEmbedding, confine
 from model.transformer import Block, Embedding, Linear, RMSNorm, rotary_tables
 
 
@@ -38,10 +39,14 @@ class Stage(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan
+        confined = config.boundary.form is BoundaryForm.SUBSPACE and not plan.is_last
         if plan.is_first:
-            self.embedding = Embedding(config.vocab, config.hidden)
+            self.embedding = ConfinedEmbedding(config) if confined else Embedding(config.vocab, config.hidden)
         layers = range(plan.first_layer, plan.last_layer)
         self.layers = nn.ModuleDict({str(index): Block(config) for index in layers})
+        if confined:
+            for block in self.layers.values():
+                confine(cast("Block", block), config)
         self.boundaries = nn.ModuleDict()
         if not plan.is_first:
             self.boundaries[str(plan.first_layer)] = nn.ModuleDict({"receiver": Receiver(config)})
@@ -53,19 +58,20 @@ class Stage(nn.Module):
         self.register_buffer("rotary", rotary_tables(config), persistent=False)
         self.run_block: Run = plain
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Tokens int64 (B, T) or boundary (B, T, width) to boundary (B, T, width) or logits (B, T, vocab).
 
+        `tokens`, int64 (B, T), are those that x came from: a stage behind a boundary that restores them needs them.
         Raises `StageInputError` for any other shape or dtype, or T above the model's context.
         """
-        residual, branch = self._blocks(x)
+        residual, branch = self._blocks(x, tokens)
         if self.plan.is_last:
             logits: Tensor = self.head(self.norm(residual + branch))
             return logits
-        boundary: Tensor = self._sender(residual, branch)
+        boundary: Tensor = self._sender(residual, branch, x if self.plan.is_first else tokens)
         return boundary
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, x: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats per token, fp32 scalar; `targets` is int64 (B, T). Last stage only."""
         if not self.plan.is_last:
             raise StageInputError(f"stage {self.plan.index} of {self.plan.count} has no loss: ask the last stage")
@@ -73,17 +79,17 @@ class Stage(nn.Module):
             raise StageInputError(
                 f"targets are {targets.dtype} {tuple(targets.shape)}; int64 {tuple(x.shape[:2])} is needed"
             )
-        residual, branch = self._blocks(x)
+        residual, branch = self._blocks(x, tokens)
         hidden: Tensor = self.norm(residual + branch)
         return cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
 
-    def _blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _blocks(self, x: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         """The last block's residual and FFN branch, (B, T, hidden) each."""
-        self.check_input(x)
+        self.check_input(x, tokens)
         if self.plan.is_first:
             branch_input = carry = self.embedding(x)
         else:
-            branch_input, carry = self._receiver(x)
+            branch_input, carry = self._receiver(x, tokens)
         tables = self.rotary[:, : x.shape[1]]
         residual, branch = carry, None
         for block in self.layers.values():
@@ -92,7 +98,12 @@ class Stage(nn.Module):
             residual, branch = self.run_block(cast("Block", block), branch_input, carry, tables)
         return residual, cast("Tensor", branch)
 
-    def check_input(self, x: Tensor) -> None:
+    @property
+    def restores(self) -> bool:
+        """Whether this stage needs the tokens of what it receives."""
+        return self.config.restores and not self.plan.is_first
+
+    def check_input(self, x: Tensor, tokens: Tensor | None = None) -> None:
         """Raises `StageInputError` unless `x` is what this stage takes; the message names what it takes."""
         dtype, width = self.dtype, self.config.boundary_width
         shape = tuple(x.shape)
@@ -109,6 +120,12 @@ class Stage(nn.Module):
             raise StageInputError(
                 f"stage {self.plan.index} got shape {shape}; B must be at least 1 and T from 1 to context "
                 f"{self.config.context}: shorten the sequences or raise context"
+            )
+        if self.restores and (tokens is None or tokens.dtype != torch.int64 or tokens.shape != shape[:2]):
+            given = "none" if tokens is None else f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise StageInputError(
+                f"stage {self.plan.index} restores tokens and got {given}; it takes int64 {shape[:2]}: hand it those "
+                "of its sample"
             )
 
     @property
@@ -145,8 +162,7 @@ def build_stage(
         for name, parameter in stage.named_parameters()
     }
     stage.load_state_dict(weights, assign=True)
-    stage.rotary = rotary_tables(config).to(device)
-    return stage
+    return stage.to(device)
 
 
 def weights_digest(stage: Stage) -> bytes:
@@ -193,14 +209,17 @@ def _initial(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Te
 def _deviation(name: str, inputs: int, config: ModelConfig) -> float:
     """Standard deviation of a matrix' initial weights: 1/sqrt(inputs), so that no signal shrinks on its way.
 
-    Exceptions: 1 for the embedding, a quarter for the head (the first loss is then ln(vocab)), the residual's
-    writers over sqrt(2·layers), and 0.01 for boundaries of form B, which so start near the identity path.
+    Exceptions: 1 for the embedding and a receiver's token tables, a quarter for the head (the first loss is then
+    ln(vocab)), the residual's writers over sqrt(2·layers), 0.01 for boundaries of form B, which so start near the
+    identity path, and 0.1 for tables of pairs, most of whose rows are met seldom.
     With 0.02 throughout, nano in four stages of form A learns little beyond token frequencies in 80 steps
     (validation loss 6.0, with this rule 4.9): what a boundary decodes is then below the next norm's eps.
     """
     fan_in = 1 / math.sqrt(inputs)
-    if name == "embedding.weight":
+    if name.endswith(("embedding.weight", "restore.tokens.weight")):
         return 1.0
+    if name.endswith("restore.token_pairs.weight"):
+        return 0.1
     if name == "head.weight":
         return fan_in / 4
     if name.startswith("boundaries.") and config.boundary.form is BoundaryForm.B:

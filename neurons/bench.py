@@ -54,12 +54,13 @@ def replay_units(
     assign_flat(stage, theta)
     found: list[Finding] = []
     for leaf, tensors in units:
-        targets = corpus.sample(leaf.sample)[:, 1:] if stage.plan.is_last else None
+        sample = corpus.sample(leaf.sample)
         found += replay(
             stage,
             leaf,
             tensors,
-            targets=targets,
+            tokens=sample[:, :-1] if stage.restores else None,
+            targets=sample[:, 1:] if stage.plan.is_last else None,
             accumulation=accumulation,
             tolerance=tolerance,
             hotkey=hotkey,

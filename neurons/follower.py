@@ -212,14 +212,15 @@ class PublicStates:
             self._node.corpus.validation_sample(index)
             for index in range(self._node.loaded.manifest.data.validation_batches)
         ]
-        held: Sequence[torch.Tensor] = [tokens[:, :-1] for tokens in batches]
+        inputs = [tokens[:, :-1] for tokens in batches]
+        held: Sequence[torch.Tensor] = inputs
         for stage, public in zip(self._bench.stages, self._public, strict=True):
             assign_flat(stage, public.theta)
             if stage.plan.is_last:
-                losses = [stage.loss(x, tokens[:, 1:]) for x, tokens in zip(held, batches, strict=True)]
+                losses = [stage.loss(x, b[:, 1:], t) for x, b, t in zip(held, batches, inputs, strict=True)]
                 return float(torch.stack(losses).mean())
             wire = self._node.shapes.boundary.dtype
-            held = [stage(x).to(wire).to(torch.float32) for x in held]
+            held = [stage(x, t).to(wire).to(torch.float32) for x, t in zip(held, inputs, strict=True)]
         raise AssertionError("a split always ends with a last stage")
 
 

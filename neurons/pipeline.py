@@ -34,32 +34,13 @@ from neurons.training import OpenInput, TrainingRound
 from neurons.windows import UNWITNESSED, Change, Changes, Opened, Stepped, Windows, Witness
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
-from subnet.messages import (
-    WIRE_DTYPES,
-    Accepted,
-    Backward,
-    Forward,
-    InputRequest,
-    Noted,
-    Notice,
-    Push,
-    Tensors,
-)
+from subnet.messages import WIRE_DTYPES, Accepted, Backward, Forward, InputRequest, Noted, Notice, Push, Tensors
 from subnet.swarm.roster import Roster
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Busy, Dropped, NotFinite
 from subnet.transport.synapse import Received, tensor_bytes
 from subnet.trust.audit import UnitTensors
-from subnet.trust.ledger import (
-    NO_DIGEST,
-    NO_ROOT,
-    Closing,
-    Direction,
-    Evidence,
-    Leaf,
-    UnitKey,
-    digest,
-)
+from subnet.trust.ledger import NO_DIGEST, NO_ROOT, Closing, Direction, Evidence, Leaf, UnitKey, digest
 
 log = logging.getLogger("orion.neurons.pipeline")
 
@@ -368,10 +349,10 @@ class StageWorker:
         self._spawn(current.work, self._guarded(current, push.sample, unit))
 
     async def _forward_unit(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
-        x = self._ferry.board(held.tensor)
+        x, tokens = self._ferry.board(held.tensor), self._restored(push.sample)
 
         def job() -> tuple[int, Departure]:
-            return self.engine.version, self._ferry.leave(self.engine.forward(push.sample, x()))
+            return self.engine.version, self._ferry.leave(self.engine.forward(push.sample, x(), tokens()))
 
         version, leaving = await self._timed(Lane.FORWARD, push.index, job)
         y, y_digest = leaving.landed()
@@ -399,11 +380,11 @@ class StageWorker:
     async def _tail_unit(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
         tokens = self._corpus.sample(push.sample)
         inputs = self._ferry.board(tokens[:, :-1] if self.plan.is_first else held.tensor)
-        targets = self._ferry.board(tokens[:, 1:])
+        targets, restored = self._ferry.board(tokens[:, 1:]), self._restored(push.sample)
 
         def job() -> tuple[int, float, Departure | None, Stepped | None]:
             version = self.engine.version
-            loss, dx = self.engine.tail(push.sample, inputs(), targets())
+            loss, dx = self.engine.tail(push.sample, inputs(), targets(), restored())
             return version, loss, None if dx is None else self._ferry.leave(dx), self._maybe_step()
 
         version, loss, leaving, stepped = await self._timed(Lane.FORWARD, push.index, job)
@@ -415,14 +396,14 @@ class StageWorker:
     async def _backward_unit(
         self, current: TrainingRound, push: Backward, g: torch.Tensor, g_digest: bytes, source: int
     ) -> None:
-        gradient = self._ferry.board(g)
+        gradient, restored = self._ferry.board(g), self._restored(push.sample)
         held = current.open[push.sample]
 
         def job() -> tuple[bool, int, Departure | None, Stepped | None]:
             version = self.engine.version
             adopted = push.sample not in self.engine.pending()
             if adopted:
-                self.engine.forward(push.sample, self._ferry.board(held.tensor)())
+                self.engine.forward(push.sample, self._ferry.board(held.tensor)(), restored())
             dx = self.engine.backward(push.sample, gradient())
             return adopted, version, None if dx is None else self._ferry.leave(dx), self._maybe_step()
 
@@ -434,6 +415,12 @@ class StageWorker:
         )
         if stepped is not None:
             self._enter_step(current, stepped)
+
+    def _restored(self, sample: int) -> Callable[[], torch.Tensor | None]:
+        """A unit's tokens on their way in, where this stage restores them."""
+        if not self.engine.stage.restores:
+            return lambda: None
+        return self._ferry.board(self._corpus.sample(sample)[:, :-1].contiguous())
 
     def _finish_backward(
         self,

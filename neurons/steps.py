@@ -146,14 +146,16 @@ class StepJudge:
             what=what,
         )
 
-    def _unit(self, unit: Unit, corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor]:
+    def _unit(self, unit: Unit, corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         leaf, tensors = unit
         plan = self.stage.plan
         x = tensors.input if plan.is_first else tensors.input.to(torch.float32)
+        sample = corpus.sample(leaf.sample)
+        tokens = sample[:, :-1] if self.stage.restores else None
         if plan.is_last:
-            return x, corpus.sample(leaf.sample)[:, 1:]
+            return x, sample[:, 1:], tokens
         assert tensors.gradient is not None  # noqa: S101 - the shapes of what is fetched say so
-        return x, tensors.gradient.to(torch.float32)
+        return x, tensors.gradient.to(torch.float32), tokens
 
     def _finding(
         self,

@@ -53,6 +53,14 @@ class RunSection(_Section):
     """Seeds weights and data order. Everything judged by chance takes a block hash instead."""
 
 
+_FORMS: dict[BoundaryForm, Literal["none", "a", "b", "t"]] = {
+    BoundaryForm.NONE: "none",
+    BoundaryForm.A: "a",
+    BoundaryForm.B: "b",
+    BoundaryForm.T: "t",
+}
+
+
 class ModelSection(_Section):
     vocab: Positive
     hidden: Positive
@@ -63,8 +71,10 @@ class ModelSection(_Section):
     context: Positive
     rope_base: float
     norm_eps: float
-    boundary_form: Literal["none", "a", "b"]
+    boundary_form: Literal["none", "a", "b", "t"]
     boundary_width: Annotated[int, Field(ge=0)]
+    boundary_rank: Annotated[int, Field(ge=0)]
+    boundary_pairs: Annotated[int, Field(ge=0)]
     wire_dtype: Literal["float32", "bfloat16"]
     """Element type of what crosses a boundary; the stages themselves compute in float32 on a CPU."""
 
@@ -79,11 +89,22 @@ class ModelSection(_Section):
             context=self.context,
             rope_base=self.rope_base,
             norm_eps=self.norm_eps,
-            boundary=BoundaryConfig(form=BoundaryForm(self.boundary_form), width=self.boundary_width),
+            boundary=BoundaryConfig(
+                form=BoundaryForm(self.boundary_form),
+                width=self.boundary_width,
+                rank=self.boundary_rank,
+                pairs=self.boundary_pairs,
+            ),
         )
 
     @classmethod
     def of(cls, config: ModelConfig, *, wire_dtype: Literal["float32", "bfloat16"]) -> Self:
+        """Raises `ManifestError` for a boundary that only comparisons use."""
+        boundary = config.boundary
+        if boundary.form not in _FORMS:
+            raise ManifestError(
+                f"boundary form '{boundary.form}' is there for comparisons: take one of {', '.join(_FORMS.values())}"
+            )
         return cls(
             vocab=config.vocab,
             hidden=config.hidden,
@@ -94,8 +115,10 @@ class ModelSection(_Section):
             context=config.context,
             rope_base=config.rope_base,
             norm_eps=config.norm_eps,
-            boundary_form=config.boundary.form.value,
-            boundary_width=config.boundary.width,
+            boundary_form=_FORMS[boundary.form],
+            boundary_width=boundary.width,
+            boundary_rank=boundary.rank,
+            boundary_pairs=boundary.pairs,
             wire_dtype=wire_dtype,
         )
 

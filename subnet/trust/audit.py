@@ -191,6 +191,7 @@ def replay(
     leaf: Leaf,
     tensors: UnitTensors,
     *,
+    tokens: torch.Tensor | None = None,
     targets: torch.Tensor | None,
     accumulation: int,
     tolerance: Tolerance,
@@ -200,7 +201,7 @@ def replay(
     """Compute one unit of `hotkey`'s round `number` again with the window's weights, which are in the stage, and
     compare: one finding for what it sent on, one for the loss it reported, none where there is nothing to compare.
 
-    `targets` are the sample's next tokens, for the tail.
+    `tokens` are the sample's, for a stage that restores them, `targets` its next tokens, for the tail.
     """
 
     def measured(check: Check, error: float, what: str) -> Finding:
@@ -225,12 +226,12 @@ def replay(
     carried: torch.Tensor | None
     computed: torch.Tensor | None
     if leaf.direction is Direction.FORWARD:
-        check, computed = Check.FORWARD, replay_forward(stage, x)
+        check, computed = Check.FORWARD, replay_forward(stage, x, tokens)
         carried = None if stage.plan.is_first else x
     elif stage.plan.is_last:
         assert targets is not None  # noqa: S101 - whoever replays a tail has the corpus
         check, carried = Check.BACKWARD, None
-        loss, computed = replay_tail(stage, x, targets, accumulation=accumulation)
+        loss, computed = replay_tail(stage, x, targets, tokens, accumulation=accumulation)
         off = abs(loss - leaf.loss) / max(abs(loss), 1e-6)
         found.append(
             measured(Check.LOSS, off if math.isfinite(off) else math.inf, f"loss {leaf.loss:.5f}, replayed {loss:.5f}")
@@ -238,7 +239,7 @@ def replay(
     else:
         assert tensors.gradient is not None  # noqa: S101 - the shapes of what is fetched say so
         check, carried = Check.BACKWARD, tensors.gradient.to(torch.float32)
-        computed = replay_backward(stage, x, carried)
+        computed = replay_backward(stage, x, carried, tokens)
     if computed is not None and tensors.output is None:
         sendable = float(computed.abs().max()) < (1 - KEPT_BACK) * WIRE_LIMIT
         found.append(measured(check, math.inf if sendable else 0.0, "it sent nothing on, though it could: error"))

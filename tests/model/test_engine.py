@@ -29,6 +29,7 @@ from scripts.bench.storages import Storages
 
 _CONFIG = ModelConfig(vocab=64, hidden=32, layers=4, heads=4, kv_heads=2, ffn=48, context=16)
 _FORM_A = replace(_CONFIG, boundary=BoundaryConfig(form=BoundaryForm.A, width=8))
+_FORM_T = replace(_CONFIG, boundary=BoundaryConfig(form=BoundaryForm.T, width=8, rank=4, pairs=50))
 _ADAMW = OptimizerConfig(lr=3e-3, clip=0)
 
 
@@ -60,10 +61,11 @@ def _batch(number: int) -> tuple[Tensor, Tensor]:
 
 def _unit(engines: list[StageEngine], number: int) -> float:
     """One microbatch through the chain and back."""
-    x, targets = _batch(number)
+    tokens, targets = _batch(number)
+    x = tokens
     for engine in engines[:-1]:
-        x = engine.forward(number, x)
-    loss, g = engines[-1].tail(number, x, targets)
+        x = engine.forward(number, x, tokens)
+    loss, g = engines[-1].tail(number, x, targets, tokens)
     for engine in reversed(engines[:-1]):
         assert g is not None
         g = engine.backward(number, g)
@@ -152,25 +154,26 @@ def test_a_version_names_one_set_of_weights_and_steps_count_on() -> None:
     assert (tail.version, tail.steps) == (3, 2)
 
 
+@pytest.mark.parametrize("config", [_FORM_A, _FORM_T], ids=["a", "t"])
 @pytest.mark.parametrize("recompute", list(Recompute))
-def test_replay_gives_the_miners_bits_and_leaves_no_trace(recompute: Recompute) -> None:
-    head, body, tail = _engines(_FORM_A, 3, recompute=recompute)
+def test_replay_gives_the_miners_bits_and_leaves_no_trace(recompute: Recompute, config: ModelConfig) -> None:
+    head, body, tail = _engines(config, 3, recompute=recompute)
     x, targets = _batch(0)
     first = head.forward(0, x)
-    second = body.forward(0, first)
-    loss, g = tail.tail(0, second, targets)
+    second = body.forward(0, first, x)
+    loss, g = tail.tail(0, second, targets, x)
     assert g is not None
     dx = body.backward(0, g)
     assert dx is not None
-    auditor = build_stage(_FORM_A, body.plan, seed=3)
-    assert torch.equal(replay_forward(auditor, first), second)
-    replayed = replay_backward(auditor, first, g)
+    auditor = build_stage(config, body.plan, seed=3)
+    assert torch.equal(replay_forward(auditor, first, x), second)
+    replayed = replay_backward(auditor, first, g, x)
     assert replayed is not None
     assert torch.equal(replayed, dx)
     assert all(p.grad is None for p in auditor.parameters())
-    assert replay_backward(build_stage(_FORM_A, head.plan, seed=3), x, dx) is None
-    last = build_stage(_FORM_A, tail.plan, seed=3)
-    value, gradient = replay_tail(last, second, targets, accumulation=4)
+    assert replay_backward(build_stage(config, head.plan, seed=3), x, dx) is None
+    last = build_stage(config, tail.plan, seed=3)
+    value, gradient = replay_tail(last, second, targets, x, accumulation=4)
     assert value == loss
     assert gradient is not None
     assert torch.equal(gradient, g)
@@ -338,6 +341,17 @@ def test_a_state_that_does_not_fit_is_refused_whole() -> None:
     assert weights_digest(head.stage) == before
 
 
+def test_a_stage_that_restores_tokens_refuses_to_do_without() -> None:
+    head, body = _engines(_FORM_T, 3)[:2]
+    x, _ = _batch(0)
+    y = head.forward(0, x)
+    with pytest.raises(StageInputError, match=r"stage 1 restores tokens and got none; it takes int64 \(2, 16\)"):
+        body.forward(0, y)
+    with pytest.raises(StageInputError, match=r"got torch.int64 \(2, 15\)"):
+        body.forward(0, y, x[:, 1:])
+    assert body.pending() == ()
+
+
 def test_the_last_stage_takes_tail_not_forward() -> None:
     with pytest.raises(EngineError, match="call tail"):
         _engines(_FORM_A, 2)[1].forward(0, torch.zeros(2, 16, 8))
@@ -345,28 +359,29 @@ def test_the_last_stage_takes_tail_not_forward() -> None:
         _engines(_FORM_A, 2, accumulation=0)
 
 
+@pytest.mark.parametrize("config", [_FORM_A, _FORM_T], ids=["a", "t"])
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
-def test_a_replayed_gradient_is_the_one_that_the_step_takes_in(clip: float) -> None:
-    engines = _engines(_FORM_A, 3)
+def test_a_replayed_gradient_is_the_one_that_the_step_takes_in(clip: float, config: ModelConfig) -> None:
+    engines = _engines(config, 3)
     for number in range(3):
         _unit(engines, number)
-    units: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
+    units: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [[], [], []]
     for number in range(3):
         x, targets = _batch(number)
         ys = [x]
         for engine in engines[:-1]:
-            ys.append(replay_forward(engine.stage, ys[-1]))
-        _, g = replay_tail(build_stage(_FORM_A, engines[-1].plan, seed=3), ys[-1], targets, accumulation=4)
-        units[-1].append((ys[-1], targets))
+            ys.append(replay_forward(engine.stage, ys[-1], x))
+        _, g = replay_tail(build_stage(config, engines[-1].plan, seed=3), ys[-1], targets, x, accumulation=4)
+        units[-1].append((ys[-1], targets, x))
         for stage in (1, 0):
             assert g is not None
-            units[stage].append((ys[stage], g))
-            g = replay_backward(build_stage(_FORM_A, engines[stage].plan, seed=3), ys[stage], g)
+            units[stage].append((ys[stage], g, x))
+            g = replay_backward(build_stage(config, engines[stage].plan, seed=3), ys[stage], g, x)
     for engine, replayed in zip(engines, units, strict=True):
         true = [p.grad.clone() for _, p in sorted(engine.stage.named_parameters()) if p.grad is not None]
         norm, clipped = clip_gradients(true, clip)
         assert clipped == (clip > 0)
-        stage = build_stage(_FORM_A, engine.plan, seed=3)
+        stage = build_stage(config, engine.plan, seed=3)
         gradient, its_norm = replay_gradient(stage, replayed, accumulation=4, clip=clip)
         assert its_norm == norm
         assert torch.equal(gradient, torch.cat([g.reshape(-1) for g in true]))

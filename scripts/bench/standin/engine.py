@@ -114,7 +114,7 @@ class StandInStage(Stage):
         """The weight through which graphs of this stage lead."""
         return next(self.parameters())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:  # noqa: ARG002 - what a stage takes
         """(B, T) tokens or (B, T, width) to (B, T, width)."""
         self.check_input(x)
         if not torch.is_grad_enabled():
@@ -123,7 +123,7 @@ class StandInStage(Stage):
         out: Tensor = _Boundary.apply(x, self.anchor, self)  # type: ignore[no-untyped-call]
         return out
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG002 - what a stage takes
+    def loss(self, x: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:  # noqa: ARG002 - as above
         """A scalar; its backward takes the stage's backward time."""
         self.check_input(x)
         self.hold(self.times.forward)

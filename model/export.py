@@ -34,6 +34,14 @@ TRAINING_STATE = "outer."
 CODE = ("configuration_orion.py", "modeling_orion.py")
 
 
+_FORMS = {
+    BoundaryForm.A: "ResBM form a, arXiv 2604.11947",
+    BoundaryForm.B: "ResBM form b, arXiv 2604.11947",
+    BoundaryForm.T: "form t: behind it each stage restores tokens from a table of its own",
+}
+"""That a model can be exported with, as its card says them."""
+
+
 class ExportError(Exception):
     """The model cannot be exported; nothing was written."""
 
@@ -199,6 +207,7 @@ def _config(source: ExportSource, plans: Sequence[StagePlan], *, plain: bool) ->
         },
         "boundary_form": config.boundary.form.value,
         "boundary_width": config.boundary.width,
+        "boundary_rank": config.boundary.rank,
         "boundary_layers": [plan.first_layer for plan in plans[1:]],
         "wire_dtype": source.wire_dtype,
     } | shape
@@ -255,7 +264,7 @@ def _card(source: ExportSource, parameters: int, *, plain: bool) -> str:
     else:
         form = (
             f"Between its pipeline stages the model was trained with a boundary of {config.boundary.width} of "
-            f"{config.hidden} channels\n(ResBM form {config.boundary.form.value}, arXiv 2604.11947), rounded to "
+            f"{config.hidden} channels\n({_FORMS[config.boundary.form]}), rounded to "
             f"{source.wire_dtype}. The boundaries are part of the model, so they\nare here too: "
             "`configuration_orion.py` and `modeling_orion.py`, on top of `transformers`' Llama (version 5)."
         )

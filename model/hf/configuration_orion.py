@@ -9,16 +9,18 @@ from transformers import LlamaConfig
 
 
 class OrionConfig(LlamaConfig):
-    """Llama's fields and four of Orion's.
+    """Llama's fields and five of Orion's.
 
-    `boundary_form` is "a" or "b", `boundary_width` the channels that cross, `boundary_layers` the first layers behind
-    each boundary, rising. `wire_dtype` is what a boundary tensor was rounded to in training, and so is here.
+    `boundary_form` is "a", "b" or "t", `boundary_width` the channels that cross, `boundary_rank` that of the token
+    tables of form t, 0 without, `boundary_layers` the first layers behind each boundary, rising. `wire_dtype` is what a
+    boundary tensor was rounded to in training, and so is here.
     """
 
     model_type = "orion"
 
     boundary_form: str = "a"
     boundary_width: int = 16
+    boundary_rank: int = 0
     boundary_layers: tuple[int, ...] | list[int] = ()
     wire_dtype: str = "bfloat16"
 

@@ -6,8 +6,10 @@ on. Both belong to their layers, so a `device_map` that cuts the model at a boun
 
     form a     y = h[:b] + W silu(f)                 input = relu(W' y),  carry = pad(y)
     form b     y = Enc(x) + x[:b], x = h + f         input = carry = Dec(y) + pad(y)
+    form t     y = norm(W norm(x))                   input = carry = W' y + R(tokens)
 
-Attention, its cache, masks, loss and `generate` are inherited.
+Layers behind a boundary of form t get the tokens beside their input. Attention, its cache, masks, loss and `generate`
+are inherited.
 """
 
 from typing import Any
@@ -16,18 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
 from .configuration_orion import OrionConfig
 
 
 def _coder(config: OrionConfig, inputs: int, outputs: int) -> nn.Module:
-    if config.boundary_form == "a":
+    if config.boundary_form in ("a", "t"):
         return nn.Linear(inputs, outputs, bias=False)
     if config.boundary_form == "b":
         middle = max(4 * config.boundary_width, 64)
         return nn.Sequential(nn.Linear(inputs, middle, bias=False), nn.SiLU(), nn.Linear(middle, outputs, bias=False))
-    raise ValueError(f"boundary_form is {config.boundary_form!r}; this file knows 'a' and 'b': take its newer version")
+    raise ValueError(
+        f"boundary_form is {config.boundary_form!r}; this file knows 'a', 'b' and 't': take its newer version"
+    )
 
 
 class OrionSender(nn.Module):
@@ -41,12 +46,31 @@ class OrionSender(nn.Module):
         self.encoder = _coder(config, config.hidden_size, config.boundary_width)
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        x = residual + branch
         if self.form == "a":
             y: Tensor = residual[..., : self.width] + self.encoder(F.silu(branch))
-        else:
-            x = residual + branch
+        elif self.form == "b":
             y = self.encoder(x) + x[..., : self.width]
+        else:
+            y = _normed(self.encoder(_normed(x)))
         return y.to(self.wire).to(y.dtype)
+
+
+def _normed(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class OrionRestore(nn.Module):
+    """What a receiver of form t knows of a token without being told: int64 (B, T) to (B, T, hidden)."""
+
+    def __init__(self, config: OrionConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.boundary_rank)
+        self.out = nn.Linear(config.boundary_rank, config.hidden_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.out(self.tokens(tokens))
+        return out
 
 
 class OrionReceiver(nn.Module):
@@ -57,12 +81,15 @@ class OrionReceiver(nn.Module):
         self.form = config.boundary_form
         self.padding = config.hidden_size - config.boundary_width
         self.decoder = _coder(config, config.boundary_width, config.hidden_size)
+        self.restore = OrionRestore(config) if config.boundary_rank else None
 
-    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, y: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         padded = F.pad(y, (0, self.padding))
         if self.form == "a":
             return F.relu(self.decoder(y)), padded
-        x = self.decoder(y) + padded
+        x = self.decoder(y) if self.form == "t" else self.decoder(y) + padded
+        if self.restore is not None:
+            x = x + self.restore(tokens)
         return x, x
 
 
@@ -82,11 +109,12 @@ class OrionDecoderLayer(LlamaDecoderLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         branch_input = carry = hidden_states
         if self.receiver is not None:
-            branch_input, carry = self.receiver(hidden_states)
+            branch_input, carry = self.receiver(hidden_states, tokens)
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(branch_input),
             position_embeddings=position_embeddings,
@@ -113,6 +141,11 @@ class OrionModel(LlamaModel):
         super().__init__(config)
         self.layers = nn.ModuleList(OrionDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.post_init()
+
+    def forward(self, input_ids: torch.LongTensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
+        if input_ids is None and self.config.boundary_rank:
+            raise ValueError("a boundary of form t restores tokens, embeddings do not tell them: give input_ids")
+        return super().forward(input_ids=input_ids, tokens=input_ids, **kwargs)
 
 
 class OrionForCausalLM(LlamaForCausalLM):

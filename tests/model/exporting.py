@@ -19,7 +19,12 @@ from model.stage import Stage, build_stage
 
 HASH = "ab" * 32
 ROUND = 3
-WIDTHS = {BoundaryForm.NONE: 0, BoundaryForm.A: 8, BoundaryForm.B: 8}
+BOUNDARIES = {
+    BoundaryForm.NONE: BoundaryConfig(),
+    BoundaryForm.A: BoundaryConfig(form=BoundaryForm.A, width=8),
+    BoundaryForm.B: BoundaryConfig(form=BoundaryForm.B, width=8),
+    BoundaryForm.T: BoundaryConfig(form=BoundaryForm.T, width=8, rank=4),
+}
 WIRES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -32,7 +37,7 @@ def config_of(form: BoundaryForm) -> ModelConfig:
         kv_heads=2,
         ffn=64,
         context=48,
-        boundary=BoundaryConfig(form=form, width=WIDTHS[form]),
+        boundary=BOUNDARIES[form],
     )
 
 
@@ -47,8 +52,8 @@ class Chain:
         """int64 (B, T) to (B, T, vocab)."""
         x = tokens
         for stage in self.stages[:-1]:
-            x = stage(x).to(self.wire).to(torch.float32)
-        out: Tensor = self.stages[-1](x)
+            x = stage(x, tokens).to(self.wire).to(torch.float32)
+        out: Tensor = self.stages[-1](x, tokens)
         return out
 
     def loss(self, batch: Tensor) -> Tensor:

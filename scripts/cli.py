@@ -238,6 +238,9 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     localnet.add_argument("--validators", type=int, default=2, help="validators (default: 2)")
     localnet.add_argument("--rounds", type=int, default=3, help="rounds of training and merging (default: 3)")
     localnet.add_argument("--model", default="nano", help="model preset (default: nano)")
+    localnet.add_argument(
+        "--data", type=Path, default=None, help="prepared shards (default: this Python's standard library)"
+    )
     localnet.add_argument("--out", type=Path, default=None, help="folder for everything (default: runs/<time>)")
     localnet.add_argument(
         "--resume",
@@ -452,7 +455,7 @@ def _localnet(flags: argparse.Namespace) -> int:
         faults=faults,
         adversaries=adversaries,
     )
-    return localnet(options, out=flags.out, plain=flags.plain)
+    return localnet(options, out=flags.out, plain=flags.plain, data=flags.data)
 
 
 if __name__ == "__main__":

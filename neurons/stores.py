@@ -109,20 +109,31 @@ def open_store(address: str, *, deadline: float = DEADLINE) -> Store:
         return Folder(Path(unquote(urlsplit(address).path)), deadline=deadline)
     try:
         kind = obstore.parse_scheme(address)
-        if kind == "http":
-            raise StoreUrlError(f"{address} is a plain web address, which has no listing: give s3://, gs:// or az://")
-        if kind == "memory":
-            return Bucket(MemoryStore(), address, deadline=deadline)
-        seconds = timedelta(seconds=deadline)
-        store = from_url(
+    except (BaseError, ValueError) as error:
+        raise _no_store(address, error) from error
+    if kind == "http":
+        raise StoreUrlError(f"{address} is a plain web address, which has no listing: give s3://, gs:// or az://")
+    if kind == "memory":
+        return Bucket(MemoryStore(), address, deadline=deadline)
+    return Bucket(connect(address, deadline=deadline), address, deadline=deadline)
+
+
+def connect(address: str, *, deadline: float = DEADLINE) -> ObjectStore:
+    """obstore's client of the store, or prefix of one, at a URL. Raises `StoreUrlError`."""
+    seconds = timedelta(seconds=deadline)
+    try:
+        return from_url(
             address,
             # A plain http endpoint is used only if the environment names one.
             client_options={"allow_http": True, "read_timeout": seconds, "timeout": timedelta(days=1)},
             retry_config={"retry_timeout": seconds},
         )
     except (BaseError, ValueError) as error:
-        raise StoreUrlError(f"{address} cannot be opened ({_line(error)}): see docs/checkpoints.md") from error
-    return Bucket(store, address, deadline=deadline)
+        raise _no_store(address, error) from error
+
+
+def _no_store(address: str, error: Exception) -> StoreUrlError:
+    return StoreUrlError(f"{address} cannot be opened ({_line(error)}): see docs/checkpoints.md")
 
 
 class Folder:

@@ -169,6 +169,62 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     calibrate.add_argument("--out", type=Path, default=None, help="table to write (default: the package's own)")
 
 
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    data = commands.add_parser("data", help="make token shards from documents, and look at them")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    prepare = actions.add_parser(
+        "prepare",
+        help="tokenise documents into the shards that a run's manifest names",
+        description="Tokenise parquet, JSONL or text into shards. Stopped or killed, the same command goes on. "
+        "docs/data.md says what the folder holds and in which order.",
+    )
+    prepare.add_argument(
+        "--from",
+        dest="addresses",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH_OR_URL",
+        help="files, folders, patterns, s3://, gs://, az:// or https:// addresses; repeat for more",
+    )
+    prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
+    prepare.add_argument("--out", type=Path, required=True, help="folder to write; new, or begun by the same command")
+    prepare.add_argument(
+        "--format", default=None, choices=("parquet", "jsonl", "text"), help="of the sources (default: by their suffix)"
+    )
+    prepare.add_argument("--column", default="text", help="column with the text, a.b for nested ones (default: text)")
+    prepare.add_argument(
+        "--separator",
+        default=None,
+        metavar="TEXT",
+        help="what stands between documents of a text file, \\n for a line break (default: a file is a document)",
+    )
+    prepare.add_argument("--end-of-text", default=None, metavar="TOKEN", help="mark before documents (default: known)")
+    prepare.add_argument("--model", default=None, help="model preset whose vocabulary must hold the tokenizer's")
+    prepare.add_argument("--held-out", type=float, default=0.01, help="share of documents held out (default: 0.01)")
+    prepare.add_argument("--shard-tokens", type=int, default=100_000_000, help="most in a shard (default: 100000000)")
+    prepare.add_argument(
+        "--longest", type=int, default=16 << 20, help="bytes above which a document is left out (default: 16777216)"
+    )
+    prepare.add_argument("--seed", type=int, default=0, help="of the order of documents (default: 0)")
+    prepare.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
+    prepare.add_argument("--json", action="store_true", help="print the result as JSON")
+    show = actions.add_parser("show", help="print what a prepared folder holds")
+    show.add_argument("folder", type=Path, metavar="DIR", help="folder that orion data prepare wrote")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    verify = actions.add_parser("verify", help="hash a prepared folder's files and compare")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="folder that orion data prepare wrote")
+    section = actions.add_parser("section", help="print the [data] section that a run's manifest needs")
+    section.add_argument("folder", type=Path, metavar="DIR", help="folder that orion data prepare wrote")
+    section.add_argument("--sequence", type=int, default=1024, help="tokens in a sequence (default: 1024)")
+    section.add_argument("--batch", type=int, default=8, help="sequences in a microbatch (default: 8)")
+    section.add_argument(
+        "--samples-per-round", type=int, default=2048, help="microbatches set aside for a round (default: 2048)"
+    )
+    section.add_argument("--validation-batches", type=int, default=8, help="held-out microbatches used (default: 8)")
+    section.add_argument("--out", type=Path, default=None, metavar="FILE", help="file to write (default: print)")
+
+
 def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     localnet = commands.add_parser(
         "localnet",
@@ -182,6 +238,9 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     localnet.add_argument("--validators", type=int, default=2, help="validators (default: 2)")
     localnet.add_argument("--rounds", type=int, default=3, help="rounds of training and merging (default: 3)")
     localnet.add_argument("--model", default="nano", help="model preset (default: nano)")
+    localnet.add_argument(
+        "--data", type=Path, default=None, help="prepared shards (default: this Python's standard library)"
+    )
     localnet.add_argument("--out", type=Path, default=None, help="folder for everything (default: runs/<time>)")
     localnet.add_argument(
         "--resume",
@@ -244,6 +303,7 @@ def parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_plan(commands)
     _add_simulate(commands)
+    _add_data(commands)
     # Its options are the chain's own: `main` hands them over unparsed.
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
@@ -294,6 +354,8 @@ def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per comma
         return show_plan(PlanOptions(**given), as_json=flags.json)
     if flags.command == "simulate":
         return _simulate(flags)
+    if flags.command == "data":
+        return _data(flags)
     if flags.command == "calibrate":
         from scripts.calibrate import calibrate  # noqa: PLC0415 - heavy, and only for this command
 
@@ -312,6 +374,26 @@ def _simulate(flags: argparse.Namespace) -> int:
     planned = {**vars(parser().parse_args(["plan"])), **given}
     plan = PlanOptions(**{name: planned[name] for name in PlanOptions.__dataclass_fields__})
     return show_simulation(plan, options, as_json=flags.json)
+
+
+def _data(flags: argparse.Namespace) -> int:
+    from scripts.data.report import print_section, show_data, verify_data  # noqa: PLC0415 - heavy, only for this command
+
+    given = dict(vars(flags))
+    del given["command"], given["action"]
+    if flags.action == "show":
+        return show_data(flags.folder, as_json=flags.json)
+    if flags.action == "verify":
+        return verify_data(flags.folder)
+    if flags.action == "section":
+        return print_section(**given)
+    from scripts.data.options import PrepareOptions  # noqa: PLC0415
+    from scripts.data.prepare import prepare_data  # noqa: PLC0415
+
+    if flags.separator is not None:
+        given["separator"] = flags.separator.replace("\\n", "\n")
+    options = PrepareOptions(**{name: given[name] for name in PrepareOptions.__dataclass_fields__})
+    return prepare_data(options, plain=flags.plain, as_json=flags.json)
 
 
 def _explain(flags: argparse.Namespace) -> int:
@@ -373,7 +455,7 @@ def _localnet(flags: argparse.Namespace) -> int:
         faults=faults,
         adversaries=adversaries,
     )
-    return localnet(options, out=flags.out, plain=flags.plain)
+    return localnet(options, out=flags.out, plain=flags.plain, data=flags.data)
 
 
 if __name__ == "__main__":

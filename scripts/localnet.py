@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -28,6 +29,9 @@ from scripts.resume import CHAIN_FILE, RunFile, read_run
 from scripts.summary import summary, write_summary
 from scripts.tally import LogFollower, Tally
 
+if TYPE_CHECKING:
+    from scripts.data.local import RunData
+
 NETUID = 9
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CHAIN_START = 30.0
@@ -38,14 +42,17 @@ GRACE = 120.0
 VALIDATOR_STAKE = 10_000.0
 
 
-def localnet(options: LocalnetOptions, *, out: Path | None, plain: bool) -> int:
-    """Run a swarm; 0 if every node finished and every validator set weights, 1 if not, 130 when it was stopped."""
+def localnet(options: LocalnetOptions, *, out: Path | None, plain: bool, data: Path | None = None) -> int:
+    """Run a swarm on the prepared shards in `data`, or the standard library; 0 if every node finished and every
+    validator set weights, 1 if not, 130 when it was stopped."""
 
     def new() -> _Run:
         folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         check_options(options)
+        if data is not None:
+            _check_data(data, options.model)
         claim_folder(folder)
-        return _Run(options, folder, claim_run(folder), plain=plain)
+        return _Run(options, folder, claim_run(folder), plain=plain, data=data)
 
     return _managed(new)
 
@@ -95,9 +102,16 @@ class _Run:
     """One swarm, from its first process to its summary."""
 
     def __init__(
-        self, options: LocalnetOptions, out: Path, lock: Lock, *, plain: bool, saved: RunFile | None = None
+        self,
+        options: LocalnetOptions,
+        out: Path,
+        lock: Lock,
+        *,
+        plain: bool,
+        data: Path | None = None,
+        saved: RunFile | None = None,
     ) -> None:
-        self.options, self.out, self.plain, self.saved = options, out, plain, saved
+        self.options, self.out, self.plain, self.data, self.saved = options, out, plain, data, saved
         self.console = Console(soft_wrap=True, markup=False)
         self.began_at = time.time()
         self.started_at = self.began_at if saved is None else saved.started_at
@@ -193,8 +207,7 @@ class _Run:
 
     async def _prepare(self, view: View) -> None:
         """Corpus, wallets, registrations, manifest, processes."""
-        from model.corpus import standard_library_corpus  # noqa: PLC0415 - torch is imported while others start
-        from model.data import DataError  # noqa: PLC0415
+        from model.data import DataError  # noqa: PLC0415 - torch is imported while others start
         from scripts.manifests import local_manifest  # noqa: PLC0415
         from subnet.chain import BittensorChain  # noqa: PLC0415
         from subnet.localchain.genesis import OWNER_COLDKEY_URI, OWNER_HOTKEY_URI  # noqa: PLC0415
@@ -202,9 +215,7 @@ class _Run:
         from subnet.wallets import create_wallet  # noqa: PLC0415
 
         options = self.options
-        corpus_task = asyncio.create_task(
-            asyncio.to_thread(standard_library_corpus, cache_folder(), vocab=_vocab(options.model))
-        )
+        data_task = asyncio.create_task(asyncio.to_thread(_data, self.data, options.model))
         keys = self.out / "wallets"
         owner = create_wallet("local", "owner", keys, coldkey_uri=OWNER_COLDKEY_URI, hotkey_uri=OWNER_HOTKEY_URI)
         names = [*self._first(), *self._joiners()]
@@ -216,7 +227,7 @@ class _Run:
             uids = await chain.register_neurons(stakes)
             view.say(f"{self._elapsed():6.1f} s  chain {self.url}, {len(uids)} hotkeys registered on subnet {NETUID}")
             try:
-                corpus = await corpus_task
+                data = await data_task
             except DataError as error:
                 raise LocalnetError(str(error)) from error
             head = await chain.finalized()
@@ -231,20 +242,20 @@ class _Run:
                 authority=owner.hotkey.ss58_address,
                 netuid=NETUID,
                 activation_block=head.number,
-                corpus=corpus,
+                data=data,
                 overlap=options.overlap,
                 codec=options.codec,
             )
             loaded = manifest.write(self.out / "manifest.toml")
             self.tally = Tally(manifest.tokens_per_microbatch)
             await chain.publish(Announcement(head.number, loaded.digest).encode())
-            saved = RunFile.of(options, started_at=self.started_at, manifest=loaded.digest.hex(), data=corpus.folder)
+            saved = RunFile.of(options, started_at=self.started_at, manifest=loaded.digest.hex(), data=data.folder)
             saved.write(self.out)
             digest = loaded.digest.hex()[:16]
             view.say(f"{self._elapsed():6.1f} s  manifest {digest} is on chain; starting {len(self._first())} nodes")
         finally:
             await chain.close()
-        self.churn = self._churn(self.tally, corpus.folder)
+        self.churn = self._churn(self.tally, data.folder)
         for name, role in self._first():
             self.churn.start(name, role)
 
@@ -439,10 +450,25 @@ class _Run:
             signal.signal(number, handler)
 
 
-def _vocab(model: str) -> int:
-    from model.config import preset  # noqa: PLC0415 - torch is imported while others start
+def _check_data(folder: Path, model: str) -> None:
+    """Raises `LocalnetError` for prepared shards that preset `model` cannot learn from."""
+    from model.config import ConfigError  # noqa: PLC0415 - torch is imported only where it is needed
+    from model.data import DataError  # noqa: PLC0415
+    from scripts.data.local import fitting  # noqa: PLC0415
 
-    return preset(model).vocab
+    try:
+        fitting(folder, model)
+    except (DataError, ConfigError) as error:
+        raise LocalnetError(f"--data: {error}") from error
+
+
+def _data(prepared: Path | None, model: str) -> RunData:
+    from scripts.data import local  # noqa: PLC0415 - torch is imported while others start
+    from scripts.manifests import BATCH  # noqa: PLC0415
+
+    if prepared is not None:
+        return local.prepared(prepared, model, batch=BATCH)
+    return local.standard_library(cache_folder(), model)
 
 
 def cache_folder() -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from model.config import preset
-from model.corpus import CorpusFiles
 from model.optimizer import NANO_OPTIMIZER, OptimizerConfig
+from scripts.data.local import RunData
 from scripts.options import Codec
 from subnet.manifest import (
     AuditSection,
@@ -56,7 +56,7 @@ def local_manifest(
     netuid: int,
     activation_block: int,
     phase_blocks: int,
-    corpus: CorpusFiles,
+    data: RunData,
     overlap: bool,
     codec: Codec,
 ) -> Manifest:
@@ -80,9 +80,9 @@ def local_manifest(
             batch=BATCH,
             sequence=config.context,
             samples_per_round=2048,
-            held_out=0.05,
+            held_out=data.held_out,
             validation_batches=8,
-            shards=[ShardSection(name=entry.name, sha256=entry.sha256, dtype=entry.dtype) for entry in corpus.entries],
+            shards=[ShardSection(name=entry.name, sha256=entry.sha256, dtype=entry.dtype) for entry in data.entries],
         ),
         optimizer=OptimizerSection(
             kind=inner.kind,

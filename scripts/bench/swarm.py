@@ -20,14 +20,13 @@ from pathlib import Path
 import torch
 
 from model.accounting import total_parameters
-from model.config import preset
-from model.corpus import standard_library_corpus
 from model.data import Corpus
 from model.engine import StageEngine
 from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
 from scripts.bench.report import report
+from scripts.data.local import standard_library
 from scripts.localnet import cache_folder
 from scripts.manifests import local_manifest
 from subnet.manifest import Manifest
@@ -83,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    files = standard_library_corpus(cache_folder(), vocab=preset("nano").vocab)
+    data = standard_library(cache_folder(), "nano")
     manifest = local_manifest(
         model="nano",
         stages=1,
@@ -97,15 +96,16 @@ def main(argv: list[str] | None = None) -> int:
         activation_block=0,
         overlap=False,
         codec="topk2bit",
-        corpus=files,
+        data=data,
     )
     corpus = Corpus.open(
-        files.folder,
-        files.entries,
+        data.folder,
+        data.entries,
         seed=0,
         batch=manifest.data.batch,
         tokens=manifest.data.sequence,
         vocab=manifest.model.vocab,
+        held_out=data.held_out,
     )
     cores = len(os.sched_getaffinity(0))
     threads = sorted({1, cores})

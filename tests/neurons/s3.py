@@ -86,6 +86,8 @@ class FakeS3:
             return web.Response(status=404, text="<Error><Code>NoSuchKey</Code></Error>")
         data, status = self.objects[key], 200
         headers = {"ETag": _etag(data), "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+        if request.headers.get("If-Match", headers["ETag"]) != headers["ETag"]:
+            return web.Response(status=412, text="<Error><Code>PreconditionFailed</Code></Error>")
         wanted = request.http_range
         if wanted.start is not None:
             start, whole = wanted.start, len(data)

@@ -13,6 +13,7 @@ from model.stage import build_stage
 from neurons.telemetry import Telemetry, Validated
 from neurons.vault import stage_file
 from scripts.cli import main
+from scripts.data.local import RunData
 from scripts.manifests import local_manifest
 from subnet.manifest import ModelSection
 
@@ -56,7 +57,7 @@ def run(tmp_path: Path, corpus: CorpusFiles, cache: Path, monkeypatch: pytest.Mo
         netuid=9,
         activation_block=1,
         phase_blocks=6,
-        corpus=corpus,
+        data=RunData(folder=corpus.folder, entries=corpus.entries, held_out=0.05),
         overlap=False,
         codec="bf16",
     )

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from model.corpus import CorpusFiles
 from model.data import ShardEntry
+from scripts.data.local import RunData
 from scripts.manifests import local_manifest
 from scripts.options import LocalnetOptions, check_options
 from subnet.manifest import Manifest
@@ -35,13 +35,8 @@ def built(*, overlap: bool, round_seconds: float = 14.0, block_time: float = 0.1
         authority="5C",
         netuid=9,
         activation_block=1,
-        corpus=CorpusFiles(
-            folder=Path(),
-            entries=(ShardEntry(name="tokens.bin", sha256="a" * 64, dtype="uint16"),),
-            vocab=1024,
-            tokens=1,
-            tokenizer_sha256="a" * 64,
-            source_sha256="a" * 64,
+        data=RunData(
+            folder=Path(), entries=(ShardEntry(name="tokens.bin", sha256="a" * 64, dtype="uint16"),), held_out=0.05
         ),
         overlap=options.overlap,
         codec=options.codec,

@@ -1,0 +1,1 @@
+"""From documents in files to the token shards that a manifest names."""

@@ -1,0 +1,200 @@
+"""Documents of JSONL and text files.
+
+A file is read in blocks, each of which can be read alone. A block of bytes holds the documents that begin in it, so
+blocks of any size give the same documents, and none is found twice. Separators that can overlap themselves ("\n\n" in
+"\n\n\n") are refused, because who begins to read in the middle would not know where one ends.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from model.corpora.source import PIECE, Source
+from model.data import DataError
+
+NEWLINE = b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a source that is read in one go: `start` to `end` are bytes, or row groups of a parquet file."""
+
+    source: int
+    """Number of the source."""
+    start: int
+    end: int
+    size: int
+    """Bytes."""
+
+
+class Reader(Protocol):
+    """How one format is read."""
+
+    def blocks(self, number: int, source: Source, size: int) -> list[Block]:
+        """Source `number` cut into blocks of about `size` bytes. Raises `DataError` for a file of another kind."""
+        ...
+
+    def documents(self, source: Source, block: Block) -> Iterator[str | None]:
+        """The block's documents in order, None for one that is too long. Raises `DataError`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class JsonLines:
+    """One JSON object a line; `column` holds the text, in nested objects by a dotted name. A line is at most `longest`
+    bytes; null is an empty document."""
+
+    column: str
+    longest: int
+
+    def blocks(self, number: int, source: Source, size: int) -> list[Block]:
+        return _ranges(number, source.size, size)
+
+    def documents(self, source: Source, block: Block) -> Iterator[str | None]:
+        for place, raw in spans(source, block.start, block.end, NEWLINE, self.longest):
+            if raw is None:
+                yield None
+            elif raw.strip():
+                yield self._text(source, place, raw)
+
+    def _text(self, source: Source, place: int, raw: bytes) -> str:
+        try:
+            value = _value(json.loads(_decoded(raw, place)), self.column)
+            if isinstance(value, str):
+                value.encode()  # JSON can spell halves of characters that no text has
+        except _MissingColumn as error:
+            wrong, remedy = str(error), "change --column or the file"
+        except UnicodeError as error:
+            wrong, remedy = f"no UTF-8 ({error.reason if isinstance(error, UnicodeDecodeError) else error})", "mend it"
+        except (ValueError, RecursionError) as error:
+            wrong, remedy = f"no JSON ({error})", "mend the line or change --format"
+        else:
+            if isinstance(value, str):
+                return value
+            if value is None:
+                return ""
+            wrong, remedy = f"column '{self.column}' is {type(value).__name__}, no text", "change --column"
+        raise DataError(f"source {source.name}, line {_line(source, place)}: {wrong}: {remedy}")
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """Text in UTF-8: a document is a file or, with a `separator`, what stands between two of them, without line breaks
+    at its ends. It is at most `longest` bytes."""
+
+    separator: str | None
+    longest: int
+
+    def __post_init__(self) -> None:
+        """Raises `DataError` for a separator that is empty or can overlap itself."""
+        mark = self.separator
+        if mark is not None and (not mark or any(mark.startswith(mark[start:]) for start in range(1, len(mark)))):
+            raise DataError(f"separator {mark!r} is empty or can overlap itself: choose another --separator")
+
+    def blocks(self, number: int, source: Source, size: int) -> list[Block]:
+        if self.separator is None:
+            return [Block(number, 0, source.size, source.size)]
+        return _ranges(number, source.size, size)
+
+    def documents(self, source: Source, block: Block) -> Iterator[str | None]:
+        if self.separator is None:
+            found: Iterable[tuple[int, bytes | None]] = [
+                (0, source.read(0, source.size) if source.size <= self.longest else None)
+            ]
+        else:
+            found = spans(source, block.start, block.end, self.separator.encode(), self.longest)
+        for place, raw in found:
+            if raw is None:
+                yield None
+                continue
+            try:
+                text = _decoded(raw, place)
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"source {source.name}, byte {place + error.start}: no UTF-8 ({error.reason}): convert the file or "
+                    "leave it out"
+                ) from error
+            yield text if self.separator is None else text.strip("\r\n")
+
+
+def spans(source: Source, start: int, end: int, separator: bytes, longest: int) -> Iterator[tuple[int, bytes | None]]:
+    """Place and bytes of what lies between separators and begins at `start` to `end`; None for more than `longest`
+    bytes, of which no more than that is held beyond the block."""
+    stop = min(end, source.size)
+    base = max(0, start - len(separator))
+    data = source.read(base, stop)
+    place = 0
+    if start > 0:
+        found = data.find(separator)
+        if found < 0:
+            return
+        place = found + len(separator)
+    while base + place < stop:
+        found = data.find(separator, place)
+        if found < 0:
+            yield base + place, _whole(source, data[place:], stop, separator, longest)
+            return
+        yield base + place, data[place:found] if found - place <= longest else None
+        place = found + len(separator)
+
+
+def _whole(source: Source, begun: bytes, place: int, separator: bytes, longest: int) -> bytes | None:
+    """What begins with `begun` and goes on at `place` of the source."""
+    data = bytearray(begun)
+    while place < source.size:
+        if len(data) >= longest + len(separator):
+            return None
+        seen = max(0, len(data) - len(separator) + 1)
+        piece = source.read(place, min(place + PIECE, source.size))
+        data += piece
+        place += len(piece)
+        found = data.find(separator, seen)
+        if found >= 0:
+            del data[found:]
+            break
+    return bytes(data) if len(data) <= longest else None
+
+
+def _ranges(number: int, total: int, size: int) -> list[Block]:
+    starts = range(0, total, size)
+    return [Block(number, start, min(start + size, total), min(size, total - start)) for start in starts]
+
+
+def _decoded(raw: bytes, place: int) -> str:
+    return raw.decode("utf-8-sig" if place == 0 else "utf-8")
+
+
+class _MissingColumn(Exception):  # noqa: N818 - never leaves this file
+    """What is missing, and what is there instead."""
+
+
+def _value(record: object, column: str) -> object:
+    """Column `column` of a parsed line. Raises `_MissingColumn`."""
+    if isinstance(record, dict) and column in record:
+        return record[column]
+    value = record
+    for part in column.split("."):
+        if not isinstance(value, dict):
+            raise _MissingColumn(f"column '{column}' is not there")
+        if part not in value:
+            raise _MissingColumn(missing_column(column, part, value))
+        value = value[part]
+    return value
+
+
+def missing_column(column: str, part: str, there: Iterable[str]) -> str:
+    """One phrase: column `column` is missing because `part` is not among `there`, and which of them is nearest."""
+    names = list(there)
+    near = difflib.get_close_matches(part, names, n=1, cutoff=0.0)
+    hint = f"did you mean '{near[0]}'? It has {', '.join(names[:20])}" if near else "there are none"
+    return f"column '{column}' is not there, {hint}"
+
+
+def _line(source: Source, place: int) -> int:
+    """Number of the line that begins at `place`, from 1."""
+    starts = range(0, place, PIECE)
+    return 1 + sum(source.read(start, min(start + PIECE, place)).count(NEWLINE) for start in starts)

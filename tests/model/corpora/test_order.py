@@ -1,0 +1,57 @@
+"""The order of documents is a seeded permutation, and the stream goes on from anywhere."""
+
+from collections.abc import Iterator
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.corpora.documents import Block
+from model.corpora.order import Cursor, permutation, windows
+
+
+@given(seed=st.integers(0, 2**63), count=st.integers(0, 60))
+def test_a_permutation_is_one_and_follows_from_its_seed(seed: int, count: int) -> None:
+    order = permutation(seed, "blocks", count)
+    assert sorted(order) == list(range(count))
+    assert order == permutation(seed, "blocks", count)
+
+
+def test_seeds_and_purposes_give_different_orders() -> None:
+    orders = [permutation(seed, purpose, 50) for seed in range(3) for purpose in ("blocks", "window/1")]
+    assert len({tuple(order) for order in orders}) == 6
+    # The order is part of what shards are: another one here is another data set for every recipe.
+    assert permutation(3, "blocks", 8) == [1, 6, 0, 5, 7, 4, 3, 2]
+
+
+@given(
+    blocks=st.lists(st.lists(st.one_of(st.none(), st.sampled_from(["", " \n", "a", "bcd", "e" * 30])), max_size=6)),
+    size=st.integers(1, 50),
+    stop=st.integers(0, 40),
+)
+def test_windows_hold_every_document_once_wherever_one_begins(
+    blocks: list[list[str | None]], size: int, stop: int
+) -> None:
+    cut = [Block(number, 0, 1, 1) for number in range(len(blocks))]
+
+    def documents(block: Block) -> Iterator[str | None]:
+        return iter(blocks[block.source])
+
+    whole = list(windows(cut, documents, seed=1, size=size, start=Cursor()))
+    every = [text for block in blocks for text in block]
+    assert sorted(text for window, _ in whole for text in window.texts) == sorted(t for t in every if t and t.strip())
+    assert sum(window.too_long for window, _ in whole) == every.count(None)
+    assert sum(window.empty for window, _ in whole) == sum(t is not None and not t.strip() for t in every)
+    assert all(window.size >= size for window, _ in whole[:-1])
+    if whole:
+        begun, cursor = whole[stop % len(whole)]
+        rest = list(windows(cut, documents, seed=1, size=size, start=cursor))
+        assert rest == whole[whole.index((begun, cursor)) + 1 :]
+
+
+def test_documents_of_a_window_are_shuffled() -> None:
+    cut = [Block(0, 0, 1, 1)]
+    names = [str(number) for number in range(100)]
+    [(window, cursor)] = windows(cut, lambda _block: iter(names), seed=1, size=10_000, start=Cursor())
+    assert sorted(window.texts) == sorted(names)
+    assert sum(text == name for text, name in zip(window.texts, names, strict=True)) < 10
+    assert cursor == Cursor(1, 0, 1)

@@ -234,6 +234,7 @@ class _Run:
                 corpus=corpus,
                 overlap=options.overlap,
                 codec=options.codec,
+                optimizer=options.optimizer,
             )
             loaded = manifest.write(self.out / "manifest.toml")
             self.tally = Tally(manifest.tokens_per_microbatch)

@@ -9,6 +9,7 @@ recomputing lowers MFU, as it should.
 
 from model.bottleneck import receiver_parameters, sender_parameters
 from model.config import BoundaryForm, ConfigError, ModelConfig
+from model.optimizer import Kind
 from model.split import StagePlan, block_matrix_parameters, split
 
 FORMULA = "6N + 6LTd, N without the input embedding, causal attention once, recompute not counted"
@@ -25,6 +26,12 @@ def stage_parameters(config: ModelConfig, plan: StagePlan, *, boundaries: bool =
         written = plan.layers * (config.hidden + config.ffn) + (config.vocab if plan.is_first else 0)
         count -= written * (config.hidden - config.boundary_width)
     return count + (_boundary_parameters(config, plan) if boundaries else 0)
+
+
+def stage_moments(config: ModelConfig, plan: StagePlan, kind: Kind) -> int:
+    """Values of the optimizer's moments of one stage: two for each parameter, one for those that Muon moves."""
+    moved = plan.layers * block_matrix_parameters(config) + _boundary_parameters(config, plan)
+    return 2 * stage_parameters(config, plan) - (moved if kind == "muon" else 0)
 
 
 def total_parameters(config: ModelConfig, stages: int = 1, *, boundaries: bool = True) -> int:

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.optimizer import OptimizerConfig, build_optimizer, clip_bound, clip_gradients, learning_rate
+from model.layout import Layout
+from model.optimizer import (
+    Kind,
+    OptimizerConfig,
+    build_optimizer,
+    clip_bound,
+    clip_gradients,
+    learning_rate,
+    takes_muon,
+)
 from model.recompute import Recompute, runner
 from model.split import StagePlan
 from model.stage import Stage, assign_flat
@@ -97,6 +106,7 @@ class StageEngine:
             )
         self.stage = stage
         self.plan = plan
+        self.layout = Layout.of(stage, optimizer_config.kind)
         self.accumulation = accumulation
         self.recompute = recompute
         self.capacity = capacity
@@ -270,15 +280,16 @@ class StageEngine:
         return tensors
 
     def moments(self) -> Tensor:
-        """The optimizer's moments as one fp32 vector (2n,): the first of all weights in order of name, then the
-        second; a copy, zeros before the first step."""
-        named = sorted(self.stage.named_parameters())
+        """The optimizer's moments as one fp32 vector in the order of `layout`: first moments of all weights in order of
+        name, then second moments of those that have one; a copy, zeros before the first step."""
+        named, state = dict(self.stage.named_parameters()), self._optimizer.state
         parts = [
-            self._optimizer.state[p][moment].detach().float().reshape(-1)
-            if p in self._optimizer.state
-            else torch.zeros(p.numel(), device=p.device)
+            state[named[place.name]][moment].detach().float().reshape(-1)
+            if named[place.name] in state
+            else torch.zeros(len(place.span), device=self.device)
             for moment in _MOMENTS
-            for _, p in named
+            for place in self.layout.places
+            if moment == "exp_avg" or place.adaptive
         ]
         return torch.cat(parts)
 
@@ -294,8 +305,8 @@ class StageEngine:
         optimizer: dict[str, dict[str, Tensor]] = {}
         version = int(_take(rest, "version", torch.Size(())))
         steps = int(_take(rest, "steps", torch.Size(())))
-        fields = _OPTIMIZER_FIELDS[self._config.kind] if steps else ()
         for name, parameter in self.stage.named_parameters():
+            fields = _fields(self._config.kind, name, parameter) if steps else ()
             weights[name] = _take(rest, f"weights.{name}", parameter.shape)
             optimizer[name] = {
                 field: _take(
@@ -310,7 +321,7 @@ class StageEngine:
         self.stage.load_state_dict(weights)
         self._optimizer.state.clear()
         for name, parameter in self.stage.named_parameters():
-            if fields:
+            if optimizer[name]:
                 self._optimizer.state[parameter] = {
                     field: value.to(parameter.device if field in _MOMENTS else "cpu", copy=True)
                     for field, value in optimizer[name].items()
@@ -332,7 +343,13 @@ class StageEngine:
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_OPTIMIZER_FIELDS = {"adamw": ("step", *_MOMENTS), "nadam": ("step", "mu_product", *_MOMENTS)}
+
+
+def _fields(kind: Kind, name: str, parameter: Tensor) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter."""
+    if takes_muon(kind, name, parameter):
+        return ("exp_avg",)
+    return ("step", "mu_product", *_MOMENTS) if kind == "nadam" else ("step", *_MOMENTS)
 
 
 def replay_forward(stage: Stage, x: Tensor, tokens: Tensor | None = None) -> Tensor:

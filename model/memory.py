@@ -5,7 +5,7 @@ one microbatch of n tokens. An open unit waits between its forward and its backw
 
     weights     e·N
     gradients   e·N
-    optimizer   2·m·N
+    optimizer   2·m·N; with Muon m·N and m for each value that has a second moment
     in flight   open units · input (w·n·e; tokens at a head: 8·n) + held graphs · graph
     workspace   one graph, which the running backward reads or has rebuilt, twice a whole block's graph, in which a
                 block's gradients lie, and at the tail what the cross-entropy holds (a chunk's logits in both widths and
@@ -26,10 +26,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model.accounting import stage_parameters
+from model.accounting import stage_moments, stage_parameters
 from model.config import BoundaryForm, ConfigError, ModelConfig
 from model.devices import DEVICES, Device
 from model.loss import CHUNK
+from model.optimizer import Kind
 from model.recompute import Recompute, block_bytes
 from model.split import StagePlan, split
 
@@ -55,6 +56,7 @@ class Units:
     """e: 2 for bf16, 4 for fp32."""
     moment_bytes: int = 2
     """m: 2 as the published run had it (facts: orion §1.2), 4 for fp32 moments."""
+    optimizer: Kind = "adamw"
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.sequence < 1:
@@ -137,7 +139,7 @@ def stage_memory(
         graphs=graphs,
         weights=size * parameters,
         gradients=size * parameters,
-        optimizer=2 * units.moment_bytes * parameters,
+        optimizer=units.moment_bytes * stage_moments(config, plan, units.optimizer),
         in_flight=open_units * units.tokens * entry + graphs * graph_bytes(config, plan, units, recompute),
         workspace=workspace,
         reserve=int(RESERVE),

@@ -1,22 +1,27 @@
 """Inner and outer optimizers: what one local step and one merge do to the weights.
 
-Inner: AdamW, or NAdam whose first momentum grows towards the early stages, where gradients arrive latest
-(the delay-tolerant choice of asynchronous pipelines). Outer: Nesterov SGD on the mean pseudo-gradient, as
-in DiLoCo (arXiv 2311.08105). Nothing here is fused: the arithmetic must be the same bits on every CPU and,
-for the outer step, on every GPU, because replicas and auditors recompute it.
+Inner: AdamW, NAdam whose first momentum grows towards the early stages, where gradients arrive latest
+(the delay-tolerant choice of asynchronous pipelines), or Muon (`model.muon`). Their rate is a function of the
+step alone. Outer: Nesterov SGD on the mean pseudo-gradient, as in DiLoCo (arXiv 2311.08105). Nothing here is
+fused: the arithmetic of the outer step must be the same bits on every CPU and every GPU, because replicas and
+auditors recompute it.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from model.config import ConfigError
+from model.muon import Muon
 from model.split import StagePlan
 from model.stage import Stage
+
+Kind = Literal["adamw", "nadam", "muon"]
+Schedule = Literal["constant", "wsd", "wsd-sqrt", "cosine"]
 
 MOMENTUM_DECAY = 1.0
 """How fast NAdam's momentum comes to its full value: half of the way after 17 steps."""
@@ -26,22 +31,32 @@ MOMENTUM_DECAY = 1.0
 class OptimizerConfig:
     """The inner optimizer of every stage.
 
-    `warmup_steps` of linear warm-up precede a constant rate. `clip` bounds the norm of the whole model's
-    gradient (0 switches clipping off); a stage clips at its share of it, see `clip_bound`. Raises
-    `ConfigError`.
+    `clip` bounds the norm of the whole model's gradient (0 switches clipping off); a stage clips at its share of it,
+    see `clip_bound`. Raises `ConfigError`.
     """
 
-    kind: Literal["adamw", "nadam"] = "adamw"
+    kind: Kind = "adamw"
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
+    """The first is Muon's momentum too."""
     weight_decay: float = 0.1
     eps: float = 1e-8
     warmup_steps: int = 0
+    """In which the rate rises from lr / warmup_steps to lr."""
+    schedule: Schedule = "constant"
+    """What the rate does after warm-up, see `learning_rate`."""
+    steps: int = 0
+    """After so many the rate has come down and stays there; `constant` has no use for it."""
+    cooldown: float = 0.2
+    """Share of `steps` in which `wsd` and `wsd-sqrt` come down."""
+    floor: float = 0.0
+    """Share of `lr` to which the rate comes down."""
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("adamw", "nadam"):
-            raise ConfigError(f"optimizer.kind is '{self.kind}'; it must be 'adamw' or 'nadam': change it")
+        if self.kind not in get_args(Kind):
+            kinds = ", ".join(get_args(Kind))
+            raise ConfigError(f"optimizer.kind is '{self.kind}'; it must be one of {kinds}: change it")
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"optimizer.lr is {self.lr}; it must be a finite number above 0: change optimizer.lr")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -51,6 +66,26 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0: raise it")
         if not self.eps > 0:
             raise ConfigError(f"optimizer.eps is {self.eps}; it must be above 0: raise optimizer.eps")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        kinds = get_args(Schedule)
+        if self.schedule not in kinds:
+            raise ConfigError(
+                f"optimizer.schedule is '{self.schedule}'; it must be one of {', '.join(kinds)}: change it"
+            )
+        if not 0 <= self.floor <= 1:
+            raise ConfigError(f"optimizer.floor is {self.floor}; it is a share of lr from 0 to 1: change it")
+        if not 0 < self.cooldown <= 1:
+            raise ConfigError(f"optimizer.cooldown is {self.cooldown}; it is a share of steps above 0 to 1: change it")
+        if self.schedule == "constant":
+            return
+        stable = self.steps if self.schedule == "cosine" else self.steps * (1 - self.cooldown)
+        if not self.warmup_steps <= stable or self.steps < 1:
+            raise ConfigError(
+                f"optimizer.steps is {self.steps}, of which schedule '{self.schedule}' leaves {stable:g} before it "
+                f"comes down; warm-up takes {self.warmup_steps}: raise optimizer.steps or choose schedule 'constant'"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +104,16 @@ class OuterConfig:
 
 
 def build_optimizer(config: OptimizerConfig, stage: Stage, plan: StagePlan) -> torch.optim.Optimizer:
-    """The torch optimizer of a stage."""
-    matrices = [p for p in stage.parameters() if p.dim() > 1]
-    vectors = [p for p in stage.parameters() if p.dim() <= 1]
-    groups = [{"params": group, "weight_decay": decay_of(config, group[0])} for group in (matrices, vectors) if group]
-    foreach = matrices[0].is_cuda
+    """The optimizer of a stage; each kind of parameter is a group."""
+    kinds: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, p in stage.named_parameters():
+        kinds.setdefault((decay_of(config, p), takes_muon(config.kind, name, p)), []).append(p)
+    foreach = next(stage.parameters()).is_cuda
     betas = (first_momentum(config, plan), config.betas[1])
+    if config.kind == "muon":
+        marked = [{"params": ps, "weight_decay": decay, "matrices": moved} for (decay, moved), ps in kinds.items()]
+        return Muon(marked, config.lr, betas, config.eps, foreach=foreach)
+    groups = [{"params": ps, "weight_decay": decay} for (decay, _), ps in kinds.items()]
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, config.lr, betas, config.eps, foreach=foreach, fused=False)
     return torch.optim.NAdam(
@@ -88,26 +127,55 @@ def build_optimizer(config: OptimizerConfig, stage: Stage, plan: StagePlan) -> t
     )
 
 
+def takes_muon(kind: Kind, name: str, parameter: Tensor) -> bool:
+    """Whether Muon moves this parameter of a stage: a matrix of a block or boundary that is no table of tokens."""
+    inside = name.startswith(("layers.", "boundaries.")) and "tokens" not in name
+    return kind == "muon" and inside and parameter.dim() == 2
+
+
 def decay_of(config: OptimizerConfig, parameter: Tensor) -> float:
     """Weight decay acts on matrices only, never on norms."""
     return config.weight_decay if parameter.dim() > 1 else 0.0
 
 
 def first_momentum(config: OptimizerConfig, plan: StagePlan) -> float:
-    """β1 of a stage: betas[0] for AdamW; for NAdam rising to 1 - 0.1·(1 - betas[0]) towards the first
+    """β1 of a stage: betas[0] for AdamW and Muon; for NAdam rising to 1 - 0.1·(1 - betas[0]) towards the first
     stage.
 
     With betas[0] = 0.9 that is 0.9 + 0.09·(L - 1 - l)/L for stage l of L, the schedule that IOTA's miners
     use.
     """
-    if config.kind == "adamw":
+    if config.kind != "nadam":
         return config.betas[0]
     return config.betas[0] + 0.9 * (1 - config.betas[0]) * (plan.count - 1 - plan.index) / plan.count
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The rate of optimizer step `step` (from 0): linear over `warmup_steps`, then constant."""
-    return config.lr * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.lr
+    """The rate of optimizer step `step` (from 0), the same on every machine.
+
+    Linear over `warmup_steps`, then lr until it comes down to `floor`·lr, where it stays from step `steps` on:
+
+        constant   never
+        wsd        over the last `cooldown` of `steps`, linearly (Hägele et al. 2024, arXiv 2405.18392)
+        wsd-sqrt   over the same steps by 1 - sqrt(their share that has passed), the form which that paper prefers
+        cosine     over all steps after warm-up, by half a cosine (Loshchilov and Hutter, arXiv 1608.03983)
+    """
+    rate = config.lr * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.lr
+    return rate * (1 - (1 - config.floor) * _fallen(config, step))
+
+
+def _fallen(config: OptimizerConfig, step: int) -> float:
+    """How much of its way down the rate has behind it, 0 to 1."""
+    if config.schedule == "constant":
+        return 0.0
+    cosine = config.schedule == "cosine"
+    fall = config.steps - config.warmup_steps if cosine else config.steps * config.cooldown
+    if step >= config.steps:
+        return 1.0
+    passed = max(0.0, 1 - (config.steps - step) / fall)
+    if cosine:
+        return (1 - math.cos(math.pi * passed)) / 2
+    return math.sqrt(passed) if config.schedule == "wsd-sqrt" else passed
 
 
 def clip_bound(config: OptimizerConfig, n_stage: int, n_total: int) -> float:

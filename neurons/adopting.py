@@ -63,21 +63,23 @@ class Adopter:
             await self.auditor.go_on(facts, dossier)
 
     async def _steps(self, facts: RoundFacts, dossier: Dossier, claims: Iterable[FindingModel], accuser: str) -> None:
-        """Look at steps and at merges that were taken over where the accuser did, and replay whole gradients where it
-        says that they failed."""
+        """Look at steps, matrices and merges that were taken over where the accuser did, and replay whole gradients
+        where it says that they failed."""
         tried = 0
         for model in claims:
             head = None if model.version is None else dossier.head(model.version)
             if head is None or head.version not in dossier.picked or tried == STEPS_OF_A_REPORT:
                 continue
             pieces = [] if model.piece is None else [model.piece]
-            if not set(pieces) <= set(self.auditor.pool(dossier, head)):
+            if model.check is not Check.POLAR and not set(pieces) <= set(self.auditor.pool(dossier, head)):
                 continue
             places = {(head.version, piece) for piece in pieces}
             if model.check is Check.GRADIENT and head.version not in dossier.stepped:
                 await self.auditor.step(facts, dossier, head, whole=True, pieces=pieces, accuser=accuser)
             elif model.check is Check.STEP and places - dossier.pieces:
                 await self.auditor.step(facts, dossier, head, whole=False, pieces=pieces, accuser=accuser)
+            elif model.check is Check.POLAR and head.version not in dossier.polar:
+                await self.auditor.matrix(facts, dossier, head, accuser=accuser)
             elif model.check is Check.WEIGHTS and places - dossier.merges:
                 await self.auditor.taken_over(facts, dossier, head, pieces=pieces, accuser=accuser)
             else:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 
 import torch
 
@@ -27,13 +27,14 @@ from subnet.messages import StatePart
 from subnet.trust.audit import UnitTensors
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Evidence, UnitKey
+from subnet.trust.pool import Pool
 from subnet.trust.quota import ROUNDS_KEPT
 
 log = logging.getLogger("orion.neurons.archive")
 
-Pick = Callable[[Iterable[WindowHead]], Mapping[int, Sequence[int]]]
+Pick = Callable[[Iterable[WindowHead]], Mapping[int, Pool]]
 """From the heads of a round to the windows of one slot that its seed picks, by version, each with the pieces of its
-weights that may be asked for."""
+states that may be asked for."""
 
 
 class Tally:
@@ -208,7 +209,7 @@ class RoundArchive:
             for version, pool in chosen.items():
                 self._thin(version, pool)
 
-    def _thin(self, version: int, pool: Sequence[int]) -> None:
+    def _thin(self, version: int, pool: Pool) -> None:
         whole = self.windows.pop(version, None)
         if whole is None:
             self.picked.setdefault(version, None)

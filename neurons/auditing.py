@@ -25,12 +25,13 @@ import torch
 
 from model.accounting import total_parameters
 from model.data import Corpus
+from model.layout import Layout
 from model.optimizer import clip_bound
 from model.split import StagePlan
 from neurons.bench import Bench, forward_flops, other_data, replay_flops, replay_units
 from neurons.dossier import Dossier, Entry, RoundFacts
 from neurons.fetching import PATIENCE, Source, Spent, Unsound, Withheld, open_delta
-from neurons.steps import PIECES, StepJudge, moved, show
+from neurons.steps import PIECES, StepJudge, moved, show, show_matrix
 from neurons.windows import root_of
 from subnet.manifest import LoadedManifest
 from subnet.messages import Shapes
@@ -52,6 +53,7 @@ from subnet.trust.decision import Rule, Suspicion
 from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.heads import Statement, WindowHead, conflicting
 from subnet.trust.ledger import Direction, Evidence, Leaf
+from subnet.trust.polar import select_look
 from subnet.trust.tree import pieces_of
 
 log = logging.getLogger("orion.neurons.auditing")
@@ -74,7 +76,7 @@ class Auditor:
         *,
         loaded: LoadedManifest,
         plans: Sequence[StagePlan],
-        parameters: Sequence[int],
+        layouts: Sequence[Layout],
         corpus: Corpus,
         bench: Bench,
         dendrite: Dendrite,
@@ -96,7 +98,7 @@ class Auditor:
         """
         self._loaded = loaded
         self._plans = plans
-        self._parameters = parameters
+        self._layouts = layouts
         self._corpus = corpus
         self._bench = bench
         self._dendrite = dendrite
@@ -110,7 +112,7 @@ class Auditor:
         self._shapes = Shapes.of(loaded.manifest)
         self._optimizer = loaded.manifest.optimizer.inner()
         self._total = total_parameters(loaded.manifest.model.config(), len(plans))
-        self._gate = asyncio.Semaphore(max(WINDOWS_AT_ONCE, MEMORY // (4 * max(parameters))))
+        self._gate = asyncio.Semaphore(max(WINDOWS_AT_ONCE, MEMORY // (4 * max(layout.values for layout in layouts))))
         self._kept = 0
         """Bytes of deltas that are kept in case that more units of their windows are replayed."""
 
@@ -137,7 +139,7 @@ class Auditor:
             number=facts.roster.round,
             hotkey=hotkey,
             plan=self._plans[stage],
-            parameters=self._parameters[stage],
+            layout=self._layouts[stage],
             shapes=self._shapes,
             patience=self._patience,
             share=facts.stake_share,
@@ -353,6 +355,7 @@ class Auditor:
         for head in self._read(facts, dossier, evidence):
             await self.taken_over(facts, dossier, head)
             await self.step(facts, dossier, head, whole=self._whole(facts, dossier, head))
+            await self.matrix(facts, dossier, head)
 
     def _whole(self, facts: RoundFacts, dossier: Dossier, head: WindowHead) -> bool:
         """Whether this validator replays the gradient of a window that it reads."""
@@ -408,6 +411,23 @@ class Auditor:
         for finding in found:
             self.note(dossier, Entry(finding, accuser))
 
+    async def matrix(self, facts: RoundFacts, dossier: Dossier, head: WindowHead, *, accuser: str = "") -> None:
+        """Look at how the step that closed a picked window moved the matrix that its seed names, if Muon moves any."""
+        layout, seed = self._layouts[dossier.stage], dossier.picked[head.version]
+        look = select_look(layout, seed=seed, hotkey=dossier.hotkey, version=head.version)
+        if look is None or not head.backward or head.idle or head.version in dossier.polar | dossier.shut:
+            return
+        dossier.polar.add(head.version)
+        async with self._gate:
+            try:
+                shown = await show_matrix(dossier.source, head, look, layout=layout)
+            except (Withheld, Spent) as error:
+                self._shut(facts, dossier, head, error)
+                return
+            judge = self._judge(facts, dossier)
+            finding = await self._bench.compute(lambda: judge.polar(head, shown, look))
+        self.note(dossier, Entry(finding, accuser))
+
     def _pieces(self, facts: RoundFacts, dossier: Dossier, head: WindowHead, what: str, count: int) -> tuple[int, ...]:
         return select_pieces(
             self.pool(dossier, head),
@@ -420,7 +440,7 @@ class Auditor:
 
     def pool(self, dossier: Dossier, head: WindowHead) -> tuple[int, ...]:
         """The pieces of a picked window's weights that a miner must be able to show."""
-        total, seed = pieces_of(4 * self._parameters[dossier.stage]), dossier.picked[head.version]
+        total, seed = pieces_of(4 * self._layouts[dossier.stage].values), dossier.picked[head.version]
         return select_pool(total, seed=seed, hotkey=dossier.hotkey, version=head.version)
 
     def _judge(self, facts: RoundFacts, dossier: Dossier) -> StepJudge:
@@ -429,7 +449,7 @@ class Auditor:
             number=facts.roster.round,
             stage=self._bench.stages[dossier.stage],
             config=self._optimizer,
-            clip=clip_bound(self._optimizer, self._parameters[dossier.stage], self._total),
+            clip=clip_bound(self._optimizer, self._layouts[dossier.stage].values, self._total),
             accumulation=self._loaded.manifest.optimizer.accumulation,
             tolerance=self._tolerance(dossier.hotkey)(Check.GRADIENT),
         )
@@ -454,10 +474,14 @@ class Auditor:
         return theta
 
     async def go_on(self, facts: RoundFacts, dossier: Dossier) -> None:
-        """Replay more of the picked windows while the sequential test asks for it: whole steps where the gradient of
-        one failed, then units."""
+        """Look into more of the picked windows while the sequential test asks for it: matrices where one failed, whole
+        steps where the gradient of one did, then units."""
         while self._held(dossier.hotkey).goes_on(self._rule()):
-            step = self._next_step(dossier)
+            matrix = self._next(dossier, Check.POLAR, dossier.polar)
+            if matrix is not None:
+                await self.matrix(facts, dossier, matrix)
+                continue
+            step = self._next(dossier, Check.GRADIENT, dossier.stepped)
             if step is not None:
                 await self.step(facts, dossier, step, whole=True)
                 if step.version not in dossier.stepped | dossier.shut:
@@ -478,11 +502,11 @@ class Auditor:
             if len(dossier.replayed) == before:
                 return
 
-    def _next_step(self, dossier: Dossier) -> WindowHead | None:
-        """Of the picked windows, the next one whose gradient was not replayed, if that of another one failed."""
-        if not any(one.check is Check.GRADIENT and not one.passed for one in dossier.findings):
+    def _next(self, dossier: Dossier, check: Check, done: set[int]) -> WindowHead | None:
+        """Of the picked windows, the next one that a check was not `done` in, if it failed in another one."""
+        if not any(one.check is check and not one.passed for one in dossier.findings):
             return None
-        open_ = dossier.picked.keys() - dossier.stepped - dossier.shut
+        open_ = dossier.picked.keys() - done - dossier.shut
         heads = () if dossier.evidence is None else dossier.evidence.heads
         return next((head for head in heads if head.version in open_ and head.backward), None)
 

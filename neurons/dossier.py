@@ -61,6 +61,8 @@ class Dossier:
     """Windows whose whole gradient was asked for."""
     pieces: set[tuple[int, int]] = field(default_factory=set)
     """Windows and pieces of their state around the step that were looked at."""
+    polar: set[int] = field(default_factory=set)
+    """Windows of which a whole matrix was looked at."""
     merges: set[tuple[int, int]] = field(default_factory=set)
     """Windows and pieces of the weights that a merge was taken over to."""
     shut: set[int] = field(default_factory=set)
@@ -79,8 +81,8 @@ class Dossier:
 
     @property
     def looks(self) -> int:
-        """How much of what the miner served was looked at: units, gradients, pieces."""
-        return len(self.replayed) + len(self.stepped) + len(self.pieces) + len(self.merges)
+        """How much of what the miner served was looked at: units, gradients, pieces, matrices."""
+        return len(self.replayed) + len(self.stepped) + len(self.pieces) + len(self.polar) + len(self.merges)
 
     @property
     def findings(self) -> list[Finding]:

@@ -18,11 +18,13 @@ from typing import Self
 
 import torch
 
+from model.layout import Layout
 from model.split import StagePlan
 from neurons.node import Node
 from neurons.windows import root_of
 from subnet.messages import (
     ACKS_LIMIT,
+    STATE_PIECES,
     EvidenceRequest,
     EvidenceTables,
     Shapes,
@@ -106,7 +108,7 @@ class Source:
         number: int,
         hotkey: str,
         plan: StagePlan,
-        parameters: int,
+        layout: Layout,
         shapes: Shapes,
         patience: float = PATIENCE,
         share: float = 1.0,
@@ -119,7 +121,7 @@ class Source:
         self._run = run.hex()
         self._number = number
         self._plan = plan
-        self._parameters = parameters
+        self._layout = layout
         self._shapes = shapes
         self._left = patience
         self._patience = patience
@@ -139,7 +141,7 @@ class Source:
             number=number,
             hotkey=hotkey,
             plan=node.plans[stage],
-            parameters=node.parameters[stage],
+            layout=node.layouts[stage],
             shapes=node.shapes,
         )
 
@@ -170,7 +172,7 @@ class Source:
     def limit(self, evidence: Evidence, picked: Iterable[WindowHead]) -> None:
         """From here on ask for no more than this reader's part of the picked windows; without stake at work it is one
         of those who only compare."""
-        sizes = Sizes.of(self._plan, self._parameters, self._shapes)
+        sizes = Sizes.of(self._plan, self._layout, self._shapes)
         if self._share > 0:
             self._part = validators_part(sizes, list(picked), tables=evidence.size, share=self._share)
         else:
@@ -183,7 +185,7 @@ class Source:
             WindowRequest(run=self._run, round=self._number, version=head.version, held=held),
             WeightsDelta,
             lambda fields: fields.specs(),
-            delta.limit_of(self._parameters),
+            delta.limit_of(self._layout.values),
         )
         data = bytes(tensor_bytes(tensors["delta"]))
         theta = await asyncio.to_thread(open_delta, data, base, head.weights)
@@ -231,11 +233,20 @@ class Source:
         return found
 
     async def values(self, version: int, wanted: Sequence[tuple[NamedState, range]]) -> list[torch.Tensor]:
-        """Stretches of a window's states, or of the cut's, fp32 (k,) each, proven like their pieces; in one call."""
+        """Stretches of a window's states, or of the cut's, fp32 (k,) each, proven like their pieces; in as few calls as
+        may be."""
         places = [(state, span, pieces_in(span)) for state, span in wanted]
-        flat = await self.pieces(version, [(state, index) for state, _, pieces in places for index in pieces])
+        named = [(state, index) for state, _, pieces in places for index in pieces]
+        flat = [
+            piece
+            for start in range(0, len(named), STATE_PIECES)
+            for piece in await self.pieces(version, named[start : start + STATE_PIECES])
+        ]
         data, found = iter(flat), []
         for _, span, pieces in places:
+            if not pieces:
+                found.append(torch.empty(0))
+                continue
             joined = torch.frombuffer(bytearray(b"".join(next(data) for _ in pieces)), dtype=torch.float32)
             start = span.start - pieces.start * PIECE_VALUES
             found.append(joined[start : start + len(span)])

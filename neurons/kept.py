@@ -23,7 +23,7 @@ from subnet.messages import StatePart
 from subnet.transport.synapse import tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import UnitKey
-from subnet.trust.step import moments_beside
+from subnet.trust.pool import Pool
 from subnet.trust.tree import HASH_BYTES, PIECE_BYTES, Tree, pieces_of
 
 
@@ -119,7 +119,7 @@ def _require(index: int, count: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A replica between two steps: its weights, (n,), and its optimizer's moments, (2n,)."""
+    """A replica between two steps: its weights, (n,), and its optimizer's moments, as `model.layout` orders them."""
 
     weights: Vector
     moments: Vector
@@ -165,19 +165,18 @@ class PickedWindow:
     """Whether it lies on disk."""
 
     @classmethod
-    def of(cls, window: KeptWindow, pool: Sequence[int]) -> PickedWindow:
-        """Of a window that is closed; `pool` names the pieces of its weights, see `audit.select_pool`."""
+    def of(cls, window: KeptWindow, pool: Pool) -> PickedWindow:
+        """Of a window that is closed."""
         assert window.closing is not None  # noqa: S101 - it has a head
         opening, closing = window.opening, window.closing
-        moments = moments_beside(pool, opening.weights.values.numel())
         parts: dict[StatePart, Pieces] = {
-            "weights": Pieces.of(opening.weights, pool),
-            "optimizer": Pieces.of(opening.moments, moments),
-            "next_weights": Pieces.of(closing.weights, pool),
-            "next_optimizer": Pieces.of(closing.moments, moments),
+            "weights": Pieces.of(opening.weights, pool.weights),
+            "optimizer": Pieces.of(opening.moments, pool.moments),
+            "next_weights": Pieces.of(closing.weights, pool.weights),
+            "next_optimizer": Pieces.of(closing.moments, pool.moments),
         }
         if window.previous is not None:
-            parts["previous_weights"] = Pieces.of(window.previous, pool)
+            parts["previous_weights"] = Pieces.of(window.previous, pool.weights)
         return cls(opening.weights.values, parts, window.units)
 
     def tensors(self) -> Iterator[torch.Tensor]:

@@ -194,7 +194,7 @@ class Miner:
 
     def _require_ring(self, stage: int) -> None:
         node, ring = self._node, self._node.config.ring
-        least = least_ring(node.loaded.manifest, node.plans[stage], node.parameters[stage])
+        least = least_ring(node.loaded.manifest, node.plans[stage], node.layouts[stage])
         if ring < least:
             raise NodeError(
                 f"--ring {written(ring)} is too small to answer for the work of stage {stage}, which takes "

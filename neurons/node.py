@@ -23,9 +23,9 @@ from typing import Self
 import numpy as np
 import torch
 
-from model.accounting import stage_parameters
 from model.config import ConfigError
 from model.data import Corpus, DataError, ShardEntry
+from model.layout import Layout
 from model.split import StagePlan, split
 from neurons.bootstrap import BootstrapError, RosterDesk, join_history
 from neurons.config import NeuronConfig, parse
@@ -191,10 +191,16 @@ class Node:
             )
 
     @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of each stage's weights and moments."""
+        manifest = self.loaded.manifest
+        config, kind = manifest.model.config(), manifest.optimizer.kind
+        return tuple(Layout.planned(config, plan, kind) for plan in self.plans)
+
+    @cached_property
     def parameters(self) -> tuple[int, ...]:
         """Parameters of each stage."""
-        config = self.loaded.manifest.model.config()
-        return tuple(stage_parameters(config, plan) for plan in self.plans)
+        return tuple(layout.values for layout in self.layouts)
 
     @property
     def downloads(self) -> Path:

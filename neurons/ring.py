@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 
+from model.layout import Layout
 from model.split import StagePlan
 from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from subnet.manifest import Manifest
 from subnet.messages import Shapes
 from subnet.trust.audit import POOL
 from subnet.trust.cost import PIECE_PARTS
+from subnet.trust.polar import look_pieces
 from subnet.trust.quota import Sizes
 from subnet.trust.tree import HASH_BYTES, PIECE_BYTES, PROOF_LIMIT, pieces_of
 
@@ -33,18 +35,18 @@ def unit_bytes(manifest: Manifest, plan: StagePlan, sizes: Sizes) -> int:
     return forward * sizes.forward + backward * sizes.backward
 
 
-def picked_bytes(manifest: Manifest, plan: StagePlan, sizes: Sizes) -> int:
+def picked_bytes(manifest: Manifest, plan: StagePlan, layout: Layout, sizes: Sizes) -> int:
     """The most that is kept of one window once it is picked: its weights, its units, and the pieces of its states that
     its seed names, those before a merge too, with their proofs."""
-    weights = sizes.state // 3
-    pieces = min(POOL, pieces_of(weights)) * (PIECE_PARTS + 1)
-    return weights + pieces * (PIECE_BYTES + PROOF_LIMIT * HASH_BYTES) + unit_bytes(manifest, plan, sizes)
+    pieces = min(POOL, pieces_of(sizes.flat)) * (PIECE_PARTS + 1)
+    pieces += max((look_pieces(place) for place in layout.matrices), default=0)
+    return sizes.flat + pieces * (PIECE_BYTES + PROOF_LIMIT * HASH_BYTES) + unit_bytes(manifest, plan, sizes)
 
 
-def least_ring(manifest: Manifest, plan: StagePlan, parameters: int) -> int:
+def least_ring(manifest: Manifest, plan: StagePlan, layout: Layout) -> int:
     """Bytes below which a miner of this stage could not show what is picked."""
-    sizes = Sizes.of(plan, parameters, Shapes.of(manifest))
+    sizes = Sizes.of(plan, layout, Shapes.of(manifest))
     windows = math.ceil(manifest.audit.windows) + 1  # and one before which a merge is taken over
-    weights, cut = sizes.state // 3, sizes.state  # three vectors
+    weights, cut = sizes.flat, 3 * sizes.flat
     pending = (windows + 1) * (2 * sizes.state + unit_bytes(manifest, plan, sizes)) + weights
-    return pending + windows * picked_bytes(manifest, plan, sizes) + cut
+    return pending + windows * picked_bytes(manifest, plan, layout, sizes) + cut

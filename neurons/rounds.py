@@ -145,7 +145,7 @@ class RoundMachine:
         self._kept: KeptCut | None = None
         self._picking: set[asyncio.Task[None]] = set()
         """One a round: windows that no seed picks are dropped, until its last slot's seed is known."""
-        self._sizes = Sizes.of(node.plans[stage], node.parameters[stage], node.shapes)
+        self._sizes = Sizes.of(node.plans[stage], node.layouts[stage], node.shapes)
         self._secret = secrets.token_bytes(32)
 
     def _build(self) -> StageWorker:
@@ -265,7 +265,7 @@ class RoundMachine:
         """Until the round is forgotten: without the seeds nothing of it may be shown."""
         while self._archive.get(roster.round) is held:
             try:
-                await keep_picked(self._node, roster, held, self._sizes, slot)
+                await keep_picked(self._node, roster, held, self._node.layouts[self.stage], self._sizes, slot)
             except ChainError as error:
                 log.warning("round %d: seeds of slots cannot be read: %s", roster.round, error)
                 await asyncio.sleep(SEED_PAUSE)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from model.layout import Layout
 from neurons.archive import RoundArchive
 from neurons.node import Node
 from neurons.quota import Audience
 from subnet.manifest import Manifest
 from subnet.swarm.observers import Observer, observers, shares
 from subnet.swarm.roster import Roster
-from subnet.trust.audit import select_pool, select_windows
+from subnet.trust.audit import select_windows
 from subnet.trust.heads import WindowHead, slot_end, slots_in
+from subnet.trust.pool import Pool
 from subnet.trust.quota import Sizes
-from subnet.trust.tree import pieces_of
 
 
 def slots_of(manifest: Manifest) -> int:
@@ -41,18 +42,18 @@ async def watchers(node: Node, roster: Roster) -> dict[str, Observer]:
 
 
 def pick(
-    heads: Iterable[WindowHead], *, seed: bytes, hotkey: str, slot: int, count: float, pieces: int
-) -> dict[int, tuple[int, ...]]:
-    """The windows of a slot that its seed picks, by version, each with those of the `pieces` of its weights that may be
-    asked for."""
+    heads: Iterable[WindowHead], *, seed: bytes, hotkey: str, slot: int, count: float, layout: Layout
+) -> dict[int, Pool]:
+    """The windows of a slot that its seed picks, by version, each with the pieces of its states that may be asked
+    for."""
     return {
-        head.version: select_pool(pieces, seed=seed, hotkey=hotkey, version=head.version)
+        head.version: Pool.of(layout, seed=seed, hotkey=hotkey, version=head.version)
         for head in select_windows(heads, seed=seed, hotkey=hotkey, slot=slot, count=count)
     }
 
 
 async def keep_picked(
-    node: Node, roster: Roster, held: RoundArchive, sizes: Sizes, current_slot: Callable[[], int]
+    node: Node, roster: Roster, held: RoundArchive, layout: Layout, sizes: Sizes, current_slot: Callable[[], int]
 ) -> None:
     """Leave of each slot only the windows that its seed picks, and of them what it names, as soon as it is known. Ends
     with the last slot, when it is known too who may ask for them.
@@ -60,9 +61,8 @@ async def keep_picked(
     `current_slot` is that of a window which closes now. Raises `ChainError`.
     """
     hotkey, count = node.identity.hotkey, node.loaded.manifest.audit.windows
-    pieces = pieces_of(sizes.state // 3)
     for slot in range(slots_of(node.loaded.manifest)):
         seed = await slot_seed(node, roster, slot)
         held.reach(current_slot())
-        held.seeded(slot, partial(pick, seed=seed, hotkey=hotkey, slot=slot, count=count, pieces=pieces))
+        held.seeded(slot, partial(pick, seed=seed, hotkey=hotkey, slot=slot, count=count, layout=layout))
     held.audience = Audience(shares(await watchers(node, roster)), sizes)

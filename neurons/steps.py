@@ -1,8 +1,9 @@
 """The step that closes a picked window: what is fetched for it, and what comes of it on the bench.
 
-Two looks. The arithmetic (`subnet.trust.step`) needs a piece of weights and moments, so whoever reads a window looks at
-it so, and what does not follow is a proof. The gradient needs all backward units of the window, so a share of the
-windows is looked at so, and what differs is a measurement: one test per window, whatever the pieces.
+Three looks. The arithmetic (`subnet.trust.step`) needs a piece of weights and moments, so whoever reads a window looks
+at it so, and what does not follow is a proof. The gradient needs all backward units of the window, so a share of the
+windows is looked at so, and what differs is a measurement: one test per window, whatever the pieces. Where Muon moves
+matrices, whoever reads a window looks at one of them (`subnet.trust.polar`), which is a measurement too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from model.data import Corpus
 from model.engine import replay_gradient
+from model.layout import Layout
 from model.optimizer import OptimizerConfig
 from model.stage import Stage, assign_flat
 from neurons.bench import Unit
@@ -22,7 +24,9 @@ from neurons.fetching import NamedState, Source
 from subnet.swarm.merge import taken_over
 from subnet.trust.finding import Check, Finding, Grade
 from subnet.trust.heads import WindowHead
+from subnet.trust.polar import Look, Moved, polar_error
 from subnet.trust.step import Stretch, Values, entered, gradient_error, spans_of, step_error
+from subnet.trust.tree import PIECE_VALUES
 
 PIECES = 2
 """Looked at where the whole gradient is replayed, which costs far more than they do; else one is."""
@@ -40,13 +44,9 @@ class Shown:
 
 async def show(source: Source, head: WindowHead, piece: int, *, stage: Stage, config: OptimizerConfig) -> Shown:
     """A piece of weights and moments on both sides of a window's step, in one call. Raises `Withheld`."""
-    count = sum(parameter.numel() for parameter in stage.parameters())
-    span, later = spans_of(piece, count)
-    weights, moments = NamedState("weights", head.weights, count), NamedState("optimizer", head.optimizer, 2 * count)
-    after, moved = (
-        NamedState("next_weights", head.next_weights, count),
-        NamedState("next_optimizer", head.next_optimizer, 2 * count),
-    )
+    layout = Layout.of(stage, config.kind)
+    span, later = spans_of(piece, layout)
+    weights, moments, after, moved = _states(head, layout)
     wanted = [(weights, span), (moments, span), (moments, later), (after, span), (moved, span), (moved, later)]
     values = await source.values(head.version, wanted)
     return Shown(piece, Stretch.of(stage, span, config), Values(*values[:3]), Values(*values[3:]))
@@ -58,7 +58,7 @@ async def moved(
     """Whether a window begins with what its replica's weights became when the state that they started from, `start`,
     became `target` (fp32 (n,) each), in one piece. `before` is the window before. Raises `Withheld`."""
     count = target.numel()
-    span, _ = spans_of(piece, count)
+    span = range(piece * PIECE_VALUES, min((piece + 1) * PIECE_VALUES, count))
     named = [
         NamedState("previous_weights", before.next_weights, count),
         NamedState("weights", head.weights, count),
@@ -66,6 +66,24 @@ async def moved(
     held, begun = await source.values(head.version, [(state, span) for state in named])
     part = slice(span.start, span.stop)
     return torch.equal(begun, taken_over(held, start[part], target[part]))
+
+
+async def show_matrix(source: Source, head: WindowHead, look: Look, *, layout: Layout) -> Moved:
+    """The momentum of a matrix and a piece of its weights on both sides of a window's step. Raises `Withheld`."""
+    weights, moments, after, moved = _states(head, layout)
+    whole = look.place.span
+    wanted = [(weights, look.span), (after, look.span), (moments, whole), (moved, whole)]
+    return Moved(*await source.values(head.version, wanted))
+
+
+def _states(head: WindowHead, layout: Layout) -> tuple[NamedState, NamedState, NamedState, NamedState]:
+    """Weights and moments before a window's step, then after it."""
+    return (
+        NamedState("weights", head.weights, layout.values),
+        NamedState("optimizer", head.optimizer, layout.moments),
+        NamedState("next_weights", head.next_weights, layout.values),
+        NamedState("next_optimizer", head.next_optimizer, layout.moments),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +99,10 @@ class StepJudge:
     """The stage's bound on a gradient's norm."""
     accumulation: int
     tolerance: float
-    """The largest accepted error of a gradient."""
+    """The largest accepted error of a gradient, and of a matrix' change."""
 
     def arithmetic(self, head: WindowHead, shown: Sequence[Shown]) -> list[Finding]:
-        """One proof per piece that is shown."""
+        """One proof per piece that is shown and has values with second moments."""
         return [
             self._finding(
                 head,
@@ -104,7 +122,21 @@ class StepJudge:
                 what="its step does not follow; in multiples of what rounding explains",
             )
             for one in shown
+            if bool(one.stretch.adaptive.any())
         ]
+
+    def polar(self, head: WindowHead, moved: Moved, look: Look) -> Finding:
+        """Of one of Muon's matrices."""
+        error = polar_error(moved, look, config=self.config, plan=self.stage.plan, steps=head.steps)
+        return self._finding(
+            head,
+            Check.POLAR,
+            Grade.MEASUREMENT,
+            error=error,
+            tolerance=self.tolerance,
+            piece=look.piece,
+            what=f"{look.place.name} did not move by the polar factor of its momentum",
+        )
 
     def gradient(
         self, head: WindowHead, shown: Sequence[Shown], units: Sequence[Unit], theta: torch.Tensor, corpus: Corpus

@@ -65,7 +65,7 @@ class Validator:
         self._auditor = Auditor(
             loaded=node.loaded,
             plans=node.plans,
-            parameters=node.parameters,
+            layouts=node.layouts,
             corpus=node.corpus,
             bench=self._bench,
             dendrite=node.dendrite,

@@ -98,6 +98,7 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     run.add_argument("--sequence", type=int, default=None, help="tokens in a sequence")
     run.add_argument("--batch", type=int, default=None, help="sequences in a microbatch")
     run.add_argument("--accumulation", type=int, default=None, help="microbatches in a local step")
+    run.add_argument("--optimizer", default="adamw", help="adamw, nadam or muon (default: adamw)")
     run.add_argument("--moments", default="bf16", help="of the optimizer: bf16 or fp32 (default: bf16)")
     run.add_argument(
         "--codec", default="topk2bit", choices=("topk2bit", "int8", "bf16"), help="of a merge (default: topk2bit)"
@@ -264,6 +265,12 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         default=None,
         choices=("topk2bit", "int8", "bf16"),
         help="what merges send (default: topk2bit; int8 for nano, whose few rounds cannot pay back what topk2bit owes)",
+    )
+    localnet.add_argument(
+        "--optimizer",
+        default=None,
+        choices=("adamw", "nadam", "muon"),
+        help="of every local step, at the preset's rate (default: the preset's)",
     )
     churn = localnet.add_argument_group("churn on demand")
     for action, form, text in (
@@ -449,6 +456,7 @@ def _localnet(flags: argparse.Namespace) -> int:
         round_seconds=flags.round_seconds,
         overlap=not flags.no_overlap,
         codec=flags.codec or CODECS.get(flags.model, DEFAULT_CODEC),
+        optimizer=flags.optimizer,
         latency=flags.latency,
         bandwidth=flags.bandwidth,
         loss=flags.loss,

@@ -245,6 +245,7 @@ class _Run:
                 data=data,
                 overlap=options.overlap,
                 codec=options.codec,
+                optimizer=options.optimizer,
             )
             loaded = manifest.write(self.out / "manifest.toml")
             self.tally = Tally(manifest.tokens_per_microbatch)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from model.config import preset
-from model.optimizer import NANO_OPTIMIZER, OptimizerConfig
+from model.optimizer import NANO_OPTIMIZER, Kind, OptimizerConfig, OuterConfig
 from scripts.data.local import RunData
 from scripts.options import Codec
 from subnet.manifest import (
@@ -37,11 +39,23 @@ LANE = 4
 BATCH = 8
 """Sequences in a microbatch."""
 ACCUMULATION = 2
+MEAN = OuterConfig(lr=1.0, momentum=0.0)
+"""The outer step takes over the mean of what replicas have become."""
 TOLERANCE = 0.02
 """Widest tolerance: 0.02 separates a bf16 boundary's rounding from work in a coarser arithmetic."""
 
 INNER = {"pico": NANO_OPTIMIZER, "nano": NANO_OPTIMIZER}
+MUON_BETAS = (0.95, 0.95)
+"""Of the paper whose step sizes it has (arXiv 2502.16982)."""
 DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
+
+
+def inner_of(model: str, kind: Kind | None = None) -> OptimizerConfig:
+    """What trains a preset; of another `kind` with the same rate."""
+    inner = INNER.get(model, DEFAULT_INNER)
+    if kind is None or kind == inner.kind:
+        return inner
+    return replace(inner, kind=kind, betas=MUON_BETAS) if kind == "muon" else replace(inner, kind=kind)
 
 
 def local_manifest(
@@ -59,15 +73,16 @@ def local_manifest(
     data: RunData,
     overlap: bool,
     codec: Codec,
+    optimizer: Kind | None = None,
 ) -> Manifest:
     """A manifest for a swarm on one machine.
 
     A round begins every `round_blocks` blocks; the phases of its merge (CUT, HAVE, MERGE) have `phase_blocks` each.
     With `overlap` they lie in the next round, without it at the end of the round itself, but for
-    what the record of the new state takes.
+    what the record of the new state takes. `optimizer` is by default the preset's.
     """
     config = preset(model)
-    inner = INNER.get(model, DEFAULT_INNER)
+    inner = inner_of(model, optimizer)
     marks = _round(rounds, round_blocks, phase_blocks, overlap=overlap)
     return Manifest(
         version=1,
@@ -84,19 +99,7 @@ def local_manifest(
             validation_batches=8,
             shards=[ShardSection(name=entry.name, sha256=entry.sha256, dtype=entry.dtype) for entry in data.entries],
         ),
-        optimizer=OptimizerSection(
-            kind=inner.kind,
-            lr=inner.lr,
-            beta1=inner.betas[0],
-            beta2=inner.betas[1],
-            eps=inner.eps,
-            weight_decay=inner.weight_decay,
-            warmup_steps=inner.warmup_steps,
-            clip=inner.clip,
-            accumulation=ACCUMULATION,
-            outer_lr=1.0,
-            outer_momentum=0.0,
-        ),
+        optimizer=OptimizerSection.of(inner, accumulation=ACCUMULATION, outer=MEAN),
         merge=MergeSection(codec=codec, decay=DECAY, clip=CLIP),
         round=marks,
         audit=AuditSection(

@@ -13,6 +13,7 @@ from subnet.quantities import QuantityError
 from subnet.transport.shaping import Link
 
 Codec = Literal["topk2bit", "int8", "bf16"]
+Optimizer = Literal["adamw", "nadam", "muon"]
 DEFAULT_CODEC: Codec = "topk2bit"
 CODECS: dict[str, Codec] = {"pico": "int8", "nano": "int8"}
 """Where another codec than the default does better: a small run has a few rounds, and `topk2bit` owes most of what it
@@ -56,6 +57,8 @@ class LocalnetOptions:
     overlap: bool = True
     """Whether a round's merge goes on while the next round trains."""
     codec: Codec = "topk2bit"
+    optimizer: Optimizer | None = None
+    """None: the preset's."""
     latency: str | None = None
     bandwidth: str | None = None
     loss: str | None = None

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.accounting import stage_parameters
+from model.layout import Layout
 from model.split import split
 from neurons.bootstrap import BootstrapError, join_history
 from neurons.dossier import Entry
@@ -184,7 +184,7 @@ class _Look:
                 number=roster.round,
                 hotkey=hotkey,
                 plan=plans[stage],
-                parameters=stage_parameters(config, plans[stage]),
+                layout=Layout.planned(config, plans[stage], manifest.optimizer.kind),
                 shapes=Shapes.of(manifest),
             )
             try:

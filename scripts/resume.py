@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scripts.adversaries import Adversary, AdversaryOptionError
 from scripts.faults import FaultError, parse_faults
-from scripts.options import Codec, LocalnetError, LocalnetOptions, check_options
+from scripts.options import Codec, LocalnetError, LocalnetOptions, Optimizer, check_options
 
 FILE = "localnet.json"
 CHAIN_FILE = Path("chain") / "chain.sqlite"
@@ -48,6 +48,7 @@ class RunFile(BaseModel):
     round_seconds: float
     overlap: bool
     codec: Codec
+    optimizer: Optimizer | None
     latency: str | None
     bandwidth: str | None
     loss: str | None

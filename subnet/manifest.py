@@ -22,7 +22,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
-from model.optimizer import OptimizerConfig, OuterConfig
+from model.optimizer import Kind, OptimizerConfig, OuterConfig, Schedule
 from subnet.space import FIELD_LIMIT, charge
 from subnet.swarm.butterfly import MOST_REPLICAS
 from subnet.swarm.record import MAX_HAVE
@@ -154,13 +154,20 @@ class DataSection(_Section):
 
 
 class OptimizerSection(_Section):
-    kind: Literal["adamw", "nadam"]
+    kind: Kind
     lr: Annotated[float, Field(gt=0)]
     beta1: Annotated[float, Field(ge=0, lt=1)]
     beta2: Annotated[float, Field(ge=0, lt=1)]
     eps: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
+    schedule: Schedule
+    steps: Annotated[int, Field(ge=0)]
+    """Local steps of one replica after which the rate has come down; not used by schedule `constant`."""
+    cooldown: Fraction
+    """Share of them in which `wsd` and `wsd-sqrt` come down."""
+    floor: Annotated[float, Field(ge=0, le=1)]
+    """Share of `lr` to which the rate comes down."""
     clip: Annotated[float, Field(ge=0)]
     accumulation: Positive
     """Microbatches in one local step of one replica."""
@@ -175,7 +182,31 @@ class OptimizerSection(_Section):
             eps=self.eps,
             weight_decay=self.weight_decay,
             warmup_steps=self.warmup_steps,
+            schedule=self.schedule,
+            steps=self.steps,
+            cooldown=self.cooldown,
+            floor=self.floor,
             clip=self.clip,
+        )
+
+    @classmethod
+    def of(cls, inner: OptimizerConfig, *, accumulation: int, outer: OuterConfig) -> Self:
+        return cls(
+            kind=inner.kind,
+            lr=inner.lr,
+            beta1=inner.betas[0],
+            beta2=inner.betas[1],
+            eps=inner.eps,
+            weight_decay=inner.weight_decay,
+            warmup_steps=inner.warmup_steps,
+            schedule=inner.schedule,
+            steps=inner.steps,
+            cooldown=inner.cooldown,
+            floor=inner.floor,
+            clip=inner.clip,
+            accumulation=accumulation,
+            outer_lr=outer.lr,
+            outer_momentum=outer.momentum,
         )
 
     def outer(self) -> OuterConfig:
@@ -289,6 +320,7 @@ class Manifest(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.model.config()
+        self.optimizer.inner()
         if self.merge.codec == "topk2bit" and self.optimizer.outer_momentum != 0:
             raise ValueError(
                 f"optimizer.outer_momentum is {self.optimizer.outer_momentum}, but codec topk2bit has error feedback "

@@ -145,7 +145,8 @@ class OrionModel(LlamaModel):
     def forward(self, input_ids: torch.LongTensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
         if input_ids is None and self.config.boundary_rank:
             raise ValueError("a boundary of form t restores tokens, embeddings do not tell them: give input_ids")
-        return super().forward(input_ids=input_ids, tokens=input_ids, **kwargs)
+        out: BaseModelOutputWithPast = super().forward(input_ids=input_ids, tokens=input_ids, **kwargs)
+        return out
 
 
 class OrionForCausalLM(LlamaForCausalLM):

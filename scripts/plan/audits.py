@@ -59,6 +59,7 @@ def plan_audits(options: PlanOptions, run: Run, speed: Speed) -> AuditPlan | Non
         accumulation=run.accumulation,
         microbatch_seconds=run.replicas / speed.pace.rate,
         round_seconds=run.round_seconds,
+        optimizer=run.units.optimizer,
         weight_bytes=run.units.value_bytes,
         wire_bytes=run.units.value_bytes,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from model.config import ModelConfig, preset
 from model.devices import Device, device
 from model.memory import Units
+from model.optimizer import Kind
 from model.recompute import Recompute
 from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.flights import DRAIN_MARGIN, DRAIN_SLACK
@@ -22,6 +23,7 @@ from subnet.swarm.pace import Routing
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 COUNTS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 VALUE_BYTES = {"bf16": 2, "fp32": 4}
+KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
 STAY_HOURS = 522.0
 """Agora's 330 nodes saw 607 departures in 40 days (facts: sota §0, §4)."""
 EVICTION_SECONDS = 300.0
@@ -57,6 +59,7 @@ class PlanOptions:
     batch: int | None
     accumulation: int | None
     moments: str
+    optimizer: str
     codec: CodecName
     round_minutes: float | None
     validators: int
@@ -210,6 +213,7 @@ def read(options: PlanOptions) -> Run:
             batch=style.batch if options.batch is None else options.batch,
             sequence=sequence,
             moment_bytes=VALUE_BYTES[options.moments],
+            optimizer=KINDS[options.optimizer],
         ),
         style=replace(
             style,
@@ -272,7 +276,12 @@ def _check_numbers(options: PlanOptions) -> None:
             raise PlanError(f"--{name.replace('_', '-')} is {value:g}; it must be a finite number above 0: change it")
     if options.efficiency is not None and not 0 < options.efficiency <= 1:
         raise PlanError(f"--efficiency is {options.efficiency:g}; it must be above 0 and at most 1: change it")
-    known = {"moments": VALUE_BYTES, "recompute": [*Recompute], "routing": [*Routing]}
+    known: dict[str, Collection[str]] = {
+        "moments": VALUE_BYTES,
+        "optimizer": KINDS,
+        "recompute": [*Recompute],
+        "routing": [*Routing],
+    }
     for name, values in known.items():
         value = getattr(options, name)
         if value is not None and value not in values:

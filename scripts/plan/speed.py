@@ -7,8 +7,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from model.accounting import boundary_bytes, mfu, stage_flops, stage_parameters, total_parameters
+from model.accounting import boundary_bytes, mfu, stage_flops, stage_moments, stage_parameters, total_parameters
 from model.devices import HOST_LINK, Device
+from model.layout import Layout
 from model.memory import (
     DoesNotFitError,
     StageMemory,
@@ -18,6 +19,7 @@ from model.memory import (
     require_fit,
     stage_memory,
 )
+from model.muon import polar_flops
 from model.recompute import Recompute
 from model.split import StagePlan, split
 from neurons.drive import in_flight
@@ -39,9 +41,10 @@ HANDOVERS = 4
 """Copies of a stage's weights between card and host in a round: out and back at the cut, and where it is merged."""
 WORTH = 0.9
 """Graphs are held where no more than so many forwards run again in spite of them."""
-STEP_VALUES = 7
-"""That an optimizer step moves per parameter: weight, gradient and two moments read, all but the gradient
-written."""
+WEIGHT_TRAFFIC = 3
+"""Values that an optimizer step moves per parameter: weight and gradient read, weight written."""
+MOMENT_TRAFFIC = 2
+"""Per moment: read and written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +191,7 @@ def _stage(run: Run, plan: StagePlan, poorest: Device, waiting: float, opened: i
     parameters = stage_parameters(run.model, plan)
     forward = [forward_flops / run.flops(card) for card in cards]
     backward = [
-        (backward_flops + recomputed * forward_flops) / run.flops(card) + _step(run, parameters, card) for card in cards
+        (backward_flops + recomputed * forward_flops) / run.flops(card) + _step(run, plan, card) for card in cards
     ]
     return StageSpeed(
         plan=plan,
@@ -221,13 +224,16 @@ def _memory(run: Run, plan: StagePlan, card: Device, waiting: float, opened: int
     return asked
 
 
-def _step(run: Run, parameters: int, card: Device) -> float:
-    """Seconds that a local step costs each of its microbatches: the optimizer's memory traffic, and the copy of weights
-    and moments to the host that evidence begins with."""
-    values = run.units.value_bytes
-    seconds = STEP_VALUES * values * parameters / card.bandwidth
+def _step(run: Run, plan: StagePlan, card: Device) -> float:
+    """Seconds that a local step costs each of its microbatches: the optimizer's memory traffic and, of Muon, its FLOPs,
+    and the copy of weights and moments to the host that evidence begins with."""
+    weights = run.units.value_bytes * stage_parameters(run.model, plan)
+    moments = run.units.moment_bytes * stage_moments(run.model, plan, run.units.optimizer)
+    seconds = (WEIGHT_TRAFFIC * weights + MOMENT_TRAFFIC * moments) / card.bandwidth
+    matrices = Layout.planned(run.model, plan, run.units.optimizer).matrices
+    seconds += sum(polar_flops(place.shape) for place in matrices) / run.flops(card)
     if run.style.evidence:
-        seconds += (values + 2 * run.units.moment_bytes) * parameters / HOST_LINK
+        seconds += (weights + moments) / HOST_LINK
     return seconds / run.accumulation
 
 
@@ -295,8 +301,11 @@ def _churn(run: Run) -> Churn:
     if rounds.overlapped:
         absence = ROSTER_ROUNDS * rounds.length
     else:
-        parameters = max(stage_parameters(run.model, plan) for plan in split(run.model, run.stages))
-        state = (run.units.value_bytes + 2 * run.units.moment_bytes) * parameters
+        state = max(
+            run.units.value_bytes * stage_parameters(run.model, plan)
+            + run.units.moment_bytes * stage_moments(run.model, plan, run.units.optimizer)
+            for plan in split(run.model, run.stages)
+        )
         absence = EVICTION_SECONDS + 8 * state / run.down + (rounds.length + rounds.merge) / 2
     return Churn(rate=1 / run.stay_hours, absence=absence)
 

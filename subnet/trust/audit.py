@@ -124,6 +124,11 @@ def select_pool(total: int, *, seed: bytes, hotkey: str, version: int) -> tuple[
     return _distinct(total, POOL, lambda turn: _draw(seed, hotkey, "pool", str(version), str(turn)))
 
 
+def select_one(total: int, *, seed: bytes, hotkey: str, label: str, version: int) -> int:
+    """One number below `total` for a picked window, by H(seed, hotkey, version): the same for everybody."""
+    return int.from_bytes(_draw(seed, hotkey, label, str(version))[:8], "little") % total
+
+
 def select_pieces(
     pool: Sequence[int], *, secret: bytes, seed: bytes, hotkey: str, label: str, count: int
 ) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ are per hour. All miners of a stage count alike, validators in sum.
                       written, on disk those of two rounds
     units             share of all units, replayed once in sum over validators
     steps             share of picked windows whose whole gradient is replayed: every backward unit of them
+    matrices          where Muon moves any: momentum of one, before and after, and its polar factor once more, per
+                      validator that looks into a picked window
     weights           of a picked window, once per validator that looks into it; of a round's first window none, because
                       they follow from public state
 """
@@ -23,8 +25,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from model.accounting import boundary_bytes, stage_flops, stage_parameters
+from model.accounting import boundary_bytes, stage_flops
 from model.config import ModelConfig
+from model.layout import Layout
+from model.muon import polar_flops
+from model.optimizer import Kind
 from model.split import StagePlan, split
 from subnet.trust.audit import POOL
 from subnet.trust.heads import HEAD_BYTES
@@ -59,8 +64,9 @@ class Shape:
     microbatch_seconds: float
     """Between two microbatches of one replica."""
     round_seconds: float
+    optimizer: Kind
     weight_bytes: int
-    """Of one weight, and of one of its two moments."""
+    """Of one weight, and of one moment."""
     wire_bytes: int
     """Of one value at a boundary."""
 
@@ -153,6 +159,7 @@ class StageLoad:
     unit_bytes: float
     weight_bytes: float
     piece_bytes: float
+    """Of what shows steps: pieces of states, and of Muon one matrix."""
 
     @property
     def audit_bytes(self) -> float:
@@ -279,9 +286,12 @@ class _Role:
 
 def _stage(shape: Shape, rules: Rules, plan: StagePlan, picked: float, kept: int) -> StageLoad:
     role = _Role.of(plan)
-    parameters = stage_parameters(shape.model, plan)
-    weights, boundary = shape.weight_bytes * parameters, shape.boundary
-    state = 3 * weights  # with both moments
+    layout = Layout.planned(shape.model, plan, shape.optimizer)
+    weights, boundary = shape.weight_bytes * layout.values, shape.boundary
+    state = weights + shape.weight_bytes * layout.moments
+    matrices = [2 * shape.weight_bytes * len(place.span) for place in layout.matrices]  # before and after
+    mean = 1 / len(matrices) if matrices else 0.0
+    looked, factor = mean * sum(matrices), mean * sum(polar_flops(place.shape) for place in layout.matrices)
     tensors = shape.accumulation * role.kept * boundary
     pending = math.ceil((rules.slot_seconds + rules.delay_seconds) / shape.window_seconds) + 1
     forward, backward = (shape.tokens * flops for flops in stage_flops(shape.model, plan, tokens=shape.sequence))
@@ -291,18 +301,20 @@ def _stage(shape: Shape, rules: Rules, plan: StagePlan, picked: float, kept: int
     later = 1 - shape.window_seconds / shape.round_seconds
     return StageLoad(
         stage=plan.index,
-        parameters=parameters,
+        parameters=layout.values,
         pending_bytes=pending * (state + tensors) + weights,
         cut_bytes=3 * weights,
-        picked_bytes=kept * (weights + tensors + POOL * PIECE_PARTS * PIECE_BYTES),
+        picked_bytes=kept * (weights + tensors + POOL * PIECE_PARTS * PIECE_BYTES + max(matrices, default=0)),
         cuts_bytes=ROUNDS_KEPT * 3 * weights,
         training_flops=shape.microbatches * (forward + backward),
-        audit_flops=replayed * (role.forwards * forward + role.backwards * backward) + stepped * (forward + backward),
+        audit_flops=replayed * (role.forwards * forward + role.backwards * backward)
+        + stepped * (forward + backward)
+        + read * factor,
         training_bytes=shape.microbatches * role.sent * boundary if shape.stages > 1 else 0.0,
         table_bytes=rules.validators
         * HOUR
         * (2 * LEAF_BYTES / shape.microbatch_seconds + HEAD_BYTES / shape.window_seconds),
         unit_bytes=(replayed * role.shown + stepped * role.step) * boundary,
         weight_bytes=read * later * rules.delta * weights,
-        piece_bytes=read * rules.pieces * PIECE_PARTS * PIECE_BYTES,
+        piece_bytes=read * (rules.pieces * PIECE_PARTS * PIECE_BYTES + looked),
     )

@@ -25,6 +25,8 @@ class Check(StrEnum):
     """The gradient in a step is the one its units give."""
     STEP = "step"
     """Optimizer arithmetic, given the gradient."""
+    POLAR = "polar"
+    """A matrix moved by the polar factor of its momentum."""
     HEADS = "heads"
     """No signed statement is contradicted."""
     PAYLOAD = "payload"

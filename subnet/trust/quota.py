@@ -15,6 +15,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from model.layout import Layout
 from model.split import StagePlan
 from subnet.messages import Shapes
 from subnet.transport.synapse import wire_bytes
@@ -43,6 +44,8 @@ class Sizes:
 
     weights: int
     """The most that a window's weights travel as."""
+    flat: int
+    """The weights as they are."""
     state: int
     """Weights and moments."""
     forward: int
@@ -50,17 +53,18 @@ class Sizes:
     backward: int
 
     @classmethod
-    def of(cls, plan: StagePlan, parameters: int, shapes: Shapes) -> Sizes:
+    def of(cls, plan: StagePlan, layout: Layout, shapes: Shapes) -> Sizes:
         return cls(
-            weights=delta.limit_of(parameters),
-            state=3 * delta.VALUE_BYTES * parameters,
+            weights=delta.limit_of(layout.values),
+            flat=delta.VALUE_BYTES * layout.values,
+            state=delta.VALUE_BYTES * (layout.values + layout.moments),
             forward=wire_bytes(shapes.unit(plan, backward=False)),
             backward=wire_bytes(shapes.unit(plan, backward=True)),
         )
 
     def window(self, head: WindowHead) -> int:
         """Both states of a window, its units, and the weights before a merge."""
-        previous = self.state // 3 if head.merged else 0
+        previous = self.flat if head.merged else 0
         return 2 * self.state + previous + head.forward * self.forward + head.backward * self.backward
 
 

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model.optimizer import MOMENTUM_DECAY, OptimizerConfig, decay_of, first_momentum, learning_rate
+from model.layout import Layout
+from model.optimizer import MOMENTUM_DECAY, OptimizerConfig, decay_of, first_momentum, learning_rate, takes_muon
 from model.split import StagePlan
 from model.stage import Stage
 from subnet.trust.tree import PIECE_VALUES, pieces_in
@@ -38,16 +39,16 @@ SMALLEST = 2.0**-126
 SLACK = 2.0
 
 
-def spans_of(piece: int, parameters: int) -> tuple[range, range]:
+def spans_of(piece: int, layout: Layout) -> tuple[range, range]:
     """Of a piece of a stage's flat weights: where its values and their first moments lie, each in its vector, and where
-    their second moments do, which follow all first ones."""
-    span = range(piece * PIECE_VALUES, min((piece + 1) * PIECE_VALUES, parameters))
-    return span, range(parameters + span.start, parameters + span.stop)
+    the second moments do that they have, which may be none."""
+    span = range(piece * PIECE_VALUES, min((piece + 1) * PIECE_VALUES, layout.values))
+    return span, layout.second(span)
 
 
-def moments_beside(pieces: Iterable[int], parameters: int) -> tuple[int, ...]:
+def moments_beside(pieces: Iterable[int], layout: Layout) -> tuple[int, ...]:
     """The pieces of the moments, ascending, that a step on these pieces of the weights takes."""
-    spans = (span for piece in pieces for span in spans_of(piece, parameters))
+    spans = (span for piece in pieces for span in spans_of(piece, layout))
     return tuple(sorted({index for span in spans for index in pieces_in(span)}))
 
 
@@ -57,8 +58,9 @@ class Values:
 
     weights: torch.Tensor
     first: torch.Tensor
+    """Moments."""
     second: torch.Tensor
-    """The moments."""
+    """Of the values that have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +82,26 @@ class Stretch:
     """int64 (k,): values of one row of a matrix, or of one vector, have the same number."""
     parameters: torch.Tensor
     """int64 (k,): so have values of one parameter."""
+    adaptive: torch.Tensor
+    """bool (k,): which values have second moments."""
 
     @classmethod
     def of(cls, stage: Stage, span: range, config: OptimizerConfig) -> Stretch:
         """Raises `IndexError` for a span that the stage does not have."""
-        decays, rows, numbers, start, count = [], [], [], 0, 0
-        for number, (_, parameter) in enumerate(sorted(stage.named_parameters())):
+        decays, rows, numbers, adaptive, start, count = [], [], [], [], 0, 0
+        for number, (name, parameter) in enumerate(sorted(stage.named_parameters())):
             first, last = max(span.start - start, 0), min(span.stop - start, parameter.numel())
             inside = torch.arange(first, max(first, last))
             width = parameter.shape[-1]
             rows.append(count + inside // width)
             numbers.append(torch.full_like(inside, number))
             decays.append(torch.full(inside.shape, decay_of(config, parameter), dtype=torch.float64))
+            adaptive.append(torch.full(inside.shape, not takes_muon(config.kind, name, parameter)))
             start += parameter.numel()
             count += parameter.numel() // width
         if not 0 <= span.start < span.stop <= start:
             raise IndexError(f"values {span.start} to {span.stop} of {start}: take some that there are")
-        return cls(span, torch.cat(decays), torch.cat(rows), torch.cat(numbers))
+        return cls(span, torch.cat(decays), torch.cat(rows), torch.cat(numbers), torch.cat(adaptive))
 
 
 def entered(before: Values, after: Values, *, config: OptimizerConfig, plan: StagePlan) -> Entered:
@@ -120,8 +125,10 @@ def step_error(
     steps: int,
 ) -> float:
     """How far second moments and weights after optimizer step `steps` (from 0) are from what follows, in multiples of
-    what rounding explains: at most 1 for an honest step, infinite where something is not finite."""
-    g, delta = took.gradient, took.uncertainty
+    what rounding explains: at most 1 for an honest step, infinite where something is not finite. Of values without
+    second moments nothing is said: where they go depends on their whole matrix (`subnet.trust.polar`)."""
+    here = stretch.adaptive
+    g, delta = took.gradient[here], took.uncertainty[here]
     beta = config.betas[1]
     old, new = before.second.double(), after.second.double()
     expected = beta * old + (1 - beta) * g.square()
@@ -130,16 +137,16 @@ def step_error(
     error = _worst(new - expected, bound)
 
     lr, number = learning_rate(config, steps), steps + 1
-    start, end, moment = before.weights.double(), after.weights.double(), after.first.double()
+    start, end, moment = (x[here].double() for x in (before.weights, after.weights, after.first))
     correction = math.sqrt(1 - beta**number)
     denominator = new.sqrt() / correction + config.eps
     flushed = math.sqrt(SMALLEST) / correction / denominator
-    if config.kind == "adamw":
+    if config.kind != "nadam":
         rates = [(moment, torch.zeros_like(moment), lr / (1 - config.betas[0] ** number), 0.0)]
     else:
         own, ahead = _nesterov(first_momentum(config, plan), number, lr)
         rates = [(g, delta, *own), (moment, torch.zeros_like(moment), *ahead)]
-    expected = start * (1 - lr * stretch.decay)
+    expected = start * (1 - lr * stretch.decay[here])
     bound = ROUNDING * 2 * (start.abs() + end.abs())
     spread = torch.zeros_like(bound)
     for direction, unsure, rate, off in rates:
@@ -200,5 +207,8 @@ def _momentum(beta: float, number: int) -> float:
 
 
 def _worst(off: torch.Tensor, bound: torch.Tensor) -> float:
+    """The largest of `off` in multiples of `bound`, (k,) each; infinite where one is not finite, 0 of none."""
     error = off.abs() / bound
-    return float(error.max()) if bool(torch.isfinite(error).all()) else math.inf
+    if not bool(torch.isfinite(error).all()):
+        return math.inf
+    return float(error.max()) if error.numel() else 0.0

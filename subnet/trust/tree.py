@@ -35,7 +35,9 @@ def pieces_of(total: int) -> int:
 
 
 def pieces_in(span: range) -> range:
-    """The pieces in which values of a flat fp32 vector lie."""
+    """The pieces in which values of a flat fp32 vector lie; of no values none."""
+    if not span:
+        return range(0)
     return range(span.start // PIECE_VALUES, (span.stop - 1) // PIECE_VALUES + 1)
 
 

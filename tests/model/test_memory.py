@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from model.memory import (
     require_fit,
     stage_memory,
 )
-from model.optimizer import OptimizerConfig
+from model.optimizer import Kind, OptimizerConfig
 from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
@@ -38,15 +40,16 @@ def test_the_states_of_a_100b_stage_are_those_of_the_published_run() -> None:
     assert memory.total < 80e9
 
 
+@pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("stages", [1, 4])
-def test_states_are_the_bytes_that_an_engine_holds(stages: int) -> None:
+def test_states_are_the_bytes_that_an_engine_holds(stages: int, kind: Kind) -> None:
     config = preset("pico")
-    units = Units(batch=2, sequence=16, value_bytes=4, moment_bytes=4)
+    units = Units(batch=2, sequence=16, value_bytes=4, moment_bytes=4, optimizer=kind)
     for plan in split(config, stages):
         stage = build_stage(config, plan, seed=0)
         engine = StageEngine(
             stage,
-            OptimizerConfig(kind="adamw", lr=1e-3),
+            OptimizerConfig(kind=kind, lr=1e-3),
             plan,
             n_total_params=1_000_000,
             accumulation=1,

@@ -18,9 +18,11 @@ from typing import Self
 
 import torch
 
-from model.accounting import stage_parameters, total_parameters
+from model.accounting import total_parameters
 from model.config import BoundaryConfig, BoundaryForm
 from model.engine import StageEngine
+from model.layout import Layout
+from model.optimizer import Kind
 from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage, flatten
@@ -53,7 +55,7 @@ from subnet.transport.dendrite import NO_SPECS, Dendrite
 from subnet.transport.errors import Dropped
 from subnet.transport.synapse import Synapse, tensor_bytes
 from subnet.trust import delta
-from subnet.trust.audit import UnitTensors, select_pool
+from subnet.trust.audit import UnitTensors
 from subnet.trust.decision import Rule, Suspicion, tests_per_year
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES, Statement, WindowHead, statement_message
 from subnet.trust.heads import chain as digests_of
@@ -71,8 +73,8 @@ from subnet.trust.ledger import (
     receipt_message,
     units_hash,
 )
-from subnet.trust.step import moments_beside
-from subnet.trust.tree import Tree, pieces_of
+from subnet.trust.pool import Pool
+from subnet.trust.tree import Tree
 from tests.neurons.swarm import SEED, manifest, open_corpus, tiny, tokens_file
 
 PAYLOAD = b"p" * 32
@@ -141,6 +143,7 @@ class ClosedRound:
         steps: float = 0.5,
         merge: Callable[[Work, torch.Tensor], torch.Tensor] | None = None,
         number: int = NUMBER,
+        kind: Kind = "adamw",
     ) -> None:
         """By (stage, replica): `cheats` change what that replica sends on, `bent` get its engine before the round;
         `engines` are built as `StageEngine` is.
@@ -154,12 +157,16 @@ class ClosedRound:
             update={"windows": windows, "readers": readers, "share": 0.2, "steps": steps, "tolerance": 0.02}
         )
         described = described.model_copy(
-            update={"audit": rules, "merge": described.merge.model_copy(update={"codec": "topk2bit"})}
+            update={
+                "audit": rules,
+                "merge": described.merge.model_copy(update={"codec": "topk2bit"}),
+                "optimizer": described.optimizer.model_copy(update={"kind": kind}),
+            }
         )
         self.loaded: LoadedManifest = described.write(folder / "manifest.toml")
         self.corpus = open_corpus(folder, described, entry)
         self.plans = split(config, stages)
-        self.parameters = [stage_parameters(config, plan) for plan in self.plans]
+        self.layouts = [Layout.planned(config, plan, kind) for plan in self.plans]
         keys = [Identity.from_uri(f"//audited-{index}") for index in range(stages * replicas)]
         hotkeys = [key.hotkey for key in keys]
         roster = Roster.of([hotkeys[stage * replicas : (stage + 1) * replicas] for stage in range(stages)])
@@ -348,9 +355,8 @@ class ClosedRound:
     def seed(self, slot: int) -> bytes:
         return digest(b"slot %d" % slot)
 
-    def pool(self, work: Work, head: WindowHead) -> tuple[int, ...]:
-        total = pieces_of(4 * self.parameters[work.engine.plan.index])
-        return select_pool(total, seed=self.seed(head.slot), hotkey=work.hotkey, version=head.version)
+    def pool(self, work: Work, head: WindowHead) -> Pool:
+        return Pool.of(work.engine.layout, seed=self.seed(head.slot), hotkey=work.hotkey, version=head.version)
 
     def facts(self, secret: bytes, *, stake_share: float = 1.0) -> RoundFacts:
         public, base = dict(enumerate(self.public)), dict(enumerate(self.base))
@@ -432,9 +438,8 @@ class Show:
         data, proofs = [], []
         head = next(head for head in self.work.heads if head.version == request.version)
         pool = self.closed.pool(self.work, head)
-        moments = moments_beside(pool, self.closed.parameters[self.work.engine.plan.index])
         for part, index in zip(request.parts, request.pieces, strict=True):
-            named = moments if part in ("optimizer", "next_optimizer") else pool
+            named = pool.moments if part in ("optimizer", "next_optimizer") else pool.weights
             pieces = Pieces.of(self.work.vector(request.version, part), named)
             data.append(pieces.piece(index))
             proofs.append(pieces.proof(index))
@@ -472,7 +477,7 @@ class Judging:
         self.auditor = Auditor(
             loaded=closed.loaded,
             plans=closed.plans,
-            parameters=closed.parameters,
+            layouts=closed.layouts,
             corpus=closed.corpus,
             bench=self.bench,
             dendrite=self.dendrite,

@@ -16,6 +16,7 @@ from model.accounting import total_parameters
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.data import Corpus, ShardEntry
 from model.engine import StageEngine
+from model.layout import Layout, Place
 from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
@@ -76,6 +77,11 @@ def tokens_file(folder: Path, *, count: int = 40_000) -> ShardEntry:
     return ShardEntry(name="tokens.bin", sha256=hashlib.sha256(raw).hexdigest(), dtype="uint16")
 
 
+def one_vector(values: int) -> Layout:
+    """Of a stage that is one vector of so many values, each with both moments."""
+    return Layout((Place("w", (values,), start=0, second=0, adaptive=True),))
+
+
 def manifest(
     config: ModelConfig,
     entry: ShardEntry,
@@ -106,6 +112,10 @@ def manifest(
             eps=1e-8,
             weight_decay=0.1,
             warmup_steps=4,
+            schedule="constant",
+            steps=0,
+            cooldown=0.2,
+            floor=0.0,
             clip=0.0,
             accumulation=accumulation,
             outer_lr=1.0,

@@ -67,7 +67,7 @@ class Seat(Bar):
         self.auditor = Auditor(
             loaded=closed.loaded,
             plans=closed.plans,
-            parameters=closed.parameters,
+            layouts=closed.layouts,
             corpus=closed.corpus,
             bench=Bench([build_stage(described.model.config(), plan, 1) for plan in closed.plans]),
             dendrite=dendrite,

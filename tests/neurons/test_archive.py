@@ -27,10 +27,11 @@ from subnet.swarm.roster import Roster
 from subnet.trust.audit import POOL, UnitTensors, pick_windows, select_pool, select_windows
 from subnet.trust.heads import WindowHead, slot_end
 from subnet.trust.ledger import Direction, UnitKey
+from subnet.trust.pool import Pool
 from subnet.trust.quota import ROUNDS_KEPT, Sizes
 from subnet.trust.step import moments_beside
 from subnet.trust.tree import PIECE_BYTES, PIECE_VALUES, pieces_of, proven
-from tests.neurons.swarm import Swarm, manifest, open_corpus, tiny, tokens_file
+from tests.neurons.swarm import Swarm, manifest, one_vector, open_corpus, tiny, tokens_file
 from tests.virtual import run
 
 VALUES = 1000
@@ -41,7 +42,8 @@ THIN = 4 * VALUES + 2 * STATE
 """A picked window without its units: its weights, and the only piece of each part, which takes no proof."""
 HOTKEY, VALIDATOR = "5Miner", "5Validator"
 RUN = b"a run id"
-SIZES = Sizes(weights=4 * VALUES, state=STATE, forward=UNIT, backward=UNIT)
+LAYOUT = one_vector(VALUES)
+SIZES = Sizes(weights=4 * VALUES, flat=4 * VALUES, state=STATE, forward=UNIT, backward=UNIT)
 
 
 def state(values: int = VALUES, *, seed: int | None = None) -> State:
@@ -70,7 +72,7 @@ def head(version: int, slot: int) -> WindowHead:
 
 
 def picking(slot: int, count: int = 1) -> Pick:
-    return partial(pick, seed=b"seed", hotkey=HOTKEY, slot=slot, count=count, pieces=pieces_of(4 * VALUES))
+    return partial(pick, seed=b"seed", hotkey=HOTKEY, slot=slot, count=count, layout=LAYOUT)
 
 
 @dataclass
@@ -159,17 +161,18 @@ def test_of_a_picked_window_stay_its_weights_its_units_and_the_pieces_that_its_s
     window, total = whole_window(values), pieces_of(4 * values)
     assert window.closing is not None
     assert window.previous is not None
-    pool = select_pool(total, seed=b"seed", hotkey=HOTKEY, version=3)
-    moments = moments_beside(pool, values)
+    pool = Pool.of(one_vector(values), seed=b"seed", hotkey=HOTKEY, version=3)
+    assert pool.weights == select_pool(total, seed=b"seed", hotkey=HOTKEY, version=3)
+    assert pool.moments == moments_beside(pool.weights, one_vector(values))
     picked = PickedWindow.of(window, pool)
     assert torch.equal(picked.weights, window.opening.weights.values)
     assert picked.units == window.units
     whole = {
-        "weights": (window.opening.weights, pool),
-        "optimizer": (window.opening.moments, moments),
-        "next_weights": (window.closing.weights, pool),
-        "next_optimizer": (window.closing.moments, moments),
-        "previous_weights": (window.previous, pool),
+        "weights": (window.opening.weights, pool.weights),
+        "optimizer": (window.opening.moments, pool.moments),
+        "next_weights": (window.closing.weights, pool.weights),
+        "next_optimizer": (window.closing.moments, pool.moments),
+        "previous_weights": (window.previous, pool.weights),
     }
     assert picked.parts.keys() == whole.keys()
     for part, (vector, numbers) in whole.items():
@@ -296,7 +299,7 @@ def test_the_miner_keeps_what_every_validator_picks(tmp_path: Path) -> None:
     async def play() -> None:
         training, current, loop = Training(RoundArchive()), 0, asyncio.get_running_loop()
         heads: list[WindowHead] = []
-        keeping = asyncio.create_task(keep_picked(node, roster, training.held, SIZES, lambda: current))
+        keeping = asyncio.create_task(keep_picked(node, roster, training.held, LAYOUT, SIZES, lambda: current))
         for slot in range(slots):
             heads += [training.window(slot) for _ in range(7)]
             await asyncio.sleep(100 + slot_end(slot, 5) + 1.5 - loop.time())
@@ -324,14 +327,14 @@ def test_the_miner_keeps_what_every_validator_picks(tmp_path: Path) -> None:
 def test_a_ring_that_cannot_hold_what_is_picked_is_refused_by_its_option(tmp_path: Path) -> None:
     described = manifest(tiny(), tokens_file(tmp_path, count=2000), stages=2)
     plan = split(described.model.config(), 2)[0]
-    least = least_ring(described, plan, VALUES)
+    least = least_ring(described, plan, LAYOUT)
     assert least > 2 * STATE + THIN
 
     def miner(ring: int) -> Miner:
         node = SimpleNamespace(
             loaded=SimpleNamespace(manifest=described, run_id=b"run", digest=bytes(32)),
             plans=[plan],
-            parameters=[VALUES],
+            layouts=[LAYOUT],
             config=SimpleNamespace(ring=ring, out=tmp_path, name="miner", evidence_disk=0),
         )
         return Miner(cast("Node", node), keeper=None)  # type: ignore[arg-type]

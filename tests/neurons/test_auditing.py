@@ -446,7 +446,7 @@ def source(court: Court, work: Work) -> Source:
         number=NUMBER,
         hotkey=work.hotkey,
         plan=plan,
-        parameters=closed.parameters[plan.index],
+        layout=closed.layouts[plan.index],
         shapes=Shapes.of(closed.loaded.manifest),
         patience=1.0,
     )
@@ -454,7 +454,7 @@ def source(court: Court, work: Work) -> Source:
 
 async def test_pieces_are_proven_by_the_roots_in_the_head(closed: ClosedRound) -> None:
     work = victim(closed)
-    head, values = work.heads[0], closed.parameters[1]
+    head, values = work.heads[0], closed.layouts[1].values
     async with Court(closed) as court:
         asked = source(court, work)
         for part, count, root in (
@@ -492,7 +492,7 @@ async def test_forged_and_giant_proofs_are_refused(
     head = work.heads[0]
     async with Court(closed, bends={work.hotkey: when(StateRequest, act)}) as court:
         async with asyncio.timeout(10):
-            state = NamedState("weights", head.weights, closed.parameters[1])
+            state = NamedState("weights", head.weights, closed.layouts[1].values)
             with pytest.raises(Withheld):
                 await source(court, work).pieces(head.version, [(state, 0)])
 

@@ -16,6 +16,7 @@ import torch
 
 from model.checkpoint import Encoded
 from model.config import BoundaryConfig, BoundaryForm
+from model.layout import Layout
 from model.split import split
 from neurons.archive import Archive, Pick, RoundArchive
 from neurons.desks import EvidenceDesk
@@ -62,12 +63,16 @@ class Shown:
 
     @property
     def values(self) -> int:
-        return sum(parameter.numel() for parameter in self.miner.worker.engine.stage.parameters())
+        return self.layout.values
+
+    @property
+    def layout(self) -> Layout:
+        return self.miner.worker.engine.layout
 
     @property
     def sizes(self) -> Sizes:
         manifest = self.swarm.loaded.manifest
-        return Sizes.of(self.miner.worker.plan, self.values, Shapes.of(manifest))
+        return Sizes.of(self.miner.worker.plan, self.layout, Shapes.of(manifest))
 
     async def close(self, *, count: int = 8, settled: bool = True) -> Evidence:
         """As a cut does, with error feedback. The slot's seed picks `count` windows."""
@@ -86,8 +91,7 @@ class Shown:
         return evidence
 
     def pick(self, count: int) -> Pick:
-        hotkey, pieces = self.miner.identity.hotkey, pieces_of(4 * self.values)
-        return partial(pick, seed=SEED, hotkey=hotkey, slot=0, count=count, pieces=pieces)
+        return partial(pick, seed=SEED, hotkey=self.miner.identity.hotkey, slot=0, count=count, layout=self.layout)
 
     def picked(self, version: int) -> PickedWindow:
         window = self.held.picked[version]
@@ -105,7 +109,7 @@ class Shown:
             number=0,
             hotkey=hotkey,
             plan=split(loaded.manifest.model.config(), loaded.manifest.swarm.stages)[stage],
-            parameters=self.values,
+            layout=self.layout,
             shapes=Shapes.of(loaded.manifest),
             patience=patience,
             share=share,

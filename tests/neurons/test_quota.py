@@ -38,7 +38,7 @@ from subnet.trust.tree import pieces_of
 from tests.neurons.test_evidence import Shown, shown
 from tests.virtual import run
 
-SIZES = Sizes(weights=100, state=1000, forward=10, backward=30)
+SIZES = Sizes(weights=100, flat=333, state=1000, forward=10, backward=30)
 ONE, TWO = Identity.from_uri("//reader-one"), Identity.from_uri("//reader-two")
 
 

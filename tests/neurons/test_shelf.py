@@ -17,11 +17,12 @@ from model.checkpoint import Encoded
 from neurons.archive import Archive
 from neurons.kept import Cut, PickedWindow, Vector
 from neurons.shelf import Shelf
-from subnet.trust.audit import UnitTensors, select_pool
+from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import Direction, UnitKey
+from subnet.trust.pool import Pool
 from subnet.trust.quota import ROUNDS_KEPT
-from subnet.trust.step import moments_beside
-from subnet.trust.tree import PIECE_VALUES, pieces_of
+from subnet.trust.tree import PIECE_VALUES
+from tests.neurons.swarm import one_vector
 from tests.neurons.test_archive import HOTKEY, STATE, UNIT, VALUES, Training, picking, whole_window
 
 RUN = "00" * 32
@@ -66,14 +67,14 @@ async def test_a_window_comes_back_from_its_file_as_it_was(tmp_path: Path) -> No
         UnitKey(7, Direction.FORWARD): UnitTensors(x, None, y),
         UnitKey(7, Direction.BACKWARD): UnitTensors(x, g, None),
     }
-    pool = select_pool(pieces_of(4 * values), seed=b"seed", hotkey=HOTKEY, version=3)
+    pool = Pool.of(one_vector(values), seed=b"seed", hotkey=HOTKEY, version=3)
     before = PickedWindow.of(whole, pool)
     place = shelf(tmp_path)
     after = await place.put_window(5, 3, before)
     assert torch.equal(after.weights, before.weights)
     assert after.parts.keys() == before.parts.keys()
     for part, pieces in before.parts.items():
-        for index in moments_beside(pool, values) if part.endswith("optimizer") else pool:
+        for index in pool.moments if part.endswith("optimizer") else pool.weights:
             assert torch.equal(after.parts[part].piece(index), pieces.piece(index))
             assert after.parts[part].proof(index) == pieces.proof(index)
     assert after.units.keys() == before.units.keys()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import muon
 from model.engine import StageEngine, StepReport
 from neurons.dossier import RoundFacts
 from subnet.swarm.merge import taken_over
@@ -160,7 +161,7 @@ async def test_only_pieces_that_a_windows_seed_names_are_looked_at_and_a_cheat_i
         assert failed_checks(one, cheat.hotkey) == {(Check.STEP, Grade.PROOF)}
         for hotkey, dossier in dossiers.items():
             work = closed.works[hotkey]
-            named = {(head.version, piece) for head in work.heads for piece in closed.pool(work, head)}
+            named = {(head.version, piece) for head in work.heads for piece in closed.pool(work, head).weights}
             assert dossier.pieces
             assert dossier.pieces <= named
 
@@ -197,6 +198,102 @@ async def test_a_gradient_that_another_says_is_wrong_is_replayed_and_nothing_els
 
 def picked(closed: ClosedRound, facts: RoundFacts, work: Work) -> list[tuple[WindowHead, bytes]]:
     return pick_windows(work.heads, seeds=facts.seeds, hotkey=work.hotkey, count=closed.loaded.manifest.audit.windows)
+
+
+# -- Muon ------------------------------------------------------------------------------------------------------------
+
+
+def adamw_in_its_place(engine: StageEngine) -> None:
+    """It keeps the first moments that it must show, and takes other steps with them."""
+    move = engine._optimizer._muon  # type: ignore[attr-defined]
+
+    def bent(p: torch.Tensor, gradient: torch.Tensor, lr: float, decay: float) -> None:
+        before = p.clone()
+        move(p, gradient, lr, decay)
+        p.copy_(before * (1 - lr * decay) - lr * engine._optimizer.state[p]["exp_avg"].sign())
+
+    engine._optimizer._muon = bent  # type: ignore[attr-defined]
+
+
+def fewer_iterations(engine: StageEngine) -> None:
+    move = engine._optimizer._muon  # type: ignore[attr-defined]
+
+    def bent(*arguments: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(muon, "ITERATIONS", 4)
+            move(*arguments)
+
+    engine._optimizer._muon = bent  # type: ignore[attr-defined]
+
+
+WRONG_MATRICES: dict[str, Bent] = {
+    "AdamW in its place": adamw_in_its_place,
+    "fewer iterations": fewer_iterations,
+    "another rate": another_rate,
+}
+
+
+async def test_every_muon_step_of_an_honest_round_passes_and_one_matrix_of_each_window_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "POOL", 1)
+    closed = ClosedRound(tmp_path, steps=1.0, kind="muon")
+    async with Court(closed, patience=30.0) as court:
+        judge = court.validators["one"]
+        dossiers = await judge.audit(closed.facts(SECRET))
+    assert not judge.failed()
+    for hotkey, dossier in dossiers.items():
+        stepped = {head.version for head in closed.works[hotkey].heads if head.backward} & dossier.picked.keys()
+        assert dossier.polar == dossier.stepped == stepped != set()
+    found = [entry.finding for entry in judge.entries if entry.finding.check is Check.POLAR]
+    assert len(found) == sum(len(dossier.polar) for dossier in dossiers.values())
+    assert 0 < max(finding.error for finding in found) < 1e-3
+    assert {finding.grade for finding in found} == {Grade.MEASUREMENT}
+    steps = [entry.finding for entry in judge.entries if entry.finding.check is Check.STEP]
+    assert max(finding.error for finding in steps) <= 1
+    gradients = [entry.finding for entry in judge.entries if entry.finding.check is Check.GRADIENT]
+    assert max(finding.error for finding in gradients) < 1e-4
+
+
+@pytest.mark.parametrize("kind", WRONG_MATRICES)
+async def test_who_moves_matrices_otherwise_than_muon_is_convicted_and_others_look_for_themselves(
+    tmp_path: Path, kind: str
+) -> None:
+    """With units and gradients that are in order."""
+    closed = ClosedRound(tmp_path, bent={(0, 0): WRONG_MATRICES[kind]}, steps=1e-9, kind="muon")
+    cheat, honest = closed.stage(0)
+    async with Court(closed, validators=("one", "two"), patience=30.0) as court:
+        one, two = court.validators.values()
+        facts = closed.facts(SECRET)
+        await one.audit(facts)
+        assert {entry.finding.hotkey for entry in one.failed()} == {cheat.hotkey}
+        polar = [entry.finding for entry in one.failed() if entry.finding.check is Check.POLAR]
+        assert len(polar) >= 2
+        assert one.of(cheat.hotkey).convicted_round == NUMBER
+
+        models = [FindingModel.of(finding) for finding in polar]
+        dossiers = two.auditor.open(facts)
+        for work in (cheat, honest):
+            dossiers[work.hotkey].evidence = work.evidence
+            dossiers[work.hotkey].picked = {head.version: seed for head, seed in picked(closed, facts, work)}
+        assert await two.adopter.reproduce(facts, dossiers[cheat.hotkey], models, accuser="one") >= 2
+        assert {entry.accuser for entry in two.failed()} == {"one"}
+        assert two.of(cheat.hotkey).convicted_round == NUMBER
+        lies = [model.model_copy(update={"hotkey": honest.hotkey}) for model in models]
+        assert await two.adopter.reproduce(facts, dossiers[honest.hotkey], lies, accuser="one") == 0
+        assert dossiers[honest.hotkey].polar
+        assert not two.failed(honest.hotkey)
+
+
+async def test_a_matrix_that_failed_is_followed_by_those_of_the_other_picked_windows(tmp_path: Path) -> None:
+    """A validator that reads few windows sees enough for a verdict all the same."""
+    closed = ClosedRound(tmp_path, bent={(1, 0): adamw_in_its_place}, steps=1e-9, readers=0.5, kind="muon")
+    cheat = closed.stage(1)[0]
+    async with Court(closed, patience=30.0) as court:
+        judge = court.validators["one"]
+        dossiers = await judge.audit(closed.facts(SECRET))
+    assert len(dossiers[cheat.hotkey].polar) >= 2
+    assert judge.of(cheat.hotkey).convicted_round == NUMBER
 
 
 # -- merges that are taken over -------------------------------------------------------------------------------------
@@ -245,7 +342,7 @@ async def test_a_merge_is_looked_at_in_pieces_that_the_windows_seed_names(
     assert failed_checks(judge, liar.hotkey) == {(Check.WEIGHTS, Grade.PROOF)}
     for hotkey, work in closed.works.items():
         (after,) = (head for head in work.heads if head.merged)
-        assert dossiers[hotkey].merges == {(after.version, *closed.pool(work, after))}
+        assert dossiers[hotkey].merges == {(after.version, *closed.pool(work, after).weights)}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.data import Corpus, ShardEntry, TokenShard
-from scripts.manifests import CLIP, DECAY, DEFAULT_INNER, TOLERANCE
+from scripts.manifests import CLIP, DECAY, DEFAULT_INNER, MEAN, TOLERANCE
 from subnet.manifest import (
     AuditSection,
     DataSection,
@@ -179,19 +179,7 @@ class Spec(_Section):
                 validation_batches=1,
                 shards=[ShardSection(name="tokens.bin", sha256=hashlib.sha256(tokens).hexdigest(), dtype="uint16")],
             ),
-            optimizer=OptimizerSection(
-                kind=DEFAULT_INNER.kind,
-                lr=DEFAULT_INNER.lr,
-                beta1=DEFAULT_INNER.betas[0],
-                beta2=DEFAULT_INNER.betas[1],
-                eps=DEFAULT_INNER.eps,
-                weight_decay=DEFAULT_INNER.weight_decay,
-                warmup_steps=DEFAULT_INNER.warmup_steps,
-                clip=DEFAULT_INNER.clip,
-                accumulation=self.accumulation,
-                outer_lr=1.0,
-                outer_momentum=0.0,
-            ),
+            optimizer=OptimizerSection.of(DEFAULT_INNER, accumulation=self.accumulation, outer=MEAN),
             merge=MergeSection(codec="topk2bit", decay=DECAY, clip=CLIP),
             round=RoundSection(count=1, close=11, cut=12, have=13, merge=14, length=14, linger=1),
             audit=AuditSection(

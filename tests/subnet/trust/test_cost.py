@@ -25,6 +25,7 @@ SHAPE = Shape(
     accumulation=64,
     microbatch_seconds=2.5,
     round_seconds=3600.0,
+    optimizer="adamw",
     weight_bytes=2,
     wire_bytes=2,
 )
@@ -63,6 +64,19 @@ def test_a_body_stage_by_hand() -> None:
     assert load.unit_bytes == pytest.approx((0.01 * 2880 * 2.5 + 2 * 0.15 * 64 * 2) * boundary)
     assert load.weight_bytes == pytest.approx(2 * (1 - 160 / 3600) * weights)
     assert load.piece_bytes == 2 * 4 * PIECE_PARTS * PIECE_BYTES
+
+
+def test_muon_keeps_fewer_moments_and_shows_a_matrix() -> None:
+    """Of the seven of a block, and two of the boundaries, one is looked at in each window that is read."""
+    before, after = cost(SHAPE, RULES).stages[8], cost(replace(SHAPE, optimizer="muon"), RULES).stages[8]
+    matrices = 6 * [(9216, 9216), (9216, 9216), (1024, 9216), (1024, 9216)] + 18 * [(9216, 32256)] + 2 * [(144, 9216)]
+    values = [m * n for m, n in matrices]
+    assert before.pending_bytes - after.pending_bytes == 3 * 2 * sum(values)
+    assert after.picked_bytes - before.picked_bytes == 13 * 2 * 2 * max(values)
+    assert after.piece_bytes - before.piece_bytes == pytest.approx(2 * 2 * 2 * sum(values) / 44)
+    flops = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in matrices) / 44
+    assert after.audit_flops - before.audit_flops == pytest.approx(2 * flops, rel=1e-4)
+    assert after.cut_bytes == before.cut_bytes
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
+from model.layout import Layout, Place
 from model.optimizer import NANO_OPTIMIZER, OptimizerConfig, build_optimizer, clip_gradients, learning_rate
 from model.split import split
 from model.stage import Stage, build_stage, flatten
@@ -32,18 +34,34 @@ _NADAM = replace(_ADAMW, kind="nadam")
 _KINDS = pytest.mark.parametrize("config", [_ADAMW, _NADAM], ids=["adamw", "nadam"])
 
 
-@given(st.integers(1, 9 * PIECE_VALUES), st.data())
+@given(st.lists(st.tuples(st.integers(1, 3 * PIECE_VALUES), st.booleans()), min_size=1, max_size=6), st.data())
 def test_a_step_on_some_pieces_takes_the_moments_of_their_values_and_no_piece_more(
-    parameters: int, data: st.DataObject
+    parameters: list[tuple[int, bool]], data: st.DataObject
 ) -> None:
-    count = -(-parameters // PIECE_VALUES)
+    layout = laid_out(parameters)
+    adaptive = np.repeat(*np.array(parameters).T[::-1]).astype(bool)
+    number = layout.values + np.cumsum(adaptive) - 1
+    count = -(-layout.values // PIECE_VALUES)
     pieces = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
-    beside = moments_beside(sorted(pieces), parameters)
-    values = [value for piece in pieces for span in spans_of(piece, parameters) for value in (span[0], span[-1])]
-    assert set(beside) == {value // PIECE_VALUES for value in values}, "a span is no longer than a piece"
+    beside = moments_beside(sorted(pieces), layout)
+    inside = np.concatenate([np.arange(piece * PIECE_VALUES, (piece + 1) * PIECE_VALUES) for piece in pieces])
+    inside = inside[inside < layout.values]
+    moments = np.concatenate([inside, number[inside][adaptive[inside]]])
+    assert set(beside) == {int(value) for value in np.unique(moments // PIECE_VALUES)}
     assert list(beside) == sorted(beside)
     assert len(beside) <= 3 * len(pieces)
-    assert sum(len(spans_of(piece, parameters)[0]) for piece in range(count)) == parameters
+    assert sum(len(spans_of(piece, layout)[0]) for piece in range(count)) == layout.values
+    assert sum(len(spans_of(piece, layout)[1]) for piece in range(count)) == adaptive.sum()
+    assert layout.moments == layout.values + adaptive.sum()
+
+
+def laid_out(parameters: list[tuple[int, bool]]) -> Layout:
+    """Parameters of so many values, and whether they have second moments."""
+    places, start, second = [], 0, 0
+    for number, (size, adaptive) in enumerate(parameters):
+        places.append(Place(str(number), (size,), start, second, adaptive))
+        start, second = start + size, second + size * adaptive
+    return Layout(tuple(places))
 
 
 @dataclass
@@ -288,8 +306,10 @@ def test_a_gradient_where_there_is_none_is_seen_however_small() -> None:
 
 def test_one_row_in_a_thousand_may_be_off_but_not_by_much() -> None:
     rows = 2_000
-    stretch = Stretch(range(rows * 4), torch.zeros(rows * 4), torch.arange(rows * 4) // 4, torch.zeros(rows * 4))
-    true = torch.randn(rows * 4, generator=torch.Generator().manual_seed(0))
+    count = rows * 4
+    both = torch.ones(count, dtype=torch.bool)
+    stretch = Stretch(range(count), torch.zeros(count), torch.arange(count) // 4, torch.zeros(count), both)
+    true = torch.randn(count, generator=torch.Generator().manual_seed(0))
     took = true.double()
     took[:8] *= 1.1
     assert gradient_error(Entered(took, torch.zeros(1)), true, stretch) < TOLERANCE

@@ -21,7 +21,7 @@ def stage_parameters(config: ModelConfig, plan: StagePlan, *, boundaries: bool =
     count = plan.layers * (block_matrix_parameters(config) + 2 * config.hidden)
     count += vocabulary if plan.is_first else 0
     count += vocabulary + config.hidden if plan.is_last else 0
-    if config.boundary.form is BoundaryForm.SUBSPACE and not plan.is_last:
+    if _confined(config, plan):
         # What writes to the residual has b rows instead of d, and a head's embedding b columns.
         written = plan.layers * (config.hidden + config.ffn) + (config.vocab if plan.is_first else 0)
         count -= written * (config.hidden - config.boundary_width)
@@ -30,8 +30,11 @@ def stage_parameters(config: ModelConfig, plan: StagePlan, *, boundaries: bool =
 
 def stage_moments(config: ModelConfig, plan: StagePlan, kind: Kind) -> int:
     """Values of the optimizer's moments of one stage: two for each parameter, one for those that Muon moves."""
-    moved = plan.layers * block_matrix_parameters(config) + _boundary_parameters(config, plan)
-    return 2 * stage_parameters(config, plan) - (moved if kind == "muon" else 0)
+    parameters = stage_parameters(config, plan)
+    norms = (2 * plan.layers + plan.is_last) * config.hidden
+    head = config.vocab * config.hidden if plan.is_last else 0
+    moved = parameters - norms - head - _looked_up(config, plan)
+    return 2 * parameters - (moved if kind == "muon" else 0)
 
 
 def total_parameters(config: ModelConfig, stages: int = 1, *, boundaries: bool = True) -> int:
@@ -46,7 +49,8 @@ def stage_flops(config: ModelConfig, plan: StagePlan, *, tokens: int | None = No
     receivers' token tables, counts nothing.
     """
     length = config.context if tokens is None else tokens
-    matrices = 2 * (stage_parameters(config, plan) - _looked_up(config, plan))
+    basis = _by_basis(config, plan) * config.boundary_width * config.hidden
+    matrices = 2 * (stage_parameters(config, plan) - _looked_up(config, plan) + basis)
     attention = plan.layers * 2 * length * config.heads * config.head_dim
     forward = matrices + attention
     return forward, 2 * forward
@@ -69,10 +73,22 @@ def boundary_bytes(config: ModelConfig, *, tokens: int, itemsize: int) -> int:
     return tokens * config.boundary_width * itemsize
 
 
+def _confined(config: ModelConfig, plan: StagePlan) -> bool:
+    return config.boundary.form is BoundaryForm.SUBSPACE and not plan.is_last
+
+
+def _by_basis(config: ModelConfig, plan: StagePlan) -> int:
+    """How often form `subspace` multiplies a token by its basis."""
+    if config.boundary.form is not BoundaryForm.SUBSPACE:
+        return 0
+    written = 2 * plan.layers + plan.is_first if _confined(config, plan) else 0
+    return written + (not plan.is_first) + (not plan.is_last)
+
+
 def _looked_up(config: ModelConfig, plan: StagePlan) -> int:
     """Parameters of a stage of which a token takes rows: they take part in no product."""
     if plan.is_first:
-        confined = config.boundary.form is BoundaryForm.SUBSPACE and not plan.is_last
+        confined = _confined(config, plan)
         return config.vocab * (config.boundary_width if confined else config.hidden)
     return config.boundary.rank * (config.vocab + config.boundary.pairs)
 

@@ -129,7 +129,7 @@ def build_optimizer(config: OptimizerConfig, stage: Stage, plan: StagePlan) -> t
 
 def takes_muon(kind: Kind, name: str, parameter: Tensor) -> bool:
     """Whether Muon moves this parameter of a stage: a matrix of a block or boundary that is no table of tokens."""
-    inside = name.startswith(("layers.", "boundaries.")) and "tokens" not in name
+    inside = name.startswith(("layers.", "boundaries.")) and ".token" not in name
     return kind == "muon" and inside and parameter.dim() == 2
 
 

@@ -1,6 +1,7 @@
 """Parameter counts equal built stages, FLOPs equal torch's own counter, MFU a hand count."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from model.accounting import (
     boundary_bytes,
     mfu,
     stage_flops,
+    stage_moments,
     stage_parameters,
     total_parameters,
     training_flops_per_token,
 )
 from model.config import BoundaryConfig, BoundaryForm, ConfigError, ModelConfig, preset
 from model.devices import device
+from model.optimizer import Kind, takes_muon
 from model.split import split, stage_cost
 from model.stage import Stage
 
@@ -24,6 +27,11 @@ _BOUNDARIES = [
     BoundaryConfig(),
     BoundaryConfig(form=BoundaryForm.A, width=4),
     BoundaryConfig(form=BoundaryForm.B, width=4),
+    BoundaryConfig(form=BoundaryForm.SUBSPACE, width=4),
+    BoundaryConfig(form=BoundaryForm.T, width=4),
+    BoundaryConfig(form=BoundaryForm.T, width=4, rank=3),
+    BoundaryConfig(form=BoundaryForm.T, width=4, rank=3, pairs=20),
+    BoundaryConfig(rank=3),
 ]
 
 
@@ -36,7 +44,11 @@ def test_counts_equal_built_stages(boundary: BoundaryConfig, stages: int) -> Non
         assert stage_parameters(config, plan) == sum(p.numel() for p in built.values())
         core = sum(p.numel() for name, p in built.items() if not name.startswith("boundaries."))
         assert stage_parameters(config, plan, boundaries=False) == core
-    assert total_parameters(config, stages, boundaries=False) == total_parameters(config)
+        for kind in get_args(Kind):
+            moments = sum(p.numel() * (1 if takes_muon(kind, name, p) else 2) for name, p in built.items())
+            assert stage_moments(config, plan, kind) == moments
+    if boundary.form is not BoundaryForm.SUBSPACE:
+        assert total_parameters(config, stages, boundaries=False) == total_parameters(config)
 
 
 @pytest.mark.parametrize("boundary", _BOUNDARIES)
@@ -48,7 +60,7 @@ def test_matrix_flops_equal_torchs_counter(boundary: BoundaryConfig) -> None:
         width = (config.boundary_width,)
         x = torch.zeros(batch, tokens, dtype=torch.int64) if plan.is_first else torch.zeros(batch, tokens, *width)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            stage(x)
+            stage(x, torch.zeros(batch, tokens, dtype=torch.int64))
         counts = counter.get_flop_counts()["Global"]
         matrices = sum(n for name, n in counts.items() if "attention" not in str(name)) / (batch * tokens)
         norms = sum(p.numel() for p in stage.parameters() if p.dim() == 1)

@@ -1,0 +1,105 @@
+"""What a narrow boundary costs in loss at equal tokens: forms, ratios, optimizers, staleness, widths, over seeds.
+
+    python -m scripts.bench.boundary --grid scripts/bench/learning/nano.toml --jobs 2     # goes on where it stopped
+    python -m scripts.bench.boundary --row form=t ratio=16 optimizer=muon seed=3          # one row
+    python -m scripts.bench.boundary --tables                                             # what is there, as markdown
+    python -m scripts.bench.boundary --quick                                              # CI's size, in a minute
+
+Every row trains one model on the standard library's text (or on what `orion data prepare` made, `--data`), on the same
+samples in the same order for one seed. Results are lines of JSON, one per row, in --results; a row that is there is not
+trained again. docs/learning.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from model.config import ConfigError
+from model.corpus import standard_library_corpus
+from model.data import Corpus
+from scripts.bench.learning.grid import GridError, Results, read_grid
+from scripts.bench.learning.rows import BATCH, Row
+from scripts.bench.learning.tables import pages
+from scripts.bench.learning.training import train
+from scripts.localnet import cache_folder
+
+RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "boundary.jsonl"
+GRID = Path(__file__).parent / "learning" / "nano.toml"
+
+
+def corpus_of(row: Row) -> Corpus:
+    """The standard library's, in microbatches of this row's shape; the same for all seeds."""
+    config = row.model()
+    files = standard_library_corpus(cache_folder(), vocab=config.vocab)
+    return Corpus.open(files.folder, files.entries, seed=0, batch=BATCH, tokens=config.context, vocab=config.vocab)
+
+
+def run(row: Row, results: Results) -> None:
+    curve = train(row, corpus_of(row))
+    results.add(row, curve)
+    print(f"{row.name}: {curve.final:.4f} after {curve.seconds:.0f} s", flush=True)
+
+
+def parsed(words: list[str]) -> Row:
+    """A row from `name=value` words. Raises `GridError`."""
+    values = dict(word.partition("=")[::2] for word in words)
+    try:
+        return TypeAdapter(Row).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise GridError(f"--row: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
+    except ConfigError as error:
+        raise GridError(f"--row: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench.boundary", description=__doc__.splitlines()[0])
+    parser.add_argument("--grid", type=Path, default=GRID)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--row", nargs="+", metavar="NAME=VALUE", help="train this row alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that train at a time, a core each (default: 1)")
+    parser.add_argument("--tables", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--list", action="store_true", help="train nothing, print the rows that are missing")
+    options = parser.parse_args(argv)
+    results = Results(options.results)
+    try:
+        if options.row:
+            torch.set_num_threads(1)
+            run(parsed(options.row), results)
+            return 0
+        rows = read_grid(options.grid)
+        missing = [row for row in rows if row not in results.read()]
+        if options.list:
+            print("\n".join(row.name for row in missing))
+        elif options.tables:
+            for title, lines in pages(results.read()):
+                print(f"\n{title}\n\n" + "\n".join(lines))
+        else:
+            return _all(missing, options.results, jobs=options.jobs)
+    except GridError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _all(rows: Sequence[Row], results: Path, *, jobs: int) -> int:
+    """A process for each row, so many at a time: two small models train faster on a core each than in turn on both."""
+
+    def one(row: Row) -> int:
+        words = [sys.executable, "-m", "scripts.bench.boundary", "--results", str(results), "--row", *row.name.split()]
+        return subprocess.run(words, check=False).returncode
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return max(pool.map(one, rows), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

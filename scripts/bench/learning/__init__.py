@@ -1,0 +1,1 @@
+"""What training loses and gains by a choice: boundaries, optimizers, staleness, each on equal tokens."""

@@ -1,0 +1,128 @@
+"""One training run of the comparison: what it is called, and the model and optimizer that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+from model.accounting import total_parameters
+from model.config import BoundaryConfig, BoundaryForm, ConfigError, ModelConfig, preset
+from model.optimizer import Kind, OptimizerConfig
+
+Form = Literal["none", "none+", "truncation", "a", "b", "linear", "subspace", "t"]
+"""As `model.bottleneck` has them. `none+` sends the whole residual and has the token tables of `t`: the control whose
+parameters are those of `t` but for the projections; `linear` is `t` without tables."""
+
+LAYERS = 8
+CONTEXT = 128
+BATCH = 8
+"""Sequences in a microbatch."""
+RANK_SHARE = 4
+"""Token tables have a rank of a quarter of the hidden width."""
+WARM_UP = 20
+COOLDOWN = 0.25
+"""Share of the steps in which the rate comes down."""
+RATES: dict[Kind, float] = {"adamw": 4e-3, "nadam": 4e-3, "muon": 1e-2}
+"""At a width of 128; the best of a sweep for the uncompressed model, see docs/learning.md. Rates fall with the width's
+square root for the adaptive ones; Muon's step is scaled to the width by itself."""
+BETAS: dict[Kind, tuple[float, float]] = {"adamw": (0.9, 0.95), "nadam": (0.9, 0.95), "muon": (0.95, 0.95)}
+WIRE_BYTES = 2
+"""Of a bf16 value: what a ratio is relative to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One run. Two runs with equal rows have equal results."""
+
+    form: Form
+    ratio: int = 1
+    """Bytes of a whole bf16 residual over bytes that cross; 1 for forms that send it."""
+    optimizer: Kind = "muon"
+    boundaries: int = 3
+    hidden: int = 128
+    seed: int = 0
+    steps: int = 300
+    depth: int = 1
+    """Microbatches in flight at the head: 1 is synchronous training, every step on the gradient of its own weights."""
+    accumulation: int = 1
+    """Microbatches in a step."""
+    lr: float | None = None
+    """Instead of `RATES`."""
+
+    def __post_init__(self) -> None:
+        if self.form not in get_args(Form):
+            raise ConfigError(f"form is '{self.form}'; it must be one of {', '.join(get_args(Form))}: change it")
+        whole = self.form in ("none", "none+")
+        if whole != (self.ratio == 1):
+            raise ConfigError(
+                f"ratio is {self.ratio}, form is '{self.form}': forms none and none+ have 1, all others more"
+            )
+        if self.hidden % self.ratio:
+            raise ConfigError(f"hidden {self.hidden} is no multiple of ratio {self.ratio}: change one of them")
+        if self.depth < 1 or self.steps < 1 or self.accumulation < 1:
+            raise ConfigError(
+                f"depth is {self.depth}, steps {self.steps} and accumulation {self.accumulation}; "
+                "all must be at least 1: raise them"
+            )
+
+    @property
+    def name(self) -> str:
+        """All that tells this row from others, in one line."""
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items() if value is not None)
+
+    @property
+    def stages(self) -> int:
+        return self.boundaries + 1
+
+    def model(self) -> ModelConfig:
+        """The model; one of form `subspace` has wider FFNs, which give it the parameters of the others."""
+        config = self._model(_ffn(self.hidden))
+        if self.form != "subspace":
+            return config
+        goal = total_parameters(Row(form="none", hidden=self.hidden).model(), self.stages)
+        ffn = _ffn(self.hidden)
+        while total_parameters(self._model(ffn + 8), self.stages) <= goal:
+            ffn += 8
+        return self._model(ffn)
+
+    def inner(self) -> OptimizerConfig:
+        scale = (128 / self.hidden) ** 0.5 if self.optimizer != "muon" else 1.0
+        return OptimizerConfig(
+            kind=self.optimizer,
+            lr=RATES[self.optimizer] * scale if self.lr is None else self.lr,
+            betas=BETAS[self.optimizer],
+            warmup_steps=WARM_UP,
+            schedule="wsd",
+            steps=self.steps,
+            cooldown=COOLDOWN,
+        )
+
+    def _model(self, ffn: int) -> ModelConfig:
+        return ModelConfig(
+            vocab=preset("nano").vocab,
+            hidden=self.hidden,
+            layers=LAYERS,
+            heads=self.hidden // 32,
+            kv_heads=self.hidden // 64,
+            ffn=ffn,
+            context=CONTEXT,
+            boundary=self._boundary(),
+        )
+
+    def _boundary(self) -> BoundaryConfig:
+        width, rank = self.hidden // self.ratio, self.hidden // RANK_SHARE
+        match self.form:
+            case "none":
+                return BoundaryConfig()
+            case "none+":
+                return BoundaryConfig(rank=rank)
+            case "t":
+                return BoundaryConfig(form=BoundaryForm.T, width=width, rank=rank)
+            case "linear":
+                return BoundaryConfig(form=BoundaryForm.T, width=width)
+            case _:
+                return BoundaryConfig(form=BoundaryForm(self.form), width=width)
+
+
+def _ffn(hidden: int) -> int:
+    return 3 * hidden

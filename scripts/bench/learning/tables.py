@@ -1,0 +1,131 @@
+"""Results of a grid as markdown: means over seeds with their spread, and what a boundary costs beside its control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+
+from scripts.bench.learning.rows import Row
+from scripts.bench.learning.training import Curve
+
+Results = Mapping[Row, Curve]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One row over its seeds."""
+
+    losses: tuple[float, ...]
+    parameters: int
+
+    @property
+    def mean(self) -> float:
+        return mean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; 0 for one seed."""
+        return stdev(self.losses) if len(self.losses) > 1 else 0.0
+
+    def __str__(self) -> str:
+        more = f" ± {self.spread:.3f}" if len(self.losses) > 1 else ""
+        return f"{self.mean:.3f}{more}"
+
+
+def summaries(results: Results) -> dict[Row, Summary]:
+    """By row with seed 0, whatever its seeds are."""
+    found: dict[Row, list[Curve]] = {}
+    for row, curve in results.items():
+        found.setdefault(replace(row, seed=0), []).append(curve)
+    return {row: Summary(tuple(c.final for c in curves), curves[0].parameters) for row, curves in found.items()}
+
+
+def control(row: Row) -> Row:
+    """What a boundary is held against: for `t` the uncompressed model with its tables, for all others without."""
+    if row.form in ("t", "none+"):
+        return replace(row, form="none+", ratio=1)
+    return replace(row, form="none", ratio=1, boundaries=1 if row.depth == 1 else row.boundaries)
+
+
+def cost(row: Row, found: Mapping[Row, Summary]) -> float | None:
+    """By how much its loss is above its control's, as a share; None where one of them is missing."""
+    own, other = found.get(row), found.get(control(row))
+    return None if own is None or other is None else own.mean / other.mean - 1
+
+
+def boundary_table(results: Results, *, hidden: int, boundaries: int, optimizer: str, steps: int) -> list[str]:
+    """Forms down, ratios across: loss, and in brackets by how much it is above its control's."""
+    found = summaries(results)
+    here = [
+        row
+        for row in found
+        if (row.hidden, row.optimizer, row.steps, row.depth, row.lr) == (hidden, optimizer, steps, 1, None)
+        and (row.boundaries == boundaries or row.form == "none")
+    ]
+    ratios = sorted({row.ratio for row in here if row.ratio > 1})
+    lines = [f"| form | parameters | 1x | {' | '.join(f'{ratio}x' for ratio in ratios)} |"]
+    lines.append("|---" * (3 + len(ratios)) + "|")
+    for form in dict.fromkeys(row.form for row in sorted(here, key=_order)):
+        rows = {row.ratio: row for row in here if row.form == form}
+        sizes = {found[row].parameters for row in rows.values()}
+        size = f"{min(sizes) / 1e6:.2f} M" if len(sizes) == 1 else f"{min(sizes) / 1e6:.2f} to {max(sizes) / 1e6:.2f} M"
+        cells = [_cell(rows.get(ratio), found) for ratio in (1, *ratios)]
+        lines.append(f"| {form} | {size} | {' | '.join(cells)} |")
+    return lines
+
+
+def _order(row: Row) -> int:
+    return ("none", "none+", "truncation", "a", "b", "linear", "subspace", "t").index(row.form)
+
+
+def _cell(row: Row | None, found: Mapping[Row, Summary]) -> str:
+    if row is None:
+        return ""
+    above = cost(row, found)
+    return f"{found[row]}" if above is None or control(row) == row else f"{found[row]} ({100 * above:+.1f} %)"
+
+
+def depth_table(results: Results) -> list[str]:
+    """Optimizers down, microbatches in flight across: loss, and in brackets against depth 1."""
+    found = {row: value for row, value in summaries(results).items() if row.lr is None}
+    deep = [row for row in found if row.depth > 1]
+    depths = sorted({row.depth for row in deep})
+    lines = [f"| optimizer | form | 1 | {' | '.join(map(str, depths))} |", "|---" * (3 + len(depths)) + "|"]
+    for base in dict.fromkeys(replace(row, depth=1) for row in deep):
+        flat = found.get(base) or found.get(replace(base, boundaries=1))
+        cells = ["" if flat is None else str(flat)]
+        for depth in depths:
+            own = found.get(replace(base, depth=depth))
+            above = "" if own is None or flat is None else f" ({100 * (own.mean / flat.mean - 1):+.1f} %)"
+            cells.append("" if own is None else f"{own}{above}")
+        ratio = f" {base.ratio}x" if base.ratio > 1 else ""
+        lines.append(f"| {base.optimizer} | {base.form}{ratio} | {' | '.join(cells)} |")
+    return lines
+
+
+def rate_table(results: Results) -> list[str]:
+    """Sweeps of the rate: optimizers down, rates across."""
+    found = {row: value for row, value in summaries(results).items() if row.lr is not None}
+    rates = sorted({row.lr for row in found if row.lr is not None})
+    lines = [f"| optimizer | form | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (2 + len(rates)) + "|"]
+    for base in dict.fromkeys(replace(row, lr=None) for row in found):
+        cells = [str(found.get(replace(base, lr=rate), "")) for rate in rates]
+        lines.append(f"| {base.optimizer} | {base.form} | {' | '.join(cells)} |")
+    return lines
+
+
+def pages(results: Results) -> Iterator[tuple[str, list[str]]]:
+    """Every table there is something for, with its title."""
+    rows = [row for row in results if row.lr is None and row.depth == 1]
+    places = sorted({(r.hidden, r.steps, r.optimizer, r.boundaries) for r in rows if r.form != "none"})
+    for hidden, steps, optimizer, boundaries in places:
+        title = f"{optimizer}, width {hidden}, {boundaries} boundaries, {steps} steps"
+        yield (
+            title,
+            boundary_table(results, hidden=hidden, boundaries=boundaries, optimizer=optimizer, steps=steps),
+        )
+    if any(row.depth > 1 for row in results):
+        yield "in flight", depth_table(results)
+    if any(row.lr is not None for row in results):
+        yield "rates", rate_table(results)

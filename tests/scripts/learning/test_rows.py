@@ -1,0 +1,126 @@
+"""Rows, grids and results: what is trained, once, and what is kept of it."""
+
+from pathlib import Path
+
+import pytest
+
+from model.accounting import total_parameters
+from model.config import BoundaryForm, ConfigError
+from scripts.bench.boundary import main
+from scripts.bench.learning.grid import GridError, Results, read_grid
+from scripts.bench.learning.rows import Row
+from scripts.bench.learning.tables import boundary_table, cost, summaries
+from scripts.bench.learning.training import Curve
+
+GRID = """
+[[block]]
+forms = ["none", "none+", "t"]
+ratios = [16, 64]
+optimizers = ["muon", "adamw"]
+boundaries = [3, 7]
+seeds = [0, 1]
+"""
+
+
+def _curve(final: float) -> Curve:
+    return Curve(losses=((100, final + 1), (200, final)), parameters=1_000_000, seconds=1.0)
+
+
+def test_a_ratio_says_how_wide_the_boundary_is() -> None:
+    config = Row(form="t", ratio=16).model()
+    assert config.boundary.form is BoundaryForm.T
+    assert (config.hidden, config.boundary_width) == (128, 8)
+    assert Row(form="none+").model().boundary.rank == config.boundary.rank
+    assert Row(form="linear", ratio=16).model().boundary.rank == 0
+
+
+@pytest.mark.parametrize("hidden", [128, 256])
+def test_a_subspace_gets_the_parameters_back_that_it_loses(hidden: int) -> None:
+    row = Row(form="subspace", ratio=16, hidden=hidden)
+    own, others = (total_parameters(r.model(), 4) for r in (row, Row(form="none", hidden=hidden)))
+    assert 0.99 * others < own <= others
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"form": "none", "ratio": 16}, "ratio is 16, form is 'none'"),
+        ({"form": "t"}, "ratio is 1, form is 't'"),
+        ({"form": "t", "ratio": 7}, "hidden 128 is no multiple of ratio 7"),
+        ({"form": "t", "ratio": 16, "depth": 0}, "depth is 0"),
+    ],
+)
+def test_rows_that_cannot_be(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Row(**values)  # type: ignore[arg-type]
+
+
+def test_a_grid_lists_every_combination_once(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID)
+    rows = read_grid(path)
+    # For 2 optimizers and 2 seeds: none once, none+ for each number of boundaries, t for each of them and each ratio.
+    assert len(rows) == len(set(rows)) == 2 * 2 * (1 + 2 + 2 * 2)
+    assert rows[0].seed == 0
+    assert rows[-1].seed == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[block", "is not TOML"),
+        ("[[block]]\nforms = ['t']", "block.0.optimizers: Field required"),
+        ("[[block]]\nforms = ['x']\noptimizers = ['muon']", "block.0.forms.0"),
+        ("[[block]]\nforms = ['t']\nratios = [3]\noptimizers = ['muon']", "no multiple of ratio 3"),
+    ],
+)
+def test_grids_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    with pytest.raises(GridError, match=message):
+        read_grid(path)
+    with pytest.raises(GridError, match="cannot be read"):
+        read_grid(tmp_path / "none.toml")
+
+
+def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
+    results = Results(tmp_path / "made" / "results.jsonl")
+    assert results.read() == {}
+    first, second = Row(form="t", ratio=16), Row(form="none", seed=1)
+    results.add(first, _curve(3.5))
+    results.add(second, _curve(float("inf")))
+    assert results.read() == {first: _curve(3.5), second: _curve(float("inf"))}
+    with results.path.open("a") as file:
+        file.write('{"row": {"form"\n')
+    with pytest.raises(GridError, match="line 3 of"):
+        results.read()
+
+
+def test_a_boundary_is_held_against_its_own_control() -> None:
+    results = {
+        Row(form="none", boundaries=1): _curve(4.0),
+        Row(form="none+"): _curve(3.9),
+        Row(form="none+", seed=1): _curve(3.7),
+        Row(form="t", ratio=16): _curve(3.8),
+        Row(form="t", ratio=16, seed=1): _curve(4.18),
+        Row(form="a", ratio=16): _curve(4.4),
+    }
+    found = summaries(results)
+    assert cost(Row(form="t", ratio=16), found) == pytest.approx(3.99 / 3.8 - 1)
+    assert cost(Row(form="a", ratio=16), found) == pytest.approx(0.1)
+    lines = boundary_table(results, hidden=128, boundaries=3, optimizer="muon", steps=300)
+    assert lines[0] == "| form | parameters | 1x | 16x |"
+    assert lines[2:] == [
+        "| none | 1.00 M | 4.000 |  |",
+        "| none+ | 1.00 M | 3.800 ± 0.141 |  |",
+        "| a | 1.00 M |  | 4.400 (+10.0 %) |",
+        "| t | 1.00 M |  | 3.990 ± 0.269 (+5.0 %) |",
+    ]
+
+
+@pytest.mark.parametrize("words", [["form=x"], ["form=t", "ratio=two"], ["form=t", "ratio=3"], ["width=3"]])
+def test_a_row_that_cannot_be_is_one_line_and_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--row", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --row: ")
+    assert error.count("\n") == 1

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from model.data import Corpus, ShardEntry, TokenShard
+from model.optimizer import Kind
 from model.split import split
 from model.stage import build_stage, flatten
 from scripts.bench.learning import training
-from scripts.bench.learning.rows import Row
+from scripts.bench.learning.rows import Form, Row
 from scripts.bench.learning.training import DivergedError, train
 
 
@@ -42,7 +43,7 @@ def _trained(row: Row, corpus: Corpus, *, engines: bool) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("form", "optimizer"), [("t", "muon"), ("a", "adamw"), ("none+", "nadam")])
-def test_one_graph_through_all_stages_trains_as_their_engines_do(form: str, optimizer: str, corpus: Corpus) -> None:
+def test_one_graph_through_all_stages_trains_as_their_engines_do(form: Form, optimizer: Kind, corpus: Corpus) -> None:
     row = replace(ROW, form=form, ratio=1 if form == "none+" else 16, optimizer=optimizer, accumulation=1)
     for one, other in zip(*(_trained(row, corpus, engines=engines) for engines in (False, True)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

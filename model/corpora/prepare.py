@@ -26,7 +26,7 @@ from model.corpora.folder import (
     read_model,
     write_whole,
 )
-from model.corpora.order import Window, permutation, windows
+from model.corpora.order import Cursor, Window, permutation, windows
 from model.corpora.parquet import ParquetRows
 from model.corpora.shards import JOURNAL, Part, Progress, keep, name_full, read_progress
 from model.corpora.source import Source
@@ -37,6 +37,8 @@ from model.hashing import digest
 PLAN = ".plan.json"
 LOCKS = ".locks"
 """Where whoever prepares holds its lock."""
+TOLD = 1 << 20
+"""Characters between two words on how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ class _Work:
         try:
             tell(self._advance())
             for window, cursor in stream:
-                counts = self._pack(window)
+                counts = self._pack(window, cursor, tell)
                 self._keep(place=cursor.place, taken=cursor.taken, windows=cursor.windows, counts=counts)
                 tell(self._advance())
             for part in (self._training, self._held_out):
@@ -169,17 +171,24 @@ class _Work:
     def _documents(self, block: Block) -> Iterator[str | None]:
         return self._reader.documents(self._sources[block.source], block)
 
-    def _pack(self, window: Window) -> Counts:
-        """Appends the window's documents to their shards; how many there are with it."""
-        counts = self._progress.counts
+    def _pack(self, window: Window, cursor: Cursor, tell: Callable[[Advance], None]) -> Counts:
+        """Appends the documents of the window, which ends at `cursor`, to their shards; how many there are with it."""
+        counts, before = self._progress.counts, self._advance()
         kept = {False: counts.training, True: counts.held_out}
         too_long = counts.too_long + window.too_long
+        ahead = self._read[cursor.place] - before.read
+        seen, told, tokens = 0, 0, before.tokens
         for text, ids in zip(window.texts, self._tokenizer.encode(window.texts), strict=True):
             side = held_out(text, self._recipe.held_out)
             if (self._held_out if side else self._training).add(ids):
                 kept[side] += 1
+                tokens += len(ids)
             else:
                 too_long += 1
+            seen += len(text)
+            if seen - told >= TOLD:
+                told = seen
+                tell(Advance(before.read + ahead * seen // window.size, before.total, sum(kept.values()), tokens))
         return Counts(training=kept[False], held_out=kept[True], empty=counts.empty + window.empty, too_long=too_long)
 
     def _keep(self, **changes: int | Counts) -> None:

@@ -58,7 +58,10 @@ def both(folder: Path, manifest: DataManifest) -> list[str]:
     return [text for part in (False, True) for text in documents_in(folder, manifest, held_out=part)]
 
 
-def test_every_document_is_in_one_shard_and_everything_is_counted(tmp_path: Path, files: list[Path]) -> None:
+def test_every_document_is_in_one_shard_and_everything_is_counted(
+    tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.corpora.prepare.TOLD", 500)
     told: list[Advance] = []
     out = tmp_path / "out"
     manifest = made(out, files, recipe(), told)
@@ -75,8 +78,11 @@ def test_every_document_is_in_one_shard_and_everything_is_counted(tmp_path: Path
     verify_tokenizer(out, manifest)
     assert set(contents(out)) == {MANIFEST, TOKENIZER, *(shard.name for shard in manifest.shards)}
     assert read_manifest(out) == manifest
-    assert [advance.read for advance in told] == sorted(advance.read for advance in told)
+    for name in ("read", "documents", "tokens"):
+        values = [getattr(advance, name) for advance in told]
+        assert values == sorted(values)
     assert told[0].read == 0
+    assert len(told) > 40
     assert told[-1].read == told[-1].total == sum(path.stat().st_size for path in files)
     assert told[-1].tokens == sum(shard.tokens for shard in manifest.shards)
     assert told[-1].documents == len(DOCUMENTS)

@@ -54,6 +54,19 @@ def files(tmp_path: Path) -> list[Path]:
     ]
 
 
+class Stop(list[Advance]):
+    """Kills the process at the advance of that number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def append(self, advance: Advance) -> None:
+        super().append(advance)
+        if len(self) == self._number:
+            raise Killed
+
+
 def both(folder: Path, manifest: DataManifest) -> list[str]:
     return [text for part in (False, True) for text in documents_in(folder, manifest, held_out=part)]
 
@@ -197,7 +210,8 @@ def test_parts_too_small_for_the_sequence_are_refused(tmp_path: Path, files: lis
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, failure: BaseException) -> Callable[[], int]:
-    """Let `failure` happen instead of effect `after` on the disk; the number of effects asked for so far."""
+    """Let `failure` happen instead of effect `after` on the disk, a file that is opened to be written being emptied
+    first; the number of effects asked for so far."""
     count = 0
 
     def guarded(effect: Callable[..., object]) -> Callable[..., object]:
@@ -211,7 +225,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, failure: BaseExceptio
         return call
 
     def opening(path: Path, mode: str = "r", **named: Any) -> object:  # noqa: ANN401
-        return (read if mode in ("r", "rb") else write)(path, mode, **named)
+        if mode in ("r", "rb"):
+            return read(path, mode, **named)
+        if "w" in mode and count == after:
+            read(path, mode).close()
+        return write(path, mode, **named)
 
     read, write = Path.open, guarded(Path.open)
     monkeypatch.setattr(Path, "open", opening)
@@ -275,13 +293,7 @@ def test_a_run_that_is_killed_again_and_again_ends(tmp_path: Path, files: list[P
 def test_work_goes_on_after_the_last_whole_window(tmp_path: Path, files: list[Path]) -> None:
     out, told = tmp_path / "out", list[Advance]()
 
-    class Stop(list[Advance]):
-        def append(self, advance: Advance) -> None:
-            super().append(advance)
-            if len(self) == 6:
-                raise Killed
-
-    first = Stop()
+    first = Stop(6)
     with pytest.raises(Killed):
         made(out, files, recipe(), first)
     made(out, files, recipe(), told)
@@ -289,16 +301,23 @@ def test_work_goes_on_after_the_last_whole_window(tmp_path: Path, files: list[Pa
     assert told[0].documents > 20
 
 
-def test_a_lost_or_altered_beginning_is_named(tmp_path: Path, files: list[Path]) -> None:
-    class Stop(list[Advance]):
-        def append(self, advance: Advance) -> None:
-            super().append(advance)
-            if len(self) == 8:
-                raise Killed
+def test_what_lies_beyond_the_journal_is_cut_off(tmp_path: Path, files: list[Path]) -> None:
+    """A power cut may leave anything behind what was flushed."""
 
+    made(tmp_path / "whole", files, recipe())
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        made(out, files, recipe(), Stop(8))
+    for part in out.glob(".*.bin.part"):
+        part.write_bytes(part.read_bytes() + b"garbage" * 10_000)
+    made(out, files, recipe())
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_lost_or_altered_beginning_is_named(tmp_path: Path, files: list[Path]) -> None:
     def begun(name: str) -> Path:
         with pytest.raises(Killed):
-            made(tmp_path / name, files, recipe(), Stop())
+            made(tmp_path / name, files, recipe(), Stop(8))
         return tmp_path / name
 
     out = begun("part")

@@ -25,11 +25,13 @@ Dtype = Literal["uint16", "uint32"]
 Format = Literal["parquet", "jsonl", "text"]
 
 
-class _Model(BaseModel):
+class Strict(BaseModel):
+    """What is read from a file has to be as it was written."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Recipe(_Model):
+class Recipe(Strict):
     """Everything but the sources that the shards' bytes depend on."""
 
     format: Format
@@ -56,14 +58,14 @@ class Recipe(_Model):
     """Version of the library that encoded."""
 
 
-class SourceEntry(_Model):
+class SourceEntry(Strict):
     name: str
     size: Count
     identity: str
     """`model.corpora.source.Source.identity`."""
 
 
-class Plan(_Model):
+class Plan(Strict):
     """What a folder is made of."""
 
     version: Literal[1] = 1
@@ -71,7 +73,7 @@ class Plan(_Model):
     sources: Annotated[list[SourceEntry], Field(min_length=1)]
 
 
-class Counts(_Model):
+class Counts(Strict):
     """Documents by what became of them."""
 
     training: Count = 0
@@ -80,9 +82,11 @@ class Counts(_Model):
     """Nothing but white space, or null."""
     too_long: Count = 0
     """More bytes than `longest`, or more tokens than a shard takes."""
+    broken: Count = 0
+    """No UTF-8, or no JSON; without --skip-broken these are errors."""
 
 
-class Shard(_Model):
+class Shard(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=128)]
     sha256: Sha256Hex
     tokens: Positive
@@ -90,7 +94,7 @@ class Shard(_Model):
     held_out: bool
 
 
-class DataManifest(_Model):
+class DataManifest(Strict):
     """The content of `dataset.json`."""
 
     version: Literal[1] = 1

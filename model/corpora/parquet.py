@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from model.corpora.documents import Block, missing_column
+from model.corpora.documents import Block, BrokenError, LeftOut, missing_column
 from model.corpora.source import Source, SourceReader
 from model.data import DataError
 
@@ -26,6 +26,7 @@ class ParquetRows:
 
     column: str
     longest: int
+    skip_broken: bool = False
 
     def blocks(self, number: int, source: Source, size: int) -> list[Block]:
         file = self._open(source)
@@ -39,30 +40,45 @@ class ParquetRows:
                 start, held = group + 1, 0
         return blocks
 
-    def documents(self, source: Source, block: Block) -> Iterator[str | None]:
+    def documents(self, source: Source, block: Block) -> Iterator[str | LeftOut]:
         file = self._open(source)
         for group in range(block.start, block.end):
             try:
                 batches = file.iter_batches(ROWS, row_groups=[group], columns=[self.column], use_threads=False)
                 for batch in batches:
-                    for text in self._texts(batch):
-                        long = text is not None and len(text.encode()) > self.longest
-                        yield None if long else text or ""
+                    for raw in self._values(batch):
+                        yield self._text(raw)
+            except BrokenError as error:
+                raise BrokenError(f"source {source.name}, row group {group}: {error}") from error
             except (ValueError, OSError) as error:  # arrow's own errors are one or the other
                 raise DataError(
                     f"source {source.name}, row group {group}: {_line(error)}: mend the file or leave it out"
                 ) from error
 
-    def _texts(self, batch: pa.RecordBatch) -> list[str | None]:
-        import pyarrow.compute as pc  # noqa: PLC0415 - an extra
+    def _values(self, batch: pa.RecordBatch) -> list[bytes | None]:
+        """As bytes, since arrow lets columns of text hold any."""
+        import pyarrow as pa  # noqa: PLC0415 - an extra
+        import pyarrow.compute as pc  # noqa: PLC0415
 
         if self.column in batch.schema.names:
             values = batch.column(self.column)
         else:
             first, *rest = self.column.split(".")
             values = pc.struct_field(batch.column(first), rest)
-        texts: list[str | None] = values.to_pylist()
-        return texts
+        raw: list[bytes | None] = values.cast(pa.large_binary()).to_pylist()
+        return raw
+
+    def _text(self, raw: bytes | None) -> str | LeftOut:
+        if raw is None:
+            return ""
+        if len(raw) > self.longest:
+            return LeftOut.TOO_LONG
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            if not self.skip_broken:
+                raise BrokenError(f"no UTF-8 ({error.reason}) in {raw[:40]!r}: mend it or --skip-broken") from error
+            return LeftOut.BROKEN
 
     def _open(self, source: Source) -> pq.ParquetFile:
         """The file, proved to have the column, as text. Raises `DataError`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from model.corpora.documents import Block, JsonLines, PlainText, Reader
+from model.corpora.documents import Block, JsonLines, LeftOut, PlainText, Reader
 from model.corpora.folder import (
     MANIFEST,
     TOKENIZER,
@@ -56,13 +56,13 @@ def held_out(text: str, share: float) -> bool:
     return int.from_bytes(digest(b"orion/held-out/", text.encode())[:8], "little") < share * 2**64
 
 
-def reader_of(recipe: Recipe) -> Reader:
+def reader_of(recipe: Recipe, *, skip_broken: bool = False) -> Reader:
     """Raises `DataError` for a separator that cannot be used."""
     if recipe.format == "parquet":
-        return ParquetRows(recipe.column, recipe.longest)
+        return ParquetRows(recipe.column, recipe.longest, skip_broken)
     if recipe.format == "jsonl":
-        return JsonLines(recipe.column, recipe.longest)
-    return PlainText(recipe.separator, recipe.longest)
+        return JsonLines(recipe.column, recipe.longest, skip_broken)
+    return PlainText(recipe.separator, recipe.longest, skip_broken)
 
 
 def cut(recipe: Recipe, sources: Sequence[Source]) -> list[Block]:
@@ -101,11 +101,13 @@ def prepare(
     tokenizer: DocumentTokenizer,
     *,
     tell: Callable[[Advance], None],
+    skip_broken: bool = False,
 ) -> DataManifest:
     """Writes the shards of `plan`, whose sources and blocks (`cut`) these are; a finished folder stays as it is.
 
-    One process at a time. Raises `DataError`, or `OSError` when the disk is full: what was kept until then is kept, and
-    the same call goes on from there.
+    `skip_broken` leaves out, and counts, documents that cannot be read. It is no part of the plan: whoever is stopped
+    by one of them goes on with it. One process at a time. Raises `DataError`, or `OSError` when the disk is full: what
+    was kept until then is kept, and the same call goes on from there.
     """
     finished = check_folder(out, plan)
     if finished is not None:
@@ -115,7 +117,9 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / TOKENIZER, tokenizer.raw)
         write_whole(out / PLAN, (plan.model_dump_json(indent=1) + "\n").encode())
-    progress = _Work(out, plan.recipe, sources, blocks, tokenizer).whole(tell)
+    progress = _Work(
+        out, plan.recipe, sources, blocks, tokenizer, reader_of(plan.recipe, skip_broken=skip_broken)
+    ).whole(tell)
     counts = progress.counts
     if not counts.training or not counts.held_out:
         _abandon(out, progress)
@@ -136,9 +140,10 @@ class _Work:
         sources: Sequence[Source],
         blocks: Sequence[Block],
         tokenizer: DocumentTokenizer,
+        reader: Reader,
     ) -> None:
         self._out, self._recipe, self._sources, self._blocks = out, recipe, sources, blocks
-        self._reader, self._tokenizer = reader_of(recipe), tokenizer
+        self._tokenizer, self._reader = tokenizer, reader
         self._progress = read_progress(out)
         name_full(out, self._progress.full)
         self._read = [0, *accumulate(block.size for block in blocks)]
@@ -168,14 +173,14 @@ class _Work:
             self._held_out.close()
         return self._progress
 
-    def _documents(self, block: Block) -> Iterator[str | None]:
+    def _documents(self, block: Block) -> Iterator[str | LeftOut]:
         return self._reader.documents(self._sources[block.source], block)
 
     def _pack(self, window: Window, cursor: Cursor, tell: Callable[[Advance], None]) -> Counts:
         """Appends the documents of the window, which ends at `cursor`, to their shards; how many there are with it."""
         counts, before = self._progress.counts, self._advance()
         kept = {False: counts.training, True: counts.held_out}
-        too_long = counts.too_long + window.too_long
+        too_long = counts.too_long + window.left_out[LeftOut.TOO_LONG]
         ahead = self._read[cursor.place] - before.read
         seen, told, tokens = 0, 0, before.tokens
         for text, ids in zip(window.texts, self._tokenizer.encode(window.texts), strict=True):
@@ -189,7 +194,13 @@ class _Work:
             if seen - told >= TOLD:
                 told = seen
                 tell(Advance(before.read + ahead * seen // window.size, before.total, sum(kept.values()), tokens))
-        return Counts(training=kept[False], held_out=kept[True], empty=counts.empty + window.empty, too_long=too_long)
+        return Counts(
+            training=kept[False],
+            held_out=kept[True],
+            empty=counts.empty + window.left_out[LeftOut.EMPTY],
+            too_long=too_long,
+            broken=counts.broken + window.left_out[LeftOut.BROKEN],
+        )
 
     def _keep(self, **changes: int | Counts) -> None:
         parts = (self._training, self._held_out)
@@ -236,7 +247,13 @@ def _nothing(recipe: Recipe, counts: Counts) -> str:
         part = "is held out" if not counts.held_out else "is left to train on"
         change = "raise" if not counts.held_out else "lower"
         return f"none of {kept} documents {part} at --held-out {recipe.held_out}: {change} it, or prepare more"
-    lost = f"all {counts.empty + counts.too_long} documents were left out, {counts.empty} empty and {counts.too_long}"
+    lost = (
+        f"all {counts.empty + counts.too_long + counts.broken} documents were left out, {counts.empty} empty, "
+        f"{counts.broken} broken"
+    )
     if counts.too_long:
-        return f"{lost} longer than {recipe.longest} bytes or a shard: raise --longest, or name a --separator"
-    return f"{lost} too long: check --column and --from"
+        return (
+            f"{lost} and {counts.too_long} longer than {recipe.longest} bytes or a shard: raise --longest, or name a "
+            "--separator"
+        )
+    return f"{lost} and 0 too long: check --column and --from"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -90,7 +91,8 @@ def find_sources(addresses: list[str], wanted: Format | None) -> tuple[Format, l
                 raise DataError(f"--from {address} names {file.place} a second time: name every file once")
             found[file.place] = file
     form = wanted or _common([file.name for file in found.values()])
-    return form, [file.open() for file in found.values()]
+    with ThreadPoolExecutor() as pool:  # local files are hashed
+        return form, list(pool.map(lambda file: file.open(), found.values()))
 
 
 def _common(names: list[str]) -> Format:

@@ -74,7 +74,9 @@ def _prepared(options: PrepareOptions, *, plain: bool) -> DataManifest:
     lock = Lock.take(options.out / LOCKS / "prepare")
     try:
         with PrepareView(Console(stderr=True, soft_wrap=True, markup=False), plain=plain) as view:
-            return prepare(options.out, plan, sources, blocks, tokenizer, tell=view.show)
+            return prepare(
+                options.out, plan, sources, blocks, tokenizer, tell=view.show, skip_broken=options.skip_broken
+            )
     finally:
         lock.release()
 

@@ -104,7 +104,7 @@ def print_summary(folder: Path, manifest: DataManifest, *, as_json: bool) -> Non
         content = {
             "folder": str(folder),
             **parts,
-            "left_out": {"empty": counts.empty, "too_long": counts.too_long},
+            "left_out": {"empty": counts.empty, "too_long": counts.too_long, "broken": counts.broken},
             "sources": {"files": len(manifest.sources), "bytes": total},
             "recipe": recipe.model_dump(mode="json"),
         }
@@ -115,7 +115,7 @@ def print_summary(folder: Path, manifest: DataManifest, *, as_json: bool) -> Non
             f"{name.replace('_', ' ')}: {part['tokens']:,} tokens of {part['documents']:,} documents in "
             f"{part['shards']} shard(s)"
         )
-    print(f"left out: {counts.empty:,} empty, {counts.too_long:,} too long documents")
+    print(f"left out: {counts.empty:,} empty, {counts.too_long:,} too long, {counts.broken:,} broken documents")
     print(
         f"tokenizer: {recipe.vocab:,} ids as {recipe.dtype}, '{recipe.end_of_text}' before every document, SHA-256 "
         f"{recipe.tokenizer[:16]}…"

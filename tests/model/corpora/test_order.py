@@ -1,11 +1,12 @@
 """The order of documents is a seeded permutation, and the stream goes on from anywhere."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.corpora.documents import Block
+from model.corpora.documents import Block, LeftOut
 from model.corpora.order import Cursor, permutation, windows
 
 
@@ -24,23 +25,28 @@ def test_seeds_and_purposes_give_different_orders() -> None:
 
 
 @given(
-    blocks=st.lists(st.lists(st.one_of(st.none(), st.sampled_from(["", " \n", "a", "bcd", "e" * 30])), max_size=6)),
+    blocks=st.lists(
+        st.lists(st.sampled_from([LeftOut.BROKEN, LeftOut.TOO_LONG, "", " \n", "a", "bcd", "e" * 30]), max_size=6)
+    ),
     size=st.integers(1, 50),
     stop=st.integers(0, 40),
 )
 def test_windows_hold_every_document_once_wherever_one_begins(
-    blocks: list[list[str | None]], size: int, stop: int
+    blocks: list[list[str | LeftOut]], size: int, stop: int
 ) -> None:
     cut = [Block(number, 0, 1, 1) for number in range(len(blocks))]
 
-    def documents(block: Block) -> Iterator[str | None]:
+    def documents(block: Block) -> Iterator[str | LeftOut]:
         return iter(blocks[block.source])
 
     whole = list(windows(cut, documents, seed=1, size=size, start=Cursor()))
     every = [text for block in blocks for text in block]
-    assert sorted(text for window, _ in whole for text in window.texts) == sorted(t for t in every if t and t.strip())
-    assert sum(window.too_long for window, _ in whole) == every.count(None)
-    assert sum(window.empty for window, _ in whole) == sum(t is not None and not t.strip() for t in every)
+    texts = [text for text in every if isinstance(text, str)]
+    kept = [text for text in texts if text.strip()]
+    assert sorted(text for window, _ in whole for text in window.texts) == sorted(kept)
+    left_out = sum((window.left_out for window, _ in whole), Counter())
+    assert left_out[LeftOut.EMPTY] == len(texts) - len(kept)
+    assert all(left_out[why] == every.count(why) for why in (LeftOut.TOO_LONG, LeftOut.BROKEN))
     assert all(window.size >= size for window, _ in whole[:-1])
     if whole:
         begun, cursor = whole[stop % len(whole)]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.corpora.documents import BrokenError
 from model.corpora.folder import (
     MANIFEST,
     TOKENIZER,
@@ -400,8 +401,16 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, files: list[Path])
 @pytest.mark.parametrize(
     ("documents", "changes", "words"),
     [
-        ([None, "", " \n"], {}, "all 3 documents were left out, 3 empty and 0 too long: check --column and --from"),
-        (["x" * 50, ""], {"longest": 30}, "1 empty and 1 longer than 30 bytes or a shard: raise --longest, or name a"),
+        (
+            [None, "", " \n"],
+            {},
+            "all 3 documents were left out, 3 empty, 0 broken and 0 too long: check --column and --from",
+        ),
+        (
+            ["x" * 50, ""],
+            {"longest": 30},
+            "1 empty, 0 broken and 1 longer than 30 bytes or a shard: raise --longest, or name a",
+        ),
         (DOCUMENTS[:9], {"held_out": 1e-6}, "none of 9 documents is held out at --held-out 1e-06: raise it"),
         (
             [text for text in DOCUMENTS if held_out(text, 0.4)],
@@ -424,6 +433,23 @@ def test_sources_without_any_document_are_refused_before_a_folder_is_made(tmp_pa
     with pytest.raises(DataError, match=r"the 1 source file\(s\) hold no documents: check --from"):
         made(tmp_path / "out", [tmp_path / "a.jsonl"], recipe())
     assert not (tmp_path / "out").exists()
+
+
+def test_who_is_stopped_by_a_broken_document_goes_on_without_it(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    path.write_text(path.read_text() + '{"text": \n')
+    told: list[Advance] = []
+    with pytest.raises(BrokenError, match=r"a\.jsonl, line 121: no JSON"):
+        made(tmp_path / "out", [path], recipe(), told)
+    done = told[-1].documents
+    assert done > 20
+    told.clear()
+    manifest = made(tmp_path / "out", [path], recipe(), told, skip_broken=True)
+    assert told[0].documents >= done - 60
+    assert manifest.counts.broken == 1
+    assert sorted(both(tmp_path / "out", manifest)) == sorted(DOCUMENTS)
+    made(tmp_path / "whole", [path], recipe(), skip_broken=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_document_of_more_tokens_than_a_shard_is_left_out(tmp_path: Path) -> None:

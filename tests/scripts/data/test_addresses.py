@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from model.corpora.documents import LeftOut
 from model.corpora.folder import Format
 from model.corpora.parquet import ParquetRows
 from model.corpora.source import Source
@@ -140,7 +141,7 @@ async def test_parquet_in_a_store_is_not_read_whole(s3: tuple[FakeS3, str], tmp_
     documents = texts(8_000)
     fake.objects["data/a.parquet"] = write_parquet(tmp_path / "a", documents, rows=800).read_bytes()
 
-    def read_block() -> tuple[list[str | None], int]:
+    def read_block() -> tuple[list[str | LeftOut], int]:
         [source] = find_sources(["s3://bucket/data/a.parquet"], None)[1]
         counted = Counted(source)
         reader = ParquetRows("text", 1 << 20)

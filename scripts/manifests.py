@@ -36,6 +36,7 @@ LANE = 4
 """Microbatches: a short round has a few dozen per head, and still shall mix them."""
 BATCH = 8
 """Sequences in a microbatch."""
+VALIDATION_BATCHES = 8
 ACCUMULATION = 2
 TOLERANCE = 0.02
 """Widest tolerance: 0.02 separates a bf16 boundary's rounding from work in a coarser arithmetic."""
@@ -81,7 +82,7 @@ def local_manifest(
             sequence=config.context,
             samples_per_round=2048,
             held_out=data.held_out,
-            validation_batches=8,
+            validation_batches=VALIDATION_BATCHES,
             shards=[ShardSection(name=entry.name, sha256=entry.sha256, dtype=entry.dtype) for entry in data.entries],
         ),
         optimizer=OptimizerSection(

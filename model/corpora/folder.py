@@ -122,14 +122,20 @@ class DataManifest(Strict):
     def tokens(self, *, held_out: bool) -> int:
         return sum(shard.tokens for shard in self.shards if shard.held_out is held_out)
 
+    def windows(self, sequence: int) -> dict[bool, int]:
+        """Windows of `sequence` tokens, as `Corpus` cuts them, in training shards (False) and held-out ones (True)."""
+        counts = {False: 0, True: 0}
+        for shard in self.shards:
+            counts[shard.held_out] += (shard.tokens - 1) // sequence
+        return counts
+
     def held_out_share(self, sequence: int) -> float:
         """The `held_out` with which `Corpus` trains on exactly the training shards, in windows of `sequence` tokens.
 
         Of n windows, h of them in held-out shards, (h - 1/2) / n is held out: h - 1 windows. The first of the h is the
         one that `Corpus` leaves between the parts. Raises `DataError` when the parts are too small for that.
         """
-        windows = {part: sum(_windows(shard, sequence) for shard in self.shards if shard.held_out is part)
-                   for part in (False, True)}  # fmt: skip
+        windows = self.windows(sequence)
         if not windows[False] or windows[True] < 2:
             raise DataError(
                 f"{windows[False]} windows of {sequence} tokens to train on and {windows[True]} held out are too few, "
@@ -142,10 +148,6 @@ class DataManifest(Strict):
                 "must be less than half: prepare again with a lower --held-out"
             )
         return share
-
-
-def _windows(shard: Shard, sequence: int) -> int:
-    return (shard.tokens - 1) // sequence
 
 
 def read_manifest(folder: Path) -> DataManifest:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ROWS = 256
 """Rows decoded at once."""
 BUFFER = 8 << 20
-"""Bytes fetched at once: a row group may be larger than memory."""
+"""Bytes fetched at once, and no row group ahead: one may be larger than memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,9 @@ class ParquetRows:
                 "parquet needs pyarrow, which is not installed: pip install 'orion-subnet[data]'"
             ) from error
         try:
-            file = pq.ParquetFile(SourceReader(source), buffer_size=BUFFER, page_checksum_verification=True)
+            file = pq.ParquetFile(
+                SourceReader(source), buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
+            )
         except (ValueError, OSError) as error:
             raise DataError(
                 f"source {source.name} is no parquet file ({_line(error)}): leave it out or change --format"

@@ -78,11 +78,18 @@ def data_section(
     ):
         if value < 1:
             raise DataError(f"--{name} {value} is below 1: raise it")
+    share = manifest.held_out_share(sequence)
+    batches = (manifest.windows(sequence)[True] - 1) // batch
+    if batches < validation_batches:
+        raise DataError(
+            f"{validation_batches} validation batches are more than the {batches} of {batch} x {sequence} tokens held "
+            "out: lower --validation-batches or --batch, or prepare again with a higher --held-out"
+        )
     return DataSection(
         batch=batch,
         sequence=sequence,
         samples_per_round=samples_per_round,
-        held_out=manifest.held_out_share(sequence),
+        held_out=share,
         validation_batches=validation_batches,
         shards=[ShardSection(name=e.name, sha256=e.sha256, dtype=e.dtype) for e in manifest.entries],
     )

@@ -119,6 +119,22 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path, kind: pa.DataType) -> Non
     assert len(reader.blocks(0, source, 1)) == 8
 
 
+def test_a_row_group_is_not_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.corpora.parquet.BUFFER", 10_000)
+    documents = [f"{number} " * 400 for number in range(2_000)]
+    table = pa.table({"text": documents})
+    pages = {"data_page_size": 10_000, "write_batch_size": 8, "use_dictionary": False, "compression": "none"}
+    pq.write_table(table, tmp_path / "a", **pages)
+    source = MemorySource((tmp_path / "a").read_bytes())
+    assert source.size > 3_000_000
+    reader = ParquetRows("text", 10_000)
+    [block] = reader.blocks(0, source, 1 << 20)
+    found = reader.documents(source, block)
+    assert next(found) == documents[0]
+    assert sum(end - start for start, end in source.reads) < source.size / 3
+    assert [next(found) for _ in documents[1:]] == documents[1:]
+
+
 def test_parquet_reads_nested_columns_and_empty_files(tmp_path: Path) -> None:
     rows = pa.array([{"body": "one", "n": 1}, None, {"body": None, "n": 2}])
     pq.write_table(pa.table({"meta": rows, "x.y": ["1", "2", "3"]}), tmp_path / "n.parquet")

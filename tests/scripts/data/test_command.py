@@ -177,9 +177,11 @@ def test_show_verify_and_section_refuse_in_one_line(folder: Path, capsys: pytest
     for option in ("sequence", "batch", "samples-per-round", "validation-batches"):
         assert main(["data", "section", str(folder / "out"), f"--{option}", "0"]) == 1
         assert f"--{option} 0 is below 1: raise it" in refused(capsys)
+    assert main(["data", "section", str(folder / "out"), "--sequence", "32", "--validation-batches", "900"]) == 1
+    assert "900 validation batches are more than the " in refused(capsys)
     assert main(["data", "section", str(folder / "out"), "--sequence", "100000"]) == 1
     assert "are too few, 1 and 2 are needed: prepare more data, or lower --sequence" in refused(capsys)
-    assert main(["data", "section", str(folder / "out"), "--sequence", "32", "--out", str(folder / "no" / "x")]) == 1
+    assert main(["data", "section", str(folder / "out"), "--sequence", "8", "--out", str(folder / "no" / "x")]) == 1
     assert "cannot be written (No such file or directory): change it" in refused(capsys)
 
 

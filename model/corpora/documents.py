@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import Protocol
 
+from model.corpora.compressed import compressed_lines, compression
 from model.corpora.source import PIECE, Source
 from model.data import DataError
 
@@ -62,33 +64,44 @@ class Reader(Protocol):
 @dataclass(frozen=True, slots=True)
 class JsonLines:
     """One JSON object a line; `column` holds the text, in nested objects by a dotted name. A line is at most `longest`
-    bytes; null is an empty document."""
+    bytes; null is an empty document. A compressed file is one block."""
 
     column: str
     longest: int
     skip_broken: bool = False
 
     def blocks(self, number: int, source: Source, size: int) -> list[Block]:
-        return _ranges(number, source.size, size)
+        whole = compression(source.name) is not None
+        return _ranges(number, source.size, max(size, source.size) if whole else size)
 
     def documents(self, source: Source, block: Block) -> Iterator[str | LeftOut]:
-        for place, raw in spans(source, block.start, block.end, NEWLINE, self.longest):
+        for first, raw, line in self._lines(source, block):
             if raw is None:
                 yield LeftOut.TOO_LONG
             elif raw.strip():
                 try:
-                    yield self._text(source, place, raw)
+                    yield self._text(source, raw, first=first, line=line)
                 except BrokenError:
                     if not self.skip_broken:
                         raise
                     yield LeftOut.BROKEN
 
-    def _text(self, source: Source, place: int, raw: bytes) -> str:
+    def _lines(self, source: Source, block: Block) -> Iterator[tuple[bool, bytes | None, Callable[[], int]]]:
+        """Whether a line is the first of its file, its bytes, None for one that is too long, and what counts up to
+        it."""
+        if compression(source.name) is not None:
+            for number, raw in enumerate(compressed_lines(source, self.longest), 1):
+                yield number == 1, raw, partial(int, number)
+        else:
+            for place, raw in spans(source, block.start, block.end, NEWLINE, self.longest):
+                yield place == 0, raw, partial(_line, source, place)
+
+    def _text(self, source: Source, raw: bytes, *, first: bool, line: Callable[[], int]) -> str:
         def at(wrong: str) -> str:
-            return f"source {source.name}, line {_line(source, place)}: {wrong}"
+            return f"source {source.name}, line {line()}: {wrong}"
 
         try:
-            value = _value(json.loads(_decoded(raw, place)), self.column)
+            value = _value(json.loads(_decoded(raw, first=first)), self.column)
             if isinstance(value, str):
                 value.encode()  # JSON can spell halves of characters that no text has
         except _MissingColumn as error:
@@ -134,7 +147,7 @@ class PlainText:
                 yield LeftOut.TOO_LONG
                 continue
             try:
-                text = _decoded(raw, place)
+                text = _decoded(raw, first=place == 0)
             except UnicodeDecodeError as error:
                 if not self.skip_broken:
                     raise BrokenError(
@@ -189,8 +202,8 @@ def _ranges(number: int, total: int, size: int) -> list[Block]:
     return [Block(number, start, min(start + size, total), min(size, total - start)) for start in starts]
 
 
-def _decoded(raw: bytes, place: int) -> str:
-    return raw.decode("utf-8-sig" if place == 0 else "utf-8")
+def _decoded(raw: bytes, *, first: bool) -> str:
+    return raw.decode("utf-8-sig" if first else "utf-8")
 
 
 def _reason(error: UnicodeError) -> str:

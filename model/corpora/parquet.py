@@ -1,4 +1,4 @@
-"""Documents of parquet files, by row groups. The only room that knows pyarrow, which is an extra."""
+"""Documents of parquet files, by row groups. pyarrow reads them, an extra."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from model.corpora.compressed import without_pyarrow
 from model.corpora.documents import Block, BrokenError, LeftOut, missing_column
 from model.corpora.source import Source, SourceReader
 from model.data import DataError
@@ -86,9 +87,7 @@ class ParquetRows:
             import pyarrow as pa  # noqa: PLC0415 - an extra
             import pyarrow.parquet as pq  # noqa: PLC0415
         except ModuleNotFoundError as error:
-            raise DataError(
-                "parquet needs pyarrow, which is not installed: pip install 'orion-subnet[data]'"
-            ) from error
+            raise without_pyarrow("parquet needs") from error
         try:
             file = pq.ParquetFile(
                 SourceReader(source), buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import obstore
 from obstore.exceptions import BaseError, PreconditionError
 
+from model.corpora.compressed import compression
 from model.corpora.folder import Format
 from model.corpora.source import LocalSource, Source
 from model.data import DataError
@@ -96,7 +97,7 @@ def find_sources(addresses: list[str], wanted: Format | None) -> tuple[Format, l
 
 
 def _common(names: list[str]) -> Format:
-    forms = {SUFFIXES.get(PurePosixPath(name).suffix): name for name in names}
+    forms = {_form(name): name for name in names}
     (form, name), *others = forms.items()
     if form is None:
         raise DataOptionError(f"{name} has no known suffix ({_suffixes(None)}): say with --format what it holds")
@@ -110,8 +111,16 @@ def _suffixes(wanted: Format | None) -> str:
 
 
 def _known(name: str, wanted: Format | None) -> bool:
-    form = SUFFIXES.get(PurePosixPath(name).suffix)
+    form = _form(name)
     return form is not None and wanted in (None, form)
+
+
+def _form(name: str) -> Format | None:
+    """By the suffix; lines may be compressed."""
+    if compression(name) is None:
+        return SUFFIXES.get(PurePosixPath(name).suffix)
+    form = SUFFIXES.get(PurePosixPath(name).with_suffix("").suffix)
+    return form if form == "jsonl" else None
 
 
 def _split(address: str) -> tuple[str, str]:

@@ -1,6 +1,8 @@
 """Every document of a file is found once, however it is cut, and what cannot be read is named."""
 
+import gzip
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -181,6 +183,37 @@ def test_a_parquet_file_that_is_none_or_damaged_is_named(tmp_path: Path) -> None
     assert read(ParquetRows("text", 1_000, skip_broken=True), source) == ["good", LeftOut.BROKEN]
 
 
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_lines_are_read_like_others(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compressed(data: bytes) -> bytes:
+        return gzip.compress(data) if suffix == "gz" else bytes(pa.compress(data, codec="zstd"))
+
+    monkeypatch.setattr("model.corpora.compressed.PIECE", 100)
+    lines = [json.dumps({"text": text}).encode() for text in texts(60)]
+    lines[7], lines[31] = b'{"text": "' + b"x" * 900 + b'"}', b""
+    plain, name = b"\n".join(lines), f"a.jsonl.{suffix}"
+    halves = compressed(plain[:3_000]) + compressed(plain[3_000:])
+    reader = JsonLines("text", 800)
+    source = MemorySource(halves, name=name)
+    assert len(reader.blocks(0, source, 10)) == 1
+    found = read(reader, source, 10)
+    assert found == read(reader, MemorySource(plain), 10)
+    assert found[7] is LeftOut.TOO_LONG
+    assert read(reader, MemorySource(b"", name=name)) == []
+
+    wrong = MemorySource(compressed(plain + b"\n{}\n"), name=name)
+    with pytest.raises(DataError, match=rf"^source a\.jsonl\.{suffix}, line 61: column 'text' is not there"):
+        read(reader, wrong)
+    for damaged in (halves[:-20], plain):
+        with pytest.raises(
+            DataError, match=rf"^source a\.jsonl\.{suffix} cannot be decompressed \(.*\): mend the file"
+        ):
+            read(reader, MemorySource(damaged, name=name))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"^compressed files need pyarrow, .*: pip install 'orion-subnet\[data\]'"):
+        read(reader, source)
+
+
 def test_broken_documents_are_left_out_on_demand() -> None:
     lines = MemorySource(b'{"text": "one"}\n{"text": \n{"text": "\xff"}\n{"text": "\\ud800"}\n{"text": "two"}\n')
     assert read(JsonLines("text", 100, skip_broken=True), lines) == ["one", *[LeftOut.BROKEN] * 3, "two"]
@@ -193,7 +226,7 @@ def test_broken_documents_are_left_out_on_demand() -> None:
 
 
 def test_a_missing_pyarrow_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"parquet needs pyarrow, .*: pip install 'orion-subnet\[data\]'"):
         ParquetRows("text", 100).blocks(0, MemorySource(b""), 100)
 

@@ -46,6 +46,12 @@ def test_a_folder_gives_its_data_files_by_name(tree: Path) -> None:
     assert (source.name, source.read(0, source.size)) == ("notes.txt", b"notes.txt")
 
 
+def test_compressed_lines_are_known_by_both_suffixes(tree: Path) -> None:
+    for name in ("d.jsonl.gz", "e.jsonl.zst", "f.txt.gz", "g.parquet.gz", "h.gz"):
+        (tree / "deep" / name).write_text("x")
+    assert named(["tree/deep"]) == ("jsonl", ["d.jsonl.gz", "d.ndjson", "e.jsonl.zst", "er/c.jsonl"])
+
+
 def test_patterns_and_files_give_what_they_name(tree: Path) -> None:
     for start in ("tree", str(tree)):
         assert named([f"{start}/*.jsonl"]) == ("jsonl", ["a.jsonl", "b.jsonl"])

@@ -26,7 +26,7 @@ from model.corpora.folder import (
     read_model,
     write_whole,
 )
-from model.corpora.order import Cursor, Window, permutation, windows
+from model.corpora.order import Cursor, Window, ahead, permutation, windows
 from model.corpora.parquet import ParquetRows
 from model.corpora.shards import JOURNAL, Part, Progress, keep, name_full, read_progress
 from model.corpora.source import Source
@@ -161,7 +161,7 @@ class _Work:
         )
         try:
             tell(self._advance())
-            for window, cursor in stream:
+            for window, cursor in ahead(stream):
                 counts = self._pack(window, cursor, tell)
                 self._keep(place=cursor.place, taken=cursor.taken, windows=cursor.windows, counts=counts)
                 tell(self._advance())

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from threading import Event
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.corpora.documents import Block, LeftOut
-from model.corpora.order import Cursor, permutation, windows
+from model.corpora.order import Cursor, ahead, permutation, windows
 
 
 @given(seed=st.integers(0, 2**63), count=st.integers(0, 60))
@@ -61,3 +63,29 @@ def test_documents_of_a_window_are_shuffled() -> None:
     assert sorted(window.texts) == sorted(names)
     assert sum(text == name for text, name in zip(window.texts, names, strict=True)) < 10
     assert cursor == Cursor(1, 0, 1)
+
+
+def test_the_next_item_is_made_while_one_is_worked_on() -> None:
+    begun = [Event() for _ in range(3)]
+
+    def items() -> Iterator[int]:
+        for number, event in enumerate(begun):
+            event.set()
+            yield number
+
+    found = ahead(items())
+    assert next(found) == 0
+    assert begun[1].wait(10)
+    assert not begun[2].is_set(), "one ahead, not all"
+    assert list(found) == [1, 2]
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("broken")
+
+    found = ahead(items())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(found)

@@ -87,8 +87,8 @@ class JsonLines:
                     yield LeftOut.BROKEN
 
     def _lines(self, source: Source, block: Block) -> Iterator[tuple[bool, bytes | None, Callable[[], int]]]:
-        """Whether a line is the first of its file, its bytes, None for one that is too long, and what counts up to
-        it."""
+        """Whether a line is the first of its file; its bytes, None for too many; what finds out its number, for which
+        all before it may have to be read."""
         if compression(source.name) is not None:
             for number, raw in enumerate(compressed_lines(source, self.longest), 1):
                 yield number == 1, raw, partial(int, number)

@@ -103,6 +103,8 @@ class ParquetRows:
         return file
 
     def _kind(self, source: Source, schema: pa.Schema) -> pa.DataType:
+        import pyarrow as pa  # noqa: PLC0415 - an extra
+
         if self.column in schema.names:
             return schema.field(self.column).type
         fields = list(schema)
@@ -113,7 +115,7 @@ class ParquetRows:
                 wrong = missing_column(self.column, part, names)
                 raise DataError(f"source {source.name}: {wrong}: change --column")
             found = fields[names.index(part)].type
-            inner = found.num_fields if str(found).startswith("struct") else 0
+            inner = found.num_fields if pa.types.is_struct(found) else 0
             fields = [found.field(number) for number in range(inner)]
         return found
 

@@ -8,8 +8,9 @@ on both sides, and whoever prepares other data with the same or a larger share h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 from model.corpora.documents import Block, JsonLines, LeftOut, PlainText, Reader
@@ -69,9 +70,9 @@ def cut(recipe: Recipe, sources: Sequence[Source]) -> list[Block]:
     """The blocks of all sources, in the order in which they are read. Raises `DataError` for a source of another kind
     than the recipe's."""
     reader = reader_of(recipe)
-    blocks = [
-        block for number, source in enumerate(sources) for block in reader.blocks(number, source, recipe.block_bytes)
-    ]
+    with ThreadPoolExecutor() as pool:  # of parquet files the ends are read, which may be far away
+        found = pool.map(lambda number: reader.blocks(number, sources[number], recipe.block_bytes), range(len(sources)))
+        blocks = list(chain.from_iterable(found))
     if not blocks:
         raise DataError(f"the {len(sources)} source file(s) hold no documents: check --from")
     return [blocks[place] for place in permutation(recipe.seed, "blocks", len(blocks))]
@@ -86,8 +87,7 @@ def check_folder(out: Path, plan: Plan) -> DataManifest | None:
     if (out / PLAN).exists():
         check_same(out, read_model(out / PLAN, Plan), plan)
     elif out.exists():
-        own = {PLAN, JOURNAL, TOKENIZER, LOCKS, part_name(PLAN), part_name(TOKENIZER)}
-        foreign = sorted(path.name for path in out.iterdir() if path.name not in own)
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in (LOCKS, part_name(PLAN)))
         if foreign:
             raise DataError(f"--out {out} holds {foreign[0]}, which is none of ours: give a new folder")
     return None
@@ -115,8 +115,9 @@ def prepare(
         return finished
     if not (out / PLAN).exists():
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / TOKENIZER, tokenizer.raw)
         write_whole(out / PLAN, (plan.model_dump_json(indent=1) + "\n").encode())
+    if not (out / TOKENIZER).exists():
+        write_whole(out / TOKENIZER, tokenizer.raw)
     progress = _Work(
         out, plan.recipe, sources, blocks, tokenizer, reader_of(plan.recipe, skip_broken=skip_broken)
     ).whole(tell)
@@ -181,7 +182,7 @@ class _Work:
         counts, before = self._progress.counts, self._advance()
         kept = {False: counts.training, True: counts.held_out}
         too_long = counts.too_long + window.left_out[LeftOut.TOO_LONG]
-        ahead = self._read[cursor.place] - before.read
+        length = self._read[cursor.place] - before.read
         seen, told, tokens = 0, 0, before.tokens
         for text, ids in zip(window.texts, self._tokenizer.encode(window.texts), strict=True):
             side = held_out(text, self._recipe.held_out)
@@ -193,7 +194,7 @@ class _Work:
             seen += len(text)
             if seen - told >= TOLD:
                 told = seen
-                tell(Advance(before.read + ahead * seen // window.size, before.total, sum(kept.values()), tokens))
+                tell(Advance(before.read + length * seen // window.size, before.total, sum(kept.values()), tokens))
         return Counts(
             training=kept[False],
             held_out=kept[True],
@@ -203,6 +204,7 @@ class _Work:
         )
 
     def _keep(self, **changes: int | Counts) -> None:
+        """Makes what was added since the last call, and `changes`, part of what a killed run goes on from."""
         parts = (self._training, self._held_out)
         for part in parts:
             part.flush()
@@ -233,11 +235,9 @@ def _clear(out: Path) -> None:
 
 
 def _abandon(out: Path, progress: Progress) -> None:
-    """Removes everything: nobody can go on from here. The plan goes last, so that a kill leaves a folder of ours."""
-    for shard in progress.full:
-        (out / shard.name).unlink(missing_ok=True)
-        (out / part_name(shard.name)).unlink(missing_ok=True)
-    for name in (JOURNAL, TOKENIZER, PLAN):
+    """Removes everything: nobody can go on from here. Without a journal the work begins anew, without a plan the folder
+    is nobody's: that order, since this may be cut short too."""
+    for name in (JOURNAL, *(shard.name for shard in progress.full), TOKENIZER, PLAN):
         (out / name).unlink(missing_ok=True)
 
 

@@ -144,4 +144,5 @@ def name_full(folder: Path, shards: Sequence[Shard]) -> None:
             part.replace(folder / shard.name)
         elif not (folder / shard.name).exists():
             raise DataError(f"shard {folder / shard.name} is gone: delete {folder} and prepare it again")
-    sync_folder(folder)
+    if shards:
+        sync_folder(folder)

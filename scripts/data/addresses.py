@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError, PreconditionError
@@ -154,6 +155,12 @@ def _file(path: Path, name: str) -> _Found:
 
 def _stored(address: str, wanted: Format | None) -> Iterator[_Found]:
     """Objects of a store: one by its name, or those under a prefix that are known or match the pattern."""
+    parts = urlsplit(address)
+    if parts.scheme in ("http", "https") and (parts.query or "@" in parts.netloc):
+        raise DataOptionError(
+            f"--from {parts.scheme}://{parts.hostname}{parts.path} comes with a query or a password, which would be "
+            "written down: give a plain address"
+        )
     root, pattern = _split(address.rstrip("/"))
     try:
         if not pattern:

@@ -400,6 +400,10 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, files: list[Path])
     with pytest.raises(DataError, match=r"--out .*out holds thesis\.txt, which is none of ours: give a new folder"):
         made(out, files, recipe())
     assert contents(out) == {"thesis.txt": b"mine"}
+    (out / "thesis.txt").rename(out / TOKENIZER)
+    with pytest.raises(DataError, match=r"out holds tokenizer\.json, which is none of ours: give a new folder"):
+        made(out, files, recipe())
+    assert contents(out) == {TOKENIZER: b"mine"}
 
 
 @pytest.mark.parametrize(
@@ -427,9 +431,22 @@ def test_nothing_to_learn_from_leaves_nothing(
     tmp_path: Path, documents: list[str | None], changes: dict[str, object], words: str
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
-    with pytest.raises(DataError, match=words):
-        made(tmp_path / "out", [path], recipe(**changes))
-    assert contents(tmp_path / "out") == {}
+
+    def fail() -> None:
+        with pytest.raises(DataError, match=words):
+            made(tmp_path / "out", [path], recipe(**changes))
+        assert contents(tmp_path / "out") == {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        count = interrupt(patch, 1 << 30, Killed())
+        fail()
+        total = count()
+    for after in range(0, total, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, after, Killed())
+            with pytest.raises(Killed):
+                made(tmp_path / "out", [path], recipe(**changes))
+        fail()
 
 
 def test_sources_without_any_document_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:

@@ -75,6 +75,13 @@ def test_a_name_with_pattern_characters_is_a_name_if_it_exists(tree: Path) -> No
         (["tree/a.jsonl", "tree/*.jsonl"], None, DataError, r"names .*a.jsonl a second time: name every file once"),
         (["tree"], None, DataOptionError, r"c.jsonl and notes.txt differ in format: say with --format which one"),
         (["tree/README"], None, DataOptionError, r"README has no known suffix \(.parquet, .*: say with --format what"),
+        (
+            ["https://me:secret@h/x.jsonl"],
+            None,
+            DataOptionError,
+            "^--from https://h/x.jsonl comes with a query or a pass",
+        ),
+        (["https://h/x.jsonl?key=secret"], None, DataOptionError, "^--from https://h/x.jsonl comes with a query or a "),
         (["foo://bucket/x"], None, DataOptionError, r"--from foo://bucket.* cannot be opened \(.*"),
     ],
 )

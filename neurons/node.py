@@ -339,9 +339,9 @@ def open_link(link: Link, hotkey: str) -> Shaper:
 
 
 def open_corpus(loaded: LoadedManifest, folder: Path) -> Corpus:
-    """The manifest's token shards, each checked against its SHA-256."""
+    """The manifest's token shards, each checked against its SHA-256. Raises `DataError`."""
     data = loaded.manifest.data
-    return Corpus.open(
+    corpus = Corpus.open(
         folder,
         [ShardEntry(name=shard.name, sha256=shard.sha256, dtype=shard.dtype) for shard in data.shards],
         seed=loaded.manifest.run.seed,
@@ -350,6 +350,12 @@ def open_corpus(loaded: LoadedManifest, folder: Path) -> Corpus:
         vocab=loaded.manifest.model.vocab,
         held_out=data.held_out,
     )
+    if data.validation_batches > corpus.validation_samples:
+        raise DataError(
+            f"data.validation_batches {data.validation_batches} are more than the {corpus.validation_samples} batches "
+            "held out: take a manifest that lowers it or raises data.held_out"
+        )
+    return corpus
 
 
 def main(argv: list[str], *, role: str, description: str, body: Callable[[Node], Awaitable[None]]) -> int:

@@ -207,6 +207,9 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     prepare.add_argument(
         "--longest", type=int, default=16 << 20, help="bytes above which a document is left out (default: 16777216)"
     )
+    prepare.add_argument(
+        "--skip-broken", action="store_true", help="leave out, and count, what is no UTF-8 or no JSON (default: stop)"
+    )
     prepare.add_argument("--seed", type=int, default=0, help="of the order of documents (default: 0)")
     prepare.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
     prepare.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -465,10 +465,10 @@ def _check_data(folder: Path, model: str) -> None:
 
 def _data(prepared: Path | None, model: str) -> RunData:
     from scripts.data import local  # noqa: PLC0415 - torch is imported while others start
-    from scripts.manifests import BATCH  # noqa: PLC0415
+    from scripts.manifests import BATCH, VALIDATION_BATCHES  # noqa: PLC0415
 
     if prepared is not None:
-        return local.prepared(prepared, model, batch=BATCH)
+        return local.prepared(prepared, model, batch=BATCH, validation_batches=VALIDATION_BATCHES)
     return local.standard_library(cache_folder(), model)
 
 

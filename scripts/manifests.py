@@ -38,6 +38,7 @@ LANE = 4
 """Microbatches: a short round has a few dozen per head, and still shall mix them."""
 BATCH = 8
 """Sequences in a microbatch."""
+VALIDATION_BATCHES = 8
 ACCUMULATION = 2
 MEAN = OuterConfig(lr=1.0, momentum=0.0)
 """The outer step takes over the mean of what replicas have become."""
@@ -96,7 +97,7 @@ def local_manifest(
             sequence=config.context,
             samples_per_round=2048,
             held_out=data.held_out,
-            validation_batches=8,
+            validation_batches=VALIDATION_BATCHES,
             shards=[ShardSection(name=entry.name, sha256=entry.sha256, dtype=entry.dtype) for entry in data.entries],
         ),
         optimizer=OptimizerSection.of(inner, accumulation=ACCUMULATION, outer=MEAN),

@@ -9,14 +9,31 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
 from typing import Protocol
 
+from model.corpora.compressed import compressed_lines, compression
 from model.corpora.source import PIECE, Source
 from model.data import DataError
 
 NEWLINE = b"\n"
+
+
+class LeftOut(Enum):
+    """Why a document is not in the shards."""
+
+    EMPTY = auto()
+    """Nothing but white space, or null."""
+    TOO_LONG = auto()
+    BROKEN = auto()
+    """No UTF-8, or a line that is no JSON."""
+
+
+class BrokenError(DataError):
+    """A document that cannot be read, in a file that can: one line with its place and what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,53 +49,70 @@ class Block:
 
 
 class Reader(Protocol):
-    """How one format is read."""
+    """How one format is read. `skip_broken` says whether a broken document is left out, or an error."""
 
     def blocks(self, number: int, source: Source, size: int) -> list[Block]:
         """Source `number` cut into blocks of about `size` bytes. Raises `DataError` for a file of another kind."""
         ...
 
-    def documents(self, source: Source, block: Block) -> Iterator[str | None]:
-        """The block's documents in order, None for one that is too long. Raises `DataError`."""
+    def documents(self, source: Source, block: Block) -> Iterator[str | LeftOut]:
+        """The block's documents in order, `TOO_LONG` and perhaps `BROKEN` ones too; empty ones are text here. Raises
+        `DataError`, `BrokenError` for a broken document."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class JsonLines:
     """One JSON object a line; `column` holds the text, in nested objects by a dotted name. A line is at most `longest`
-    bytes; null is an empty document."""
+    bytes; null is an empty document. A compressed file is one block."""
 
     column: str
     longest: int
+    skip_broken: bool = False
 
     def blocks(self, number: int, source: Source, size: int) -> list[Block]:
-        return _ranges(number, source.size, size)
+        whole = compression(source.name) is not None
+        return _ranges(number, source.size, max(size, source.size) if whole else size)
 
-    def documents(self, source: Source, block: Block) -> Iterator[str | None]:
-        for place, raw in spans(source, block.start, block.end, NEWLINE, self.longest):
+    def documents(self, source: Source, block: Block) -> Iterator[str | LeftOut]:
+        for first, raw, line in self._lines(source, block):
             if raw is None:
-                yield None
+                yield LeftOut.TOO_LONG
             elif raw.strip():
-                yield self._text(source, place, raw)
+                try:
+                    yield self._text(source, raw, first=first, line=line)
+                except BrokenError:
+                    if not self.skip_broken:
+                        raise
+                    yield LeftOut.BROKEN
 
-    def _text(self, source: Source, place: int, raw: bytes) -> str:
+    def _lines(self, source: Source, block: Block) -> Iterator[tuple[bool, bytes | None, Callable[[], int]]]:
+        """Whether a line is the first of its file; its bytes, None for too many; what finds out its number, for which
+        all before it may have to be read."""
+        if compression(source.name) is not None:
+            for number, raw in enumerate(compressed_lines(source, self.longest), 1):
+                yield number == 1, raw, partial(int, number)
+        else:
+            for place, raw in spans(source, block.start, block.end, NEWLINE, self.longest):
+                yield place == 0, raw, partial(_line, source, place)
+
+    def _text(self, source: Source, raw: bytes, *, first: bool, line: Callable[[], int]) -> str:
+        def at(wrong: str) -> str:
+            return f"source {source.name}, line {line()}: {wrong}"
+
         try:
-            value = _value(json.loads(_decoded(raw, place)), self.column)
+            value = _value(json.loads(_decoded(raw, first=first)), self.column)
             if isinstance(value, str):
                 value.encode()  # JSON can spell halves of characters that no text has
         except _MissingColumn as error:
-            wrong, remedy = str(error), "change --column or the file"
+            raise DataError(at(f"{error}: change --column or the file")) from error
         except UnicodeError as error:
-            wrong, remedy = f"no UTF-8 ({error.reason if isinstance(error, UnicodeDecodeError) else error})", "mend it"
+            raise BrokenError(at(f"no UTF-8 ({_reason(error)}): mend it or --skip-broken")) from error
         except (ValueError, RecursionError) as error:
-            wrong, remedy = f"no JSON ({error})", "mend the line or change --format"
-        else:
-            if isinstance(value, str):
-                return value
-            if value is None:
-                return ""
-            wrong, remedy = f"column '{self.column}' is {type(value).__name__}, no text", "change --column"
-        raise DataError(f"source {source.name}, line {_line(source, place)}: {wrong}: {remedy}")
+            raise BrokenError(at(f"no JSON ({error}): mend it, --skip-broken or change --format")) from error
+        if value is not None and not isinstance(value, str):
+            raise DataError(at(f"column '{self.column}' is {type(value).__name__}, no text: change --column"))
+        return value or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +122,7 @@ class PlainText:
 
     separator: str | None
     longest: int
+    skip_broken: bool = False
 
     def __post_init__(self) -> None:
         """Raises `DataError` for a separator that is empty or can overlap itself."""
@@ -100,7 +135,7 @@ class PlainText:
             return [Block(number, 0, source.size, source.size)]
         return _ranges(number, source.size, size)
 
-    def documents(self, source: Source, block: Block) -> Iterator[str | None]:
+    def documents(self, source: Source, block: Block) -> Iterator[str | LeftOut]:
         if self.separator is None:
             found: Iterable[tuple[int, bytes | None]] = [
                 (0, source.read(0, source.size) if source.size <= self.longest else None)
@@ -109,16 +144,19 @@ class PlainText:
             found = spans(source, block.start, block.end, self.separator.encode(), self.longest)
         for place, raw in found:
             if raw is None:
-                yield None
+                yield LeftOut.TOO_LONG
                 continue
             try:
-                text = _decoded(raw, place)
+                text = _decoded(raw, first=place == 0)
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"source {source.name}, byte {place + error.start}: no UTF-8 ({error.reason}): convert the file or "
-                    "leave it out"
-                ) from error
-            yield text if self.separator is None else text.strip("\r\n")
+                if not self.skip_broken:
+                    raise BrokenError(
+                        f"source {source.name}, byte {place + error.start}: no UTF-8 ({error.reason}): convert the "
+                        "file or --skip-broken"
+                    ) from error
+                yield LeftOut.BROKEN
+            else:
+                yield text if self.separator is None else text.strip("\r\n")
 
 
 def spans(source: Source, start: int, end: int, separator: bytes, longest: int) -> Iterator[tuple[int, bytes | None]]:
@@ -164,8 +202,12 @@ def _ranges(number: int, total: int, size: int) -> list[Block]:
     return [Block(number, start, min(start + size, total), min(size, total - start)) for start in starts]
 
 
-def _decoded(raw: bytes, place: int) -> str:
-    return raw.decode("utf-8-sig" if place == 0 else "utf-8")
+def _decoded(raw: bytes, *, first: bool) -> str:
+    return raw.decode("utf-8-sig" if first else "utf-8")
+
+
+def _reason(error: UnicodeError) -> str:
+    return error.reason if isinstance(error, UnicodeDecodeError | UnicodeEncodeError) else str(error)
 
 
 class _MissingColumn(Exception):  # noqa: N818 - never leaves this file

@@ -25,11 +25,13 @@ Dtype = Literal["uint16", "uint32"]
 Format = Literal["parquet", "jsonl", "text"]
 
 
-class _Model(BaseModel):
+class Strict(BaseModel):
+    """What is read from a file has to be as it was written."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Recipe(_Model):
+class Recipe(Strict):
     """Everything but the sources that the shards' bytes depend on."""
 
     format: Format
@@ -56,14 +58,14 @@ class Recipe(_Model):
     """Version of the library that encoded."""
 
 
-class SourceEntry(_Model):
+class SourceEntry(Strict):
     name: str
     size: Count
     identity: str
     """`model.corpora.source.Source.identity`."""
 
 
-class Plan(_Model):
+class Plan(Strict):
     """What a folder is made of."""
 
     version: Literal[1] = 1
@@ -71,7 +73,7 @@ class Plan(_Model):
     sources: Annotated[list[SourceEntry], Field(min_length=1)]
 
 
-class Counts(_Model):
+class Counts(Strict):
     """Documents by what became of them."""
 
     training: Count = 0
@@ -80,9 +82,11 @@ class Counts(_Model):
     """Nothing but white space, or null."""
     too_long: Count = 0
     """More bytes than `longest`, or more tokens than a shard takes."""
+    broken: Count = 0
+    """No UTF-8, or no JSON; without --skip-broken these are errors."""
 
 
-class Shard(_Model):
+class Shard(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=128)]
     sha256: Sha256Hex
     tokens: Positive
@@ -90,7 +94,7 @@ class Shard(_Model):
     held_out: bool
 
 
-class DataManifest(_Model):
+class DataManifest(Strict):
     """The content of `dataset.json`."""
 
     version: Literal[1] = 1
@@ -118,14 +122,20 @@ class DataManifest(_Model):
     def tokens(self, *, held_out: bool) -> int:
         return sum(shard.tokens for shard in self.shards if shard.held_out is held_out)
 
+    def windows(self, sequence: int) -> dict[bool, int]:
+        """Windows of `sequence` tokens, as `Corpus` cuts them, in training shards (False) and held-out ones (True)."""
+        counts = {False: 0, True: 0}
+        for shard in self.shards:
+            counts[shard.held_out] += (shard.tokens - 1) // sequence
+        return counts
+
     def held_out_share(self, sequence: int) -> float:
         """The `held_out` with which `Corpus` trains on exactly the training shards, in windows of `sequence` tokens.
 
         Of n windows, h of them in held-out shards, (h - 1/2) / n is held out: h - 1 windows. The first of the h is the
         one that `Corpus` leaves between the parts. Raises `DataError` when the parts are too small for that.
         """
-        windows = {part: sum(_windows(shard, sequence) for shard in self.shards if shard.held_out is part)
-                   for part in (False, True)}  # fmt: skip
+        windows = self.windows(sequence)
         if not windows[False] or windows[True] < 2:
             raise DataError(
                 f"{windows[False]} windows of {sequence} tokens to train on and {windows[True]} held out are too few, "
@@ -138,10 +148,6 @@ class DataManifest(_Model):
                 "must be less than half: prepare again with a lower --held-out"
             )
         return share
-
-
-def _windows(shard: Shard, sequence: int) -> int:
-    return (shard.tokens - 1) // sequence
 
 
 def read_manifest(folder: Path) -> DataManifest:

@@ -9,10 +9,15 @@ hold or seek all of them, and the order in which training visits the tokens is a
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from model.corpora.documents import Block
+from model.corpora.documents import Block, LeftOut
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +34,17 @@ class Window:
     """Documents that are shuffled, tokenised and kept together."""
 
     texts: list[str] = field(default_factory=list)
-    empty: int = 0
-    """How many documents had no text."""
-    too_long: int = 0
+    left_out: Counter[LeftOut] = field(default_factory=Counter)
     size: int = 0
     """Characters, and one for each document."""
 
-    def add(self, text: str | None) -> None:
-        """Takes the next document of the stream, None for one that is too long."""
+    def add(self, text: str | LeftOut) -> None:
+        """Takes the next document of the stream."""
         self.size += 1
-        if text is None:
-            self.too_long += 1
+        if isinstance(text, LeftOut):
+            self.left_out[text] += 1
         elif not text or text.isspace():
-            self.empty += 1
+            self.left_out[LeftOut.EMPTY] += 1
         else:
             self.texts.append(text)
             self.size += len(text)
@@ -58,7 +61,7 @@ def permutation(seed: int, purpose: str, count: int) -> list[int]:
 
 def windows(
     blocks: Sequence[Block],
-    documents: Callable[[Block], Iterator[str | None]],
+    documents: Callable[[Block], Iterator[str | LeftOut]],
     *,
     seed: int,
     size: int,
@@ -87,3 +90,12 @@ def _shuffled(window: Window, seed: int, number: int) -> Window:
     texts = window.texts
     window.texts = [texts[index] for index in permutation(seed, f"window/{number}", len(texts))]
     return window
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made by a thread while whoever took the one before works on it."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item

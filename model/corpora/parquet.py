@@ -1,4 +1,4 @@
-"""Documents of parquet files, by row groups. The only room that knows pyarrow, which is an extra."""
+"""Documents of parquet files, by row groups. pyarrow reads them, an extra."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from model.corpora.documents import Block, missing_column
+from model.corpora.compressed import without_pyarrow
+from model.corpora.documents import Block, BrokenError, LeftOut, missing_column
 from model.corpora.source import Source, SourceReader
 from model.data import DataError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 ROWS = 256
 """Rows decoded at once."""
 BUFFER = 8 << 20
-"""Bytes fetched at once: a row group may be larger than memory."""
+"""Bytes fetched at once, and no row group ahead: one may be larger than memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class ParquetRows:
 
     column: str
     longest: int
+    skip_broken: bool = False
 
     def blocks(self, number: int, source: Source, size: int) -> list[Block]:
         file = self._open(source)
@@ -39,30 +41,45 @@ class ParquetRows:
                 start, held = group + 1, 0
         return blocks
 
-    def documents(self, source: Source, block: Block) -> Iterator[str | None]:
+    def documents(self, source: Source, block: Block) -> Iterator[str | LeftOut]:
         file = self._open(source)
         for group in range(block.start, block.end):
             try:
                 batches = file.iter_batches(ROWS, row_groups=[group], columns=[self.column], use_threads=False)
                 for batch in batches:
-                    for text in self._texts(batch):
-                        long = text is not None and len(text.encode()) > self.longest
-                        yield None if long else text or ""
+                    for raw in self._values(batch):
+                        yield self._text(raw)
+            except BrokenError as error:
+                raise BrokenError(f"source {source.name}, row group {group}: {error}") from error
             except (ValueError, OSError) as error:  # arrow's own errors are one or the other
                 raise DataError(
                     f"source {source.name}, row group {group}: {_line(error)}: mend the file or leave it out"
                 ) from error
 
-    def _texts(self, batch: pa.RecordBatch) -> list[str | None]:
-        import pyarrow.compute as pc  # noqa: PLC0415 - an extra
+    def _values(self, batch: pa.RecordBatch) -> list[bytes | None]:
+        """As bytes, since arrow lets columns of text hold any."""
+        import pyarrow as pa  # noqa: PLC0415 - an extra
+        import pyarrow.compute as pc  # noqa: PLC0415
 
         if self.column in batch.schema.names:
             values = batch.column(self.column)
         else:
             first, *rest = self.column.split(".")
             values = pc.struct_field(batch.column(first), rest)
-        texts: list[str | None] = values.to_pylist()
-        return texts
+        raw: list[bytes | None] = values.cast(pa.large_binary()).to_pylist()
+        return raw
+
+    def _text(self, raw: bytes | None) -> str | LeftOut:
+        if raw is None:
+            return ""
+        if len(raw) > self.longest:
+            return LeftOut.TOO_LONG
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            if not self.skip_broken:
+                raise BrokenError(f"no UTF-8 ({error.reason}) in {raw[:40]!r}: mend it or --skip-broken") from error
+            return LeftOut.BROKEN
 
     def _open(self, source: Source) -> pq.ParquetFile:
         """The file, proved to have the column, as text. Raises `DataError`."""
@@ -70,11 +87,11 @@ class ParquetRows:
             import pyarrow as pa  # noqa: PLC0415 - an extra
             import pyarrow.parquet as pq  # noqa: PLC0415
         except ModuleNotFoundError as error:
-            raise DataError(
-                "parquet needs pyarrow, which is not installed: pip install 'orion-subnet[data]'"
-            ) from error
+            raise without_pyarrow("parquet needs") from error
         try:
-            file = pq.ParquetFile(SourceReader(source), buffer_size=BUFFER, page_checksum_verification=True)
+            file = pq.ParquetFile(
+                SourceReader(source), buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
+            )
         except (ValueError, OSError) as error:
             raise DataError(
                 f"source {source.name} is no parquet file ({_line(error)}): leave it out or change --format"
@@ -86,6 +103,8 @@ class ParquetRows:
         return file
 
     def _kind(self, source: Source, schema: pa.Schema) -> pa.DataType:
+        import pyarrow as pa  # noqa: PLC0415 - an extra
+
         if self.column in schema.names:
             return schema.field(self.column).type
         fields = list(schema)
@@ -96,7 +115,7 @@ class ParquetRows:
                 wrong = missing_column(self.column, part, names)
                 raise DataError(f"source {source.name}: {wrong}: change --column")
             found = fields[names.index(part)].type
-            inner = found.num_fields if str(found).startswith("struct") else 0
+            inner = found.num_fields if pa.types.is_struct(found) else 0
             fields = [found.field(number) for number in range(inner)]
         return found
 

@@ -8,11 +8,12 @@ on both sides, and whoever prepares other data with the same or a larger share h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
-from model.corpora.documents import Block, JsonLines, PlainText, Reader
+from model.corpora.documents import Block, JsonLines, LeftOut, PlainText, Reader
 from model.corpora.folder import (
     MANIFEST,
     TOKENIZER,
@@ -26,7 +27,7 @@ from model.corpora.folder import (
     read_model,
     write_whole,
 )
-from model.corpora.order import Window, permutation, windows
+from model.corpora.order import Cursor, Window, ahead, permutation, windows
 from model.corpora.parquet import ParquetRows
 from model.corpora.shards import JOURNAL, Part, Progress, keep, name_full, read_progress
 from model.corpora.source import Source
@@ -37,6 +38,8 @@ from model.hashing import digest
 PLAN = ".plan.json"
 LOCKS = ".locks"
 """Where whoever prepares holds its lock."""
+TOLD = 1 << 20
+"""Characters between two words on how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +57,22 @@ def held_out(text: str, share: float) -> bool:
     return int.from_bytes(digest(b"orion/held-out/", text.encode())[:8], "little") < share * 2**64
 
 
-def reader_of(recipe: Recipe) -> Reader:
+def reader_of(recipe: Recipe, *, skip_broken: bool = False) -> Reader:
     """Raises `DataError` for a separator that cannot be used."""
     if recipe.format == "parquet":
-        return ParquetRows(recipe.column, recipe.longest)
+        return ParquetRows(recipe.column, recipe.longest, skip_broken)
     if recipe.format == "jsonl":
-        return JsonLines(recipe.column, recipe.longest)
-    return PlainText(recipe.separator, recipe.longest)
+        return JsonLines(recipe.column, recipe.longest, skip_broken)
+    return PlainText(recipe.separator, recipe.longest, skip_broken)
 
 
 def cut(recipe: Recipe, sources: Sequence[Source]) -> list[Block]:
     """The blocks of all sources, in the order in which they are read. Raises `DataError` for a source of another kind
     than the recipe's."""
     reader = reader_of(recipe)
-    blocks = [
-        block for number, source in enumerate(sources) for block in reader.blocks(number, source, recipe.block_bytes)
-    ]
+    with ThreadPoolExecutor() as pool:  # of parquet files the ends are read, which may be far away
+        found = pool.map(lambda number: reader.blocks(number, sources[number], recipe.block_bytes), range(len(sources)))
+        blocks = list(chain.from_iterable(found))
     if not blocks:
         raise DataError(f"the {len(sources)} source file(s) hold no documents: check --from")
     return [blocks[place] for place in permutation(recipe.seed, "blocks", len(blocks))]
@@ -84,8 +87,7 @@ def check_folder(out: Path, plan: Plan) -> DataManifest | None:
     if (out / PLAN).exists():
         check_same(out, read_model(out / PLAN, Plan), plan)
     elif out.exists():
-        own = {PLAN, JOURNAL, TOKENIZER, LOCKS, part_name(PLAN), part_name(TOKENIZER)}
-        foreign = sorted(path.name for path in out.iterdir() if path.name not in own)
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in (LOCKS, part_name(PLAN)))
         if foreign:
             raise DataError(f"--out {out} holds {foreign[0]}, which is none of ours: give a new folder")
     return None
@@ -99,11 +101,13 @@ def prepare(
     tokenizer: DocumentTokenizer,
     *,
     tell: Callable[[Advance], None],
+    skip_broken: bool = False,
 ) -> DataManifest:
     """Writes the shards of `plan`, whose sources and blocks (`cut`) these are; a finished folder stays as it is.
 
-    One process at a time. Raises `DataError`, or `OSError` when the disk is full: what was kept until then is kept, and
-    the same call goes on from there.
+    `skip_broken` leaves out, and counts, documents that cannot be read. It is no part of the plan: whoever is stopped
+    by one of them goes on with it. One process at a time. Raises `DataError`, or `OSError` when the disk is full: what
+    was kept until then is kept, and the same call goes on from there.
     """
     finished = check_folder(out, plan)
     if finished is not None:
@@ -111,9 +115,12 @@ def prepare(
         return finished
     if not (out / PLAN).exists():
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / TOKENIZER, tokenizer.raw)
         write_whole(out / PLAN, (plan.model_dump_json(indent=1) + "\n").encode())
-    progress = _Work(out, plan.recipe, sources, blocks, tokenizer).whole(tell)
+    if not (out / TOKENIZER).exists():
+        write_whole(out / TOKENIZER, tokenizer.raw)
+    progress = _Work(
+        out, plan.recipe, sources, blocks, tokenizer, reader_of(plan.recipe, skip_broken=skip_broken)
+    ).whole(tell)
     counts = progress.counts
     if not counts.training or not counts.held_out:
         _abandon(out, progress)
@@ -134,9 +141,10 @@ class _Work:
         sources: Sequence[Source],
         blocks: Sequence[Block],
         tokenizer: DocumentTokenizer,
+        reader: Reader,
     ) -> None:
         self._out, self._recipe, self._sources, self._blocks = out, recipe, sources, blocks
-        self._reader, self._tokenizer = reader_of(recipe), tokenizer
+        self._tokenizer, self._reader = tokenizer, reader
         self._progress = read_progress(out)
         name_full(out, self._progress.full)
         self._read = [0, *accumulate(block.size for block in blocks)]
@@ -154,8 +162,8 @@ class _Work:
         )
         try:
             tell(self._advance())
-            for window, cursor in stream:
-                counts = self._pack(window)
+            for window, cursor in ahead(stream):
+                counts = self._pack(window, cursor, tell)
                 self._keep(place=cursor.place, taken=cursor.taken, windows=cursor.windows, counts=counts)
                 tell(self._advance())
             for part in (self._training, self._held_out):
@@ -166,23 +174,37 @@ class _Work:
             self._held_out.close()
         return self._progress
 
-    def _documents(self, block: Block) -> Iterator[str | None]:
+    def _documents(self, block: Block) -> Iterator[str | LeftOut]:
         return self._reader.documents(self._sources[block.source], block)
 
-    def _pack(self, window: Window) -> Counts:
-        """Appends the window's documents to their shards; how many there are with it."""
-        counts = self._progress.counts
+    def _pack(self, window: Window, cursor: Cursor, tell: Callable[[Advance], None]) -> Counts:
+        """Appends the documents of the window, which ends at `cursor`, to their shards; how many there are with it."""
+        counts, before = self._progress.counts, self._advance()
         kept = {False: counts.training, True: counts.held_out}
-        too_long = counts.too_long + window.too_long
+        too_long = counts.too_long + window.left_out[LeftOut.TOO_LONG]
+        length = self._read[cursor.place] - before.read
+        seen, told, tokens = 0, 0, before.tokens
         for text, ids in zip(window.texts, self._tokenizer.encode(window.texts), strict=True):
             side = held_out(text, self._recipe.held_out)
             if (self._held_out if side else self._training).add(ids):
                 kept[side] += 1
+                tokens += len(ids)
             else:
                 too_long += 1
-        return Counts(training=kept[False], held_out=kept[True], empty=counts.empty + window.empty, too_long=too_long)
+            seen += len(text)
+            if seen - told >= TOLD:
+                told = seen
+                tell(Advance(before.read + length * seen // window.size, before.total, sum(kept.values()), tokens))
+        return Counts(
+            training=kept[False],
+            held_out=kept[True],
+            empty=counts.empty + window.left_out[LeftOut.EMPTY],
+            too_long=too_long,
+            broken=counts.broken + window.left_out[LeftOut.BROKEN],
+        )
 
     def _keep(self, **changes: int | Counts) -> None:
+        """Makes what was added since the last call, and `changes`, part of what a killed run goes on from."""
         parts = (self._training, self._held_out)
         for part in parts:
             part.flush()
@@ -213,11 +235,9 @@ def _clear(out: Path) -> None:
 
 
 def _abandon(out: Path, progress: Progress) -> None:
-    """Removes everything: nobody can go on from here. The plan goes last, so that a kill leaves a folder of ours."""
-    for shard in progress.full:
-        (out / shard.name).unlink(missing_ok=True)
-        (out / part_name(shard.name)).unlink(missing_ok=True)
-    for name in (JOURNAL, TOKENIZER, PLAN):
+    """Removes everything: nobody can go on from here. Without a journal the work begins anew, without a plan the folder
+    is nobody's: that order, since this may be cut short too."""
+    for name in (JOURNAL, *(shard.name for shard in progress.full), TOKENIZER, PLAN):
         (out / name).unlink(missing_ok=True)
 
 
@@ -227,7 +247,13 @@ def _nothing(recipe: Recipe, counts: Counts) -> str:
         part = "is held out" if not counts.held_out else "is left to train on"
         change = "raise" if not counts.held_out else "lower"
         return f"none of {kept} documents {part} at --held-out {recipe.held_out}: {change} it, or prepare more"
-    lost = f"all {counts.empty + counts.too_long} documents were left out, {counts.empty} empty and {counts.too_long}"
+    lost = (
+        f"all {counts.empty + counts.too_long + counts.broken} documents were left out, {counts.empty} empty, "
+        f"{counts.broken} broken"
+    )
     if counts.too_long:
-        return f"{lost} longer than {recipe.longest} bytes or a shard: raise --longest, or name a --separator"
-    return f"{lost} too long: check --column and --from"
+        return (
+            f"{lost} and {counts.too_long} longer than {recipe.longest} bytes or a shard: raise --longest, or name a "
+            "--separator"
+        )
+    return f"{lost} and 0 too long: check --column and --from"

@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from model.corpora.folder import Count, Counts, Dtype, Shard, part_name, read_model, sync_folder, write_whole
+from model.corpora.folder import Count, Counts, Dtype, Shard, Strict, part_name, read_model, sync_folder, write_whole
 from model.corpora.order import Cursor
 from model.data import DataError
 
@@ -25,26 +25,22 @@ JOURNAL = ".progress.json"
 PIECE = 1 << 22
 
 
-class OpenShard(BaseModel):
+class OpenShard(Strict):
     """How much of the shard being written counts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     tokens: Count = 0
     documents: Count = 0
 
 
-class Progress(BaseModel):
+class Progress(Strict):
     """The content of the journal: everything up to the end of a window."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     version: Literal[1] = 1
     place: Count = 0
     taken: Count = 0
     windows: Count = 0
     counts: Counts = Counts()
-    full: list[Shard] = []
+    full: list[Shard] = Field(default_factory=list)
     """Shards that have their name, or are about to get it."""
     training: OpenShard = OpenShard()
     held_out: OpenShard = OpenShard()
@@ -148,4 +144,5 @@ def name_full(folder: Path, shards: Sequence[Shard]) -> None:
             part.replace(folder / shard.name)
         elif not (folder / shard.name).exists():
             raise DataError(f"shard {folder / shard.name} is gone: delete {folder} and prepare it again")
-    sync_folder(folder)
+    if shards:
+        sync_folder(folder)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError, PreconditionError
 
+from model.corpora.compressed import compression
 from model.corpora.folder import Format
 from model.corpora.source import LocalSource, Source
 from model.data import DataError
@@ -90,11 +93,12 @@ def find_sources(addresses: list[str], wanted: Format | None) -> tuple[Format, l
                 raise DataError(f"--from {address} names {file.place} a second time: name every file once")
             found[file.place] = file
     form = wanted or _common([file.name for file in found.values()])
-    return form, [file.open() for file in found.values()]
+    with ThreadPoolExecutor() as pool:  # local files are hashed
+        return form, list(pool.map(lambda file: file.open(), found.values()))
 
 
 def _common(names: list[str]) -> Format:
-    forms = {SUFFIXES.get(PurePosixPath(name).suffix): name for name in names}
+    forms = {_form(name): name for name in names}
     (form, name), *others = forms.items()
     if form is None:
         raise DataOptionError(f"{name} has no known suffix ({_suffixes(None)}): say with --format what it holds")
@@ -108,8 +112,16 @@ def _suffixes(wanted: Format | None) -> str:
 
 
 def _known(name: str, wanted: Format | None) -> bool:
-    form = SUFFIXES.get(PurePosixPath(name).suffix)
+    form = _form(name)
     return form is not None and wanted in (None, form)
+
+
+def _form(name: str) -> Format | None:
+    """By the suffix; lines may be compressed."""
+    if compression(name) is None:
+        return SUFFIXES.get(PurePosixPath(name).suffix)
+    form = SUFFIXES.get(PurePosixPath(name).with_suffix("").suffix)
+    return form if form == "jsonl" else None
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -143,6 +155,12 @@ def _file(path: Path, name: str) -> _Found:
 
 def _stored(address: str, wanted: Format | None) -> Iterator[_Found]:
     """Objects of a store: one by its name, or those under a prefix that are known or match the pattern."""
+    parts = urlsplit(address)
+    if parts.scheme in ("http", "https") and (parts.query or "@" in parts.netloc):
+        raise DataOptionError(
+            f"--from {parts.scheme}://{parts.hostname}{parts.path} comes with a query or a password, which would be "
+            "written down: give a plain address"
+        )
     root, pattern = _split(address.rstrip("/"))
     try:
         if not pattern:

@@ -41,10 +41,10 @@ def fitting(folder: Path, model: str) -> RunData:
     return RunData(folder=folder.absolute(), entries=tuple(manifest.entries), held_out=share)
 
 
-def prepared(folder: Path, model: str, *, batch: int) -> RunData:
+def prepared(folder: Path, model: str, *, batch: int, validation_batches: int) -> RunData:
     """`fitting`, every shard hashed, and enough in them for batches of `batch` sequences. Raises `DataError`."""
     data, config = fitting(folder, model), preset(model)
-    Corpus.open(
+    corpus = Corpus.open(
         folder,
         data.entries,
         seed=0,
@@ -53,4 +53,9 @@ def prepared(folder: Path, model: str, *, batch: int) -> RunData:
         vocab=config.vocab,
         held_out=data.held_out,
     )
+    if corpus.validation_samples < validation_batches:
+        raise DataError(
+            f"{folder} has {corpus.validation_samples} batches of {batch} x {config.context} tokens held out, "
+            f"{validation_batches} are needed: prepare more data, or again with a higher --held-out"
+        )
     return data

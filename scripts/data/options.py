@@ -37,6 +37,7 @@ class PrepareOptions:
     shard_tokens: int = 100_000_000
     longest: int = 16 << 20
     seed: int = 0
+    skip_broken: bool = False
 
     def check(self) -> ModelConfig | None:
         """The model that the data are for, if one is named. Raises `DataOptionError`."""

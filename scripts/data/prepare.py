@@ -17,10 +17,10 @@ from scripts.data.progress import PrepareView
 from scripts.data.report import print_summary
 from scripts.locks import Lock, StillRunning
 
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 1 << 20
 """Some sixteen blocks from all over the sources are in one window."""
-WINDOW = 32 << 20
-"""Characters: some seconds of work, which is what a kill costs."""
+WINDOW = 16 << 20
+"""Characters: half a minute of work on one core, which is the most that a kill costs."""
 
 
 def prepare_data(options: PrepareOptions, *, plain: bool, as_json: bool) -> int:
@@ -74,7 +74,9 @@ def _prepared(options: PrepareOptions, *, plain: bool) -> DataManifest:
     lock = Lock.take(options.out / LOCKS / "prepare")
     try:
         with PrepareView(Console(stderr=True, soft_wrap=True, markup=False), plain=plain) as view:
-            return prepare(options.out, plan, sources, blocks, tokenizer, tell=view.show)
+            return prepare(
+                options.out, plan, sources, blocks, tokenizer, tell=view.show, skip_broken=options.skip_broken
+            )
     finally:
         lock.release()
 

@@ -78,11 +78,18 @@ def data_section(
     ):
         if value < 1:
             raise DataError(f"--{name} {value} is below 1: raise it")
+    share = manifest.held_out_share(sequence)
+    batches = (manifest.windows(sequence)[True] - 1) // batch
+    if batches < validation_batches:
+        raise DataError(
+            f"{validation_batches} validation batches are more than the {batches} of {batch} x {sequence} tokens held "
+            "out: lower --validation-batches or --batch, or prepare again with a higher --held-out"
+        )
     return DataSection(
         batch=batch,
         sequence=sequence,
         samples_per_round=samples_per_round,
-        held_out=manifest.held_out_share(sequence),
+        held_out=share,
         validation_batches=validation_batches,
         shards=[ShardSection(name=e.name, sha256=e.sha256, dtype=e.dtype) for e in manifest.entries],
     )
@@ -104,7 +111,7 @@ def print_summary(folder: Path, manifest: DataManifest, *, as_json: bool) -> Non
         content = {
             "folder": str(folder),
             **parts,
-            "left_out": {"empty": counts.empty, "too_long": counts.too_long},
+            "left_out": {"empty": counts.empty, "too_long": counts.too_long, "broken": counts.broken},
             "sources": {"files": len(manifest.sources), "bytes": total},
             "recipe": recipe.model_dump(mode="json"),
         }
@@ -115,7 +122,7 @@ def print_summary(folder: Path, manifest: DataManifest, *, as_json: bool) -> Non
             f"{name.replace('_', ' ')}: {part['tokens']:,} tokens of {part['documents']:,} documents in "
             f"{part['shards']} shard(s)"
         )
-    print(f"left out: {counts.empty:,} empty, {counts.too_long:,} too long documents")
+    print(f"left out: {counts.empty:,} empty, {counts.too_long:,} too long, {counts.broken:,} broken documents")
     print(
         f"tokenizer: {recipe.vocab:,} ids as {recipe.dtype}, '{recipe.end_of_text}' before every document, SHA-256 "
         f"{recipe.tokenizer[:16]}…"

@@ -91,6 +91,8 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
     altered.write_bytes((tmp_path / "manifest.toml").read_bytes() + b"\n")
     unlike = loaded.manifest.model_copy(update={"version": 1}).to_bytes().replace(b"gather_blocks", b"gather_blokks")
     (tmp_path / "misspelt.toml").write_bytes(unlike)
+    data = loaded.manifest.data.model_copy(update={"validation_batches": 9_999})
+    loaded.manifest.model_copy(update={"data": data}).write(tmp_path / "greedy.toml")
     (tmp_path / "empty").mkdir()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -103,6 +105,7 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
             ({"hotkey": "stranger"}, NodeError, "not registered"),
             ({"hotkey": "owner"}, NodeError, "authority"),
             ({"data": tmp_path / "empty"}, DataError, "does not exist"),
+            ({"manifest": tmp_path / "greedy.toml"}, DataError, "data.validation_batches 9999 are more than the"),
             ({"netuid": 77}, ChainRefused, "--netuid"),
             ({"network": "ws://127.0.0.1:9"}, ChainUnreachable, "--network"),
             ({"port": taken.getsockname()[1]}, PortTaken, str(taken.getsockname()[1])),

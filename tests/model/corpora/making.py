@@ -84,12 +84,15 @@ def recipe(**changes: Any) -> Recipe:  # noqa: ANN401
     return Recipe(**(given | changes))
 
 
-def made(out: Path, files: Sequence[Path], given: Recipe, told: list[Advance] | None = None) -> DataManifest:
+def made(
+    out: Path, files: Sequence[Path], given: Recipe, told: list[Advance] | None = None, *, skip_broken: bool = False
+) -> DataManifest:
     """Prepares `out` from local files."""
     sources: list[Source] = [LocalSource.open(path, path.name) for path in files]
     entries = [SourceEntry(name=source.name, size=source.size, identity=source.identity) for source in sources]
     tell = (lambda _advance: None) if told is None else told.append
-    return prepare(out, Plan(recipe=given, sources=entries), sources, cut(given, sources), tokenizer(), tell=tell)
+    plan, blocks = Plan(recipe=given, sources=entries), cut(given, sources)
+    return prepare(out, plan, sources, blocks, tokenizer(), tell=tell, skip_broken=skip_broken)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,8 @@
 """Every document of a file is found once, however it is cut, and what cannot be read is named."""
 
+import gzip
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.corpora.documents import JsonLines, PlainText, Reader, spans
+from model.corpora.documents import BrokenError, JsonLines, LeftOut, PlainText, Reader, spans
 from model.corpora.parquet import ParquetRows
 from model.corpora.source import LocalSource, Source, SourceReader
 from model.data import DataError
 from tests.model.corpora.making import MemorySource, texts, write_parquet
 
 
-def read(reader: Reader, source: Source, size: int = 1 << 20) -> list[str | None]:
+def read(reader: Reader, source: Source, size: int = 1 << 20) -> list[str | LeftOut]:
     return [text for block in reader.blocks(0, source, size) for text in reader.documents(source, block)]
 
 
@@ -61,14 +63,14 @@ def test_jsonl_reads_nested_columns_null_and_blank_lines() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"text": "x"', r"no JSON \(Expecting ',' delimiter.*mend the line or change --format"),
+        (b'{"text": "x"', r"no JSON \(Expecting ',' delimiter.*: mend it, --skip-broken or change --format"),
         (b"[" * 100_000, "no JSON"),
         (b'{"txet": "x", "id": 1}', "column 'text' is not there, did you mean 'txet'\\? It has txet, id: change"),
         (b"{}", "column 'text' is not there, there are none"),
         (b'["text"]', "column 'text' is not there"),
         (b'{"text": 5}', "column 'text' is int, no text: change --column"),
-        (b'{"text": "\xff"}', r"no UTF-8 \(invalid start byte\): mend it"),
-        (b'{"text": "\\ud800"}', r"no UTF-8 \(.*surrogates not allowed\): mend it"),
+        (b'{"text": "\xff"}', r"no UTF-8 \(invalid start byte\): mend it or --skip-broken"),
+        (b'{"text": "\\ud800"}', r"no UTF-8 \(surrogates not allowed\): mend it or --skip-broken"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(line: bytes, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +84,7 @@ def test_a_bad_line_is_named_by_its_number(line: bytes, words: str, monkeypatch:
 def test_text_is_a_document_a_file_or_what_stands_between_separators() -> None:
     source = MemorySource("ä\none\n##\ntwo\n\n##\n".encode())
     assert read(PlainText(None, 100), source) == ["ä\none\n##\ntwo\n\n##\n"]
-    assert read(PlainText(None, 10), source) == [None]
+    assert read(PlainText(None, 10), source) == [LeftOut.TOO_LONG]
     for size in (3, 5, 100):
         assert read(PlainText("<>", 100), MemorySource("ä\n<>\none\n<>two<>\n".encode()), size) == [
             "ä",
@@ -109,14 +111,30 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path, kind: pa.DataType) -> Non
     path = write_parquet(tmp_path / "a.parquet", documents, kind=kind)
     source = LocalSource.open(path, "a.parquet")
     reader = ParquetRows("text", 480)
-    expected = [None if text and len(text.encode()) > 480 else text or "" for text in documents]
-    assert expected[-1] is None
+    expected = [LeftOut.TOO_LONG if text and len(text.encode()) > 480 else text or "" for text in documents]
+    assert expected[-1] is LeftOut.TOO_LONG
     for size in (1, 600, 1 << 20):
         blocks = reader.blocks(0, source, size)
         assert [block.start for block in blocks[1:]] == [block.end for block in blocks[:-1]]
         assert (blocks[0].start, blocks[-1].end) == (0, 8)
         assert read(reader, source, size) == expected
     assert len(reader.blocks(0, source, 1)) == 8
+
+
+def test_a_row_group_is_not_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.corpora.parquet.BUFFER", 10_000)
+    documents = [f"{number} " * 400 for number in range(2_000)]
+    table = pa.table({"text": documents})
+    pages = {"data_page_size": 10_000, "write_batch_size": 8, "use_dictionary": False, "compression": "none"}
+    pq.write_table(table, tmp_path / "a", **pages)
+    source = MemorySource((tmp_path / "a").read_bytes())
+    assert source.size > 3_000_000
+    reader = ParquetRows("text", 10_000)
+    [block] = reader.blocks(0, source, 1 << 20)
+    found = reader.documents(source, block)
+    assert next(found) == documents[0]
+    assert sum(end - start for start, end in source.reads) < source.size / 3
+    assert [next(found) for _ in documents[1:]] == documents[1:]
 
 
 def test_parquet_reads_nested_columns_and_empty_files(tmp_path: Path) -> None:
@@ -157,12 +175,58 @@ def test_a_parquet_file_that_is_none_or_damaged_is_named(tmp_path: Path) -> None
         read(ParquetRows("text", 1_000), source)
     binary = pa.array([b"good", b"\xff"]).view(pa.string())
     pq.write_table(pa.table({"text": binary}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="row group 0: 'utf-8' codec can't decode"):
-        read(ParquetRows("text", 1_000), LocalSource.open(tmp_path / "b.parquet", "b"))
+    source = LocalSource.open(tmp_path / "b.parquet", "b")
+    with pytest.raises(
+        BrokenError, match=r"^source b, row group 0: no UTF-8 \(invalid start byte\) in b'.xff': mend it or"
+    ):
+        read(ParquetRows("text", 1_000), source)
+    assert read(ParquetRows("text", 1_000, skip_broken=True), source) == ["good", LeftOut.BROKEN]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_lines_are_read_like_others(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compressed(data: bytes) -> bytes:
+        return gzip.compress(data) if suffix == "gz" else bytes(pa.compress(data, codec="zstd"))
+
+    monkeypatch.setattr("model.corpora.compressed.PIECE", 100)
+    lines = [json.dumps({"text": text}).encode() for text in texts(60)]
+    lines[7], lines[31] = b'{"text": "' + b"x" * 900 + b'"}', b""
+    plain, name = b"\n".join(lines), f"a.jsonl.{suffix}"
+    halves = compressed(plain[:3_000]) + compressed(plain[3_000:])
+    reader = JsonLines("text", 800)
+    source = MemorySource(halves, name=name)
+    assert len(reader.blocks(0, source, 10)) == 1
+    found = read(reader, source, 10)
+    assert found == read(reader, MemorySource(plain), 10)
+    assert found[7] is LeftOut.TOO_LONG
+    assert read(reader, MemorySource(b"", name=name)) == []
+
+    wrong = MemorySource(compressed(plain + b"\n{}\n"), name=name)
+    with pytest.raises(DataError, match=rf"^source a\.jsonl\.{suffix}, line 61: column 'text' is not there"):
+        read(reader, wrong)
+    for damaged in (halves[:-20], plain):
+        with pytest.raises(
+            DataError, match=rf"^source a\.jsonl\.{suffix} cannot be decompressed \(.*\): mend the file"
+        ):
+            read(reader, MemorySource(damaged, name=name))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"^compressed files need pyarrow, .*: pip install 'orion-subnet\[data\]'"):
+        read(reader, source)
+
+
+def test_broken_documents_are_left_out_on_demand() -> None:
+    lines = MemorySource(b'{"text": "one"}\n{"text": \n{"text": "\xff"}\n{"text": "\\ud800"}\n{"text": "two"}\n')
+    assert read(JsonLines("text", 100, skip_broken=True), lines) == ["one", *[LeftOut.BROKEN] * 3, "two"]
+    for wrong in (b'{"txet": "x"}', b'{"text": 5}'):  # that is a wrong --column
+        with pytest.raises(DataError, match="--column"):
+            read(JsonLines("text", 100, skip_broken=True), MemorySource(wrong))
+    text = MemorySource(b"one|\xff|two")
+    assert read(PlainText("|", 100, skip_broken=True), text) == ["one", LeftOut.BROKEN, "two"]
+    assert read(PlainText(None, 100, skip_broken=True), text) == [LeftOut.BROKEN]
 
 
 def test_a_missing_pyarrow_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"parquet needs pyarrow, .*: pip install 'orion-subnet\[data\]'"):
         ParquetRows("text", 100).blocks(0, MemorySource(b""), 100)
 

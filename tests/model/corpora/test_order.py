@@ -1,12 +1,15 @@
 """The order of documents is a seeded permutation, and the stream goes on from anywhere."""
 
+from collections import Counter
 from collections.abc import Iterator
+from threading import Event
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.corpora.documents import Block
-from model.corpora.order import Cursor, permutation, windows
+from model.corpora.documents import Block, LeftOut
+from model.corpora.order import Cursor, ahead, permutation, windows
 
 
 @given(seed=st.integers(0, 2**63), count=st.integers(0, 60))
@@ -24,23 +27,28 @@ def test_seeds_and_purposes_give_different_orders() -> None:
 
 
 @given(
-    blocks=st.lists(st.lists(st.one_of(st.none(), st.sampled_from(["", " \n", "a", "bcd", "e" * 30])), max_size=6)),
+    blocks=st.lists(
+        st.lists(st.sampled_from([LeftOut.BROKEN, LeftOut.TOO_LONG, "", " \n", "a", "bcd", "e" * 30]), max_size=6)
+    ),
     size=st.integers(1, 50),
     stop=st.integers(0, 40),
 )
 def test_windows_hold_every_document_once_wherever_one_begins(
-    blocks: list[list[str | None]], size: int, stop: int
+    blocks: list[list[str | LeftOut]], size: int, stop: int
 ) -> None:
     cut = [Block(number, 0, 1, 1) for number in range(len(blocks))]
 
-    def documents(block: Block) -> Iterator[str | None]:
+    def documents(block: Block) -> Iterator[str | LeftOut]:
         return iter(blocks[block.source])
 
     whole = list(windows(cut, documents, seed=1, size=size, start=Cursor()))
     every = [text for block in blocks for text in block]
-    assert sorted(text for window, _ in whole for text in window.texts) == sorted(t for t in every if t and t.strip())
-    assert sum(window.too_long for window, _ in whole) == every.count(None)
-    assert sum(window.empty for window, _ in whole) == sum(t is not None and not t.strip() for t in every)
+    texts = [text for text in every if isinstance(text, str)]
+    kept = [text for text in texts if text.strip()]
+    assert sorted(text for window, _ in whole for text in window.texts) == sorted(kept)
+    left_out = sum((window.left_out for window, _ in whole), Counter())
+    assert left_out[LeftOut.EMPTY] == len(texts) - len(kept)
+    assert all(left_out[why] == every.count(why) for why in (LeftOut.TOO_LONG, LeftOut.BROKEN))
     assert all(window.size >= size for window, _ in whole[:-1])
     if whole:
         begun, cursor = whole[stop % len(whole)]
@@ -55,3 +63,29 @@ def test_documents_of_a_window_are_shuffled() -> None:
     assert sorted(window.texts) == sorted(names)
     assert sum(text == name for text, name in zip(window.texts, names, strict=True)) < 10
     assert cursor == Cursor(1, 0, 1)
+
+
+def test_the_next_item_is_made_while_one_is_worked_on() -> None:
+    begun = [Event() for _ in range(3)]
+
+    def items() -> Iterator[int]:
+        for number, event in enumerate(begun):
+            event.set()
+            yield number
+
+    found = ahead(items())
+    assert next(found) == 0
+    assert begun[1].wait(10)
+    assert not begun[2].is_set(), "one ahead, not all"
+    assert list(found) == [1, 2]
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("broken")
+
+    found = ahead(items())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(found)

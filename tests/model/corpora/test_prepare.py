@@ -1,6 +1,7 @@
 """Shards are the same bytes however they came about, whole or not there, and hold every document once."""
 
 import errno
+import gzip
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.corpora.documents import BrokenError
 from model.corpora.folder import (
     MANIFEST,
     TOKENIZER,
@@ -54,11 +56,27 @@ def files(tmp_path: Path) -> list[Path]:
     ]
 
 
+class Stop(list[Advance]):
+    """Kills the process at the advance of that number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def append(self, advance: Advance) -> None:
+        super().append(advance)
+        if len(self) == self._number:
+            raise Killed
+
+
 def both(folder: Path, manifest: DataManifest) -> list[str]:
     return [text for part in (False, True) for text in documents_in(folder, manifest, held_out=part)]
 
 
-def test_every_document_is_in_one_shard_and_everything_is_counted(tmp_path: Path, files: list[Path]) -> None:
+def test_every_document_is_in_one_shard_and_everything_is_counted(
+    tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.corpora.prepare.TOLD", 500)
     told: list[Advance] = []
     out = tmp_path / "out"
     manifest = made(out, files, recipe(), told)
@@ -75,8 +93,11 @@ def test_every_document_is_in_one_shard_and_everything_is_counted(tmp_path: Path
     verify_tokenizer(out, manifest)
     assert set(contents(out)) == {MANIFEST, TOKENIZER, *(shard.name for shard in manifest.shards)}
     assert read_manifest(out) == manifest
-    assert [advance.read for advance in told] == sorted(advance.read for advance in told)
+    for name in ("read", "documents", "tokens"):
+        values = [getattr(advance, name) for advance in told]
+        assert values == sorted(values)
     assert told[0].read == 0
+    assert len(told) > 40
     assert told[-1].read == told[-1].total == sum(path.stat().st_size for path in files)
     assert told[-1].tokens == sum(shard.tokens for shard in manifest.shards)
     assert told[-1].documents == len(DOCUMENTS)
@@ -88,8 +109,11 @@ def test_all_formats_give_the_same_documents(tmp_path: Path) -> None:
     single = [tmp_path / f"{number:03}.txt" for number in range(len(DOCUMENTS))]
     for path, document in zip(single, DOCUMENTS, strict=True):
         path.write_text(document)
+    lines = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
     given: dict[str, tuple[list[Path], dict[str, object]]] = {
-        "jsonl": ([write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)], {}),
+        "jsonl": ([lines], {}),
+        "compressed": ([tmp_path / "a.jsonl.gz"], {}),
         "parquet": ([write_parquet(tmp_path / "a.parquet", DOCUMENTS)], {"format": "parquet"}),
         "text": ([text], {"format": "text", "separator": "<|next|>"}),
         "texts": (single, {"format": "text"}),
@@ -101,7 +125,7 @@ def test_all_formats_give_the_same_documents(tmp_path: Path) -> None:
         assert sorted(kept[0] + kept[1]) == sorted(document.strip("\r\n") for document in DOCUMENTS)
         parts[name] = [sorted(part) for part in kept]
         assert parts[name][1] == sorted(document for document in DOCUMENTS if held_out(document, 0.2))
-    assert parts["jsonl"] == parts["parquet"] == parts["text"] == parts["texts"]
+    assert all(part == parts["jsonl"] for part in parts.values())
 
 
 def test_the_same_inputs_and_seed_give_the_same_bytes(tmp_path: Path, files: list[Path]) -> None:
@@ -191,7 +215,8 @@ def test_parts_too_small_for_the_sequence_are_refused(tmp_path: Path, files: lis
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, failure: BaseException) -> Callable[[], int]:
-    """Let `failure` happen instead of effect `after` on the disk; the number of effects asked for so far."""
+    """Let `failure` happen instead of effect `after` on the disk, a file that is opened to be written being emptied
+    first; the number of effects asked for so far."""
     count = 0
 
     def guarded(effect: Callable[..., object]) -> Callable[..., object]:
@@ -205,7 +230,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, failure: BaseExceptio
         return call
 
     def opening(path: Path, mode: str = "r", **named: Any) -> object:  # noqa: ANN401
-        return (read if mode in ("r", "rb") else write)(path, mode, **named)
+        if mode in ("r", "rb"):
+            return read(path, mode, **named)
+        if "w" in mode and count == after:
+            read(path, mode).close()
+        return write(path, mode, **named)
 
     read, write = Path.open, guarded(Path.open)
     monkeypatch.setattr(Path, "open", opening)
@@ -269,13 +298,7 @@ def test_a_run_that_is_killed_again_and_again_ends(tmp_path: Path, files: list[P
 def test_work_goes_on_after_the_last_whole_window(tmp_path: Path, files: list[Path]) -> None:
     out, told = tmp_path / "out", list[Advance]()
 
-    class Stop(list[Advance]):
-        def append(self, advance: Advance) -> None:
-            super().append(advance)
-            if len(self) == 6:
-                raise Killed
-
-    first = Stop()
+    first = Stop(6)
     with pytest.raises(Killed):
         made(out, files, recipe(), first)
     made(out, files, recipe(), told)
@@ -283,16 +306,23 @@ def test_work_goes_on_after_the_last_whole_window(tmp_path: Path, files: list[Pa
     assert told[0].documents > 20
 
 
-def test_a_lost_or_altered_beginning_is_named(tmp_path: Path, files: list[Path]) -> None:
-    class Stop(list[Advance]):
-        def append(self, advance: Advance) -> None:
-            super().append(advance)
-            if len(self) == 8:
-                raise Killed
+def test_what_lies_beyond_the_journal_is_cut_off(tmp_path: Path, files: list[Path]) -> None:
+    """A power cut may leave anything behind what was flushed."""
 
+    made(tmp_path / "whole", files, recipe())
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        made(out, files, recipe(), Stop(8))
+    for part in out.glob(".*.bin.part"):
+        part.write_bytes(part.read_bytes() + b"garbage" * 10_000)
+    made(out, files, recipe())
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_lost_or_altered_beginning_is_named(tmp_path: Path, files: list[Path]) -> None:
     def begun(name: str) -> Path:
         with pytest.raises(Killed):
-            made(tmp_path / name, files, recipe(), Stop())
+            made(tmp_path / name, files, recipe(), Stop(8))
         return tmp_path / name
 
     out = begun("part")
@@ -370,13 +400,25 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, files: list[Path])
     with pytest.raises(DataError, match=r"--out .*out holds thesis\.txt, which is none of ours: give a new folder"):
         made(out, files, recipe())
     assert contents(out) == {"thesis.txt": b"mine"}
+    (out / "thesis.txt").rename(out / TOKENIZER)
+    with pytest.raises(DataError, match=r"out holds tokenizer\.json, which is none of ours: give a new folder"):
+        made(out, files, recipe())
+    assert contents(out) == {TOKENIZER: b"mine"}
 
 
 @pytest.mark.parametrize(
     ("documents", "changes", "words"),
     [
-        ([None, "", " \n"], {}, "all 3 documents were left out, 3 empty and 0 too long: check --column and --from"),
-        (["x" * 50, ""], {"longest": 30}, "1 empty and 1 longer than 30 bytes or a shard: raise --longest, or name a"),
+        (
+            [None, "", " \n"],
+            {},
+            "all 3 documents were left out, 3 empty, 0 broken and 0 too long: check --column and --from",
+        ),
+        (
+            ["x" * 50, ""],
+            {"longest": 30},
+            "1 empty, 0 broken and 1 longer than 30 bytes or a shard: raise --longest, or name a",
+        ),
         (DOCUMENTS[:9], {"held_out": 1e-6}, "none of 9 documents is held out at --held-out 1e-06: raise it"),
         (
             [text for text in DOCUMENTS if held_out(text, 0.4)],
@@ -389,9 +431,22 @@ def test_nothing_to_learn_from_leaves_nothing(
     tmp_path: Path, documents: list[str | None], changes: dict[str, object], words: str
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents)
-    with pytest.raises(DataError, match=words):
-        made(tmp_path / "out", [path], recipe(**changes))
-    assert contents(tmp_path / "out") == {}
+
+    def fail() -> None:
+        with pytest.raises(DataError, match=words):
+            made(tmp_path / "out", [path], recipe(**changes))
+        assert contents(tmp_path / "out") == {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        count = interrupt(patch, 1 << 30, Killed())
+        fail()
+        total = count()
+    for after in range(0, total, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, after, Killed())
+            with pytest.raises(Killed):
+                made(tmp_path / "out", [path], recipe(**changes))
+        fail()
 
 
 def test_sources_without_any_document_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
@@ -399,6 +454,23 @@ def test_sources_without_any_document_are_refused_before_a_folder_is_made(tmp_pa
     with pytest.raises(DataError, match=r"the 1 source file\(s\) hold no documents: check --from"):
         made(tmp_path / "out", [tmp_path / "a.jsonl"], recipe())
     assert not (tmp_path / "out").exists()
+
+
+def test_who_is_stopped_by_a_broken_document_goes_on_without_it(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    path.write_text(path.read_text() + '{"text": \n')
+    told: list[Advance] = []
+    with pytest.raises(BrokenError, match=r"a\.jsonl, line 121: no JSON"):
+        made(tmp_path / "out", [path], recipe(), told)
+    done = told[-1].documents
+    assert done > 20
+    told.clear()
+    manifest = made(tmp_path / "out", [path], recipe(), told, skip_broken=True)
+    assert told[0].documents >= done - 60
+    assert manifest.counts.broken == 1
+    assert sorted(both(tmp_path / "out", manifest)) == sorted(DOCUMENTS)
+    made(tmp_path / "whole", [path], recipe(), skip_broken=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_document_of_more_tokens_than_a_shard_is_left_out(tmp_path: Path) -> None:

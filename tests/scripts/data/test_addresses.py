@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from model.corpora.documents import LeftOut
 from model.corpora.folder import Format
 from model.corpora.parquet import ParquetRows
 from model.corpora.source import Source
@@ -45,6 +46,12 @@ def test_a_folder_gives_its_data_files_by_name(tree: Path) -> None:
     assert (source.name, source.read(0, source.size)) == ("notes.txt", b"notes.txt")
 
 
+def test_compressed_lines_are_known_by_both_suffixes(tree: Path) -> None:
+    for name in ("d.jsonl.gz", "e.jsonl.zst", "f.txt.gz", "g.parquet.gz", "h.gz"):
+        (tree / "deep" / name).write_text("x")
+    assert named(["tree/deep"]) == ("jsonl", ["d.jsonl.gz", "d.ndjson", "e.jsonl.zst", "er/c.jsonl"])
+
+
 def test_patterns_and_files_give_what_they_name(tree: Path) -> None:
     for start in ("tree", str(tree)):
         assert named([f"{start}/*.jsonl"]) == ("jsonl", ["a.jsonl", "b.jsonl"])
@@ -68,6 +75,13 @@ def test_a_name_with_pattern_characters_is_a_name_if_it_exists(tree: Path) -> No
         (["tree/a.jsonl", "tree/*.jsonl"], None, DataError, r"names .*a.jsonl a second time: name every file once"),
         (["tree"], None, DataOptionError, r"c.jsonl and notes.txt differ in format: say with --format which one"),
         (["tree/README"], None, DataOptionError, r"README has no known suffix \(.parquet, .*: say with --format what"),
+        (
+            ["https://me:secret@h/x.jsonl"],
+            None,
+            DataOptionError,
+            "^--from https://h/x.jsonl comes with a query or a pass",
+        ),
+        (["https://h/x.jsonl?key=secret"], None, DataOptionError, "^--from https://h/x.jsonl comes with a query or a "),
         (["foo://bucket/x"], None, DataOptionError, r"--from foo://bucket.* cannot be opened \(.*"),
     ],
 )
@@ -140,7 +154,7 @@ async def test_parquet_in_a_store_is_not_read_whole(s3: tuple[FakeS3, str], tmp_
     documents = texts(8_000)
     fake.objects["data/a.parquet"] = write_parquet(tmp_path / "a", documents, rows=800).read_bytes()
 
-    def read_block() -> tuple[list[str | None], int]:
+    def read_block() -> tuple[list[str | LeftOut], int]:
         [source] = find_sources(["s3://bucket/data/a.parquet"], None)[1]
         counted = Counted(source)
         reader = ParquetRows("text", 1 << 20)

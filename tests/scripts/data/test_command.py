@@ -54,7 +54,7 @@ def test_prepare_show_verify_and_section_say_what_a_run_needs(folder: Path, caps
     assert prepare(folder, "--shard-tokens", "5000", "--model", "nano") == 0
     said = capsys.readouterr()
     assert "training: " in said.out
-    assert "left out: 1 empty, 0 too long documents" in said.out
+    assert "left out: 1 empty, 0 too long, 0 broken documents" in said.out
     assert "283 ids as uint16, '<|endoftext|>' before every document" in said.out
     assert "sources: 2 parquet file(s), " in said.out
     assert main(["data", "show", str(folder / "out")]) == 0
@@ -134,14 +134,14 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(folder: Path, capsys: py
     assert "has 1030 ids, model nano takes 1024: give a smaller tokenizer or another --model" in refused(capsys)
 
 
-def test_a_bad_line_stops_the_work_which_goes_on_once_it_is_elsewhere(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_line_stops_the_work_which_goes_on_without_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_jsonl(folder / "a.jsonl", DOCUMENTS)
     path.write_text(path.read_text() + '{"text": \n')
     assert prepare(folder, source="a.jsonl") == 1
     assert "source a.jsonl, line 201: no JSON (Expecting value" in capsys.readouterr().err
     assert not [name for name in contents(folder / "out") if not name.startswith(".") and name != "tokenizer.json"]
+    assert prepare(folder, "--skip-broken", source="a.jsonl") == 0
+    assert "left out: 0 empty, 0 too long, 1 broken documents" in capsys.readouterr().out
 
 
 def test_one_process_at_a_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,9 +177,11 @@ def test_show_verify_and_section_refuse_in_one_line(folder: Path, capsys: pytest
     for option in ("sequence", "batch", "samples-per-round", "validation-batches"):
         assert main(["data", "section", str(folder / "out"), f"--{option}", "0"]) == 1
         assert f"--{option} 0 is below 1: raise it" in refused(capsys)
+    assert main(["data", "section", str(folder / "out"), "--sequence", "32", "--validation-batches", "900"]) == 1
+    assert "900 validation batches are more than the " in refused(capsys)
     assert main(["data", "section", str(folder / "out"), "--sequence", "100000"]) == 1
     assert "are too few, 1 and 2 are needed: prepare more data, or lower --sequence" in refused(capsys)
-    assert main(["data", "section", str(folder / "out"), "--sequence", "32", "--out", str(folder / "no" / "x")]) == 1
+    assert main(["data", "section", str(folder / "out"), "--sequence", "8", "--out", str(folder / "no" / "x")]) == 1
     assert "cannot be written (No such file or directory): change it" in refused(capsys)
 
 

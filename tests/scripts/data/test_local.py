@@ -23,7 +23,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shards_that_fit_come_with_their_share(shards: Path) -> None:
-    data = prepared(shards, "pico", batch=8)
+    data = prepared(shards, "pico", batch=8, validation_batches=8)
     assert data == fitting(shards, "pico")
     assert data.held_out == read_manifest(shards).held_out_share(64)
     assert [entry.name for entry in data.entries] == [shard.name for shard in read_manifest(shards).shards]
@@ -37,13 +37,17 @@ def test_what_does_not_fit_is_named(shards: Path, tmp_path: Path, monkeypatch: p
         with pytest.raises(DataError, match=r"shards has 1025 ids, model nano takes 1024: choose another --model, or"):
             fitting(shards, "nano")
     with pytest.raises(DataError, match="a batch needs 5000 of each"):
-        prepared(shards, "pico", batch=5_000)
+        prepared(shards, "pico", batch=5_000, validation_batches=1)
+    with pytest.raises(
+        DataError, match=r"has \d+ batches of 8 x 64 tokens held out, 500 are needed: prepare more data"
+    ):
+        prepared(shards, "pico", batch=8, validation_batches=500)
     wrong = [shard.model_copy(update={"sha256": "0" * 64}) for shard in manifest.shards]
     monkeypatch.setattr(
         "scripts.data.local.read_manifest", lambda _folder: manifest.model_copy(update={"shards": wrong})
     )
     with pytest.raises(DataError, match="has SHA-256"):
-        prepared(shards, "pico", batch=8)
+        prepared(shards, "pico", batch=8, validation_batches=8)
 
 
 def test_localnet_refuses_data_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -415,7 +415,7 @@ class Auditor:
         """Look at how the step that closed a picked window moved the matrix that its seed names, if Muon moves any."""
         layout, seed = self._layouts[dossier.stage], dossier.picked[head.version]
         look = select_look(layout, seed=seed, hotkey=dossier.hotkey, version=head.version)
-        if look is None or not head.backward or head.idle or head.version in dossier.polar | dossier.shut:
+        if look is None or not head.backward or head.idle or head.version in dossier.shut:
             return
         dossier.polar.add(head.version)
         async with self._gate:

@@ -55,7 +55,8 @@ WEIGHTS = "weights."
 """Prefix of the weights in an engine's state; they follow from the public state and the contribution."""
 PACE_BLOCKS = 10
 STEP_BOUND = 8.0
-"""An Adam-like step moves a weight by about its rate; a payload that claims this many times more is refused."""
+"""An Adam-like step moves a weight by about its rate, a Muon step by at most 1.6 of it (nano); a payload that claims
+this many times more is refused."""
 MARGIN = 3
 """Blocks before a mark at which its record is handed to the chain: inclusion and finality take two or three. Where a
 phase is long, a third of it: then blocks are short and what takes time is the machine."""

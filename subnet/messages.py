@@ -199,8 +199,8 @@ StatePart = Literal[
 between, and those of the cut that the closing names."""
 
 
-STATE_PIECES = 16
-"""In one request."""
+STATE_PIECES = 64
+"""In one request: 4 MiB, so that an answer takes longer than the way there and back."""
 
 
 class StateRequest(RunSynapse):

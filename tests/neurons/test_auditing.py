@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from neurons import fetching
 from neurons.dossier import Dossier, RoundFacts
 from neurons.faults import of_merge
 from neurons.fetching import NamedState, Source, Withheld
@@ -495,6 +496,25 @@ async def test_forged_and_giant_proofs_are_refused(
             state = NamedState("weights", head.weights, closed.layouts[1].values)
             with pytest.raises(Withheld):
                 await source(court, work).pieces(head.version, [(state, 0)])
+
+
+async def test_long_stretches_take_several_calls_and_empty_ones_none(
+    closed: ClosedRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "STATE_PIECES", 2)
+    work = victim(closed)
+    head, count = work.heads[0], closed.layouts[1].moments
+    state = NamedState("next_optimizer", head.next_optimizer, count)
+    whole, held = range(count), work.states[head.version, "next_optimizer"]
+    assert pieces_of(4 * count) > 2
+    async with Court(closed) as court:
+        found = await source(court, work).values(head.version, [(state, span) for span in (whole, range(5, 5), whole)])
+        assert [one.shape for one in found] == [(count,), (0,), (count,)]
+        assert torch.equal(found[0], held)
+        assert torch.equal(found[2], held)
+        asked = [request for request in court.shows[work.hotkey].asked if isinstance(request, StateRequest)]
+        assert {len(request.pieces) for request in asked} <= {1, 2}
+        assert sum(len(request.pieces) for request in asked) == 2 * pieces_of(4 * count)
 
 
 # -- merges --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from neurons.shelf import Shelf
 from neurons.slots import pick
 from neurons.stores import Folder
 from subnet.manifest import LoadedManifest
-from subnet.messages import Shapes, StatePart, StatePieces, StateRequest, UnitRequest
+from subnet.messages import STATE_PIECES, Shapes, StatePart, StatePieces, StateRequest, UnitRequest
 from subnet.swarm.merge import Merged
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Dropped, MalformedRequest, NotPicked, Refused, Unavailable, UnknownRun
@@ -391,7 +391,7 @@ async def test_a_piece_that_the_seed_does_not_name_is_refused_and_those_that_it_
         {"version": -1},
         {"parts": ["moments"]},
         {"parts": []},
-        {"pieces": [0] * 17},
+        {"pieces": [0] * (STATE_PIECES + 1), "parts": ["weights"] * (STATE_PIECES + 1)},
         {"pieces": [0, 1]},
     ],
 )

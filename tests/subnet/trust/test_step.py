@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.layout import Layout, Place
-from model.optimizer import NANO_OPTIMIZER, OptimizerConfig, build_optimizer, clip_gradients, learning_rate
+from model.optimizer import (
+    NANO_OPTIMIZER,
+    Kind,
+    OptimizerConfig,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    takes_muon,
+)
 from model.split import split
 from model.stage import Stage, build_stage, flatten
 from subnet.trust.step import Entered, Stretch, Values, entered, gradient_error, moments_beside, spans_of, step_error
@@ -84,7 +93,8 @@ class Trained:
 
     def _moment(self, name: str) -> torch.Tensor:
         state = self.optimizer.state
-        parts = [state[p][name] if p in state else torch.zeros_like(p) for _, p in self._named]
+        having = [p for n, p in self._named if name == "exp_avg" or not takes_muon(self.config.kind, n, p)]
+        parts = [state[p][name] if p in state else torch.zeros_like(p) for p in having]
         return torch.cat([part.detach().reshape(-1) for part in parts])
 
     @property
@@ -132,7 +142,7 @@ def gradients(trained: Trained, count: int) -> Iterator[torch.Tensor]:
 
 CONFIGS = {
     f"{kind} {name}": replace(config, kind=kind)
-    for kind in ("adamw", "nadam")
+    for kind in get_args(Kind)
     for name, config in {
         "as nano": NANO_OPTIMIZER,
         "no warm-up, no decay": OptimizerConfig(lr=4e-3, weight_decay=0.0),
@@ -155,6 +165,27 @@ def test_every_honest_step_follows_and_tells_its_gradient(kind: str) -> None:
         assert gradient_error(took, gradient, stretch) == 0.0, "rounding explains all of it"
         worst = max(worst, error)
     assert 0 < worst <= 1
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_of_a_muon_step_all_is_seen_of_what_takes_adamw_and_nothing_of_matrices(index: int) -> None:
+    config = replace(_ADAMW, kind="muon")
+    trained = Trained(config, index=index)
+    for turn in range(3):
+        trained.step(normal(trained, turn))
+    before, after = trained.step(normal(trained, 9))
+    stretch = Stretch.of(trained.stage, range(trained.count), config)
+    assert len(before.second) == int(stretch.adaptive.sum())
+    assert judge(trained, before, after)[1] <= 1
+    for place, adaptive in enumerate(stretch.adaptive.tolist()):
+        if place % 97 == 0 or adaptive:
+            moved = after.weights.index_add(0, torch.tensor([place]), torch.tensor([1e-3]))
+            assert (judge(trained, before, replace(after, weights=moved))[1] > 1) == adaptive, place
+    later = torch.nonzero(~stretch.adaptive).flatten()[:1]
+    only = Stretch.of(trained.stage, range(int(later), int(later) + 1), config)
+    one = [Values(x.weights[later], x.first[later], torch.empty(0)) for x in (before, after)]
+    took = entered(*one, config=config, plan=trained.plan)
+    assert step_error(*one, took, only, config=config, plan=trained.plan, steps=trained.steps - 1) == 0.0
 
 
 @_KINDS

@@ -57,7 +57,8 @@ def step_scale(shape: Sequence[int]) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `matrices` true take Muon, the others AdamW (arXiv 1711.05101), with torch's own arithmetic.
+    """Groups with `matrices` true take Muon, at `share` of the rate, the others AdamW (arXiv 1711.05101), with torch's
+    own arithmetic.
 
     State by parameter: "exp_avg", the first moment, and for AdamW "exp_avg_sq" and "step", named and shaped as torch's.
     """
@@ -66,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         self, groups: Iterable[dict[str, object]], lr: float, betas: tuple[float, float], eps: float, *, foreach: bool
     ) -> None:
         """`betas[0]` is μ too; `foreach` is AdamW's."""
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "matrices": False})
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "matrices": False, "share": 1.0})
         self._betas = betas
         self._eps = eps
         self._foreach = foreach
@@ -84,7 +85,7 @@ class Muon(torch.optim.Optimizer):
                 self._adamw(moving, lr, decay)
                 continue
             for p, gradient in moving:
-                self._muon(p, gradient, lr, decay)
+                self._muon(p, gradient, lr * group["share"], decay)
 
     def _muon(self, p: Tensor, gradient: Tensor, lr: float, decay: float) -> None:
         state, momentum = self.state[p], self._betas[0]

@@ -35,7 +35,7 @@ import torch
 
 from model.layout import Layout, Place
 from model.muon import polar, step_scale
-from model.optimizer import OptimizerConfig, first_momentum, learning_rate
+from model.optimizer import OptimizerConfig, first_momentum, learning_rate, muon_share
 from model.split import StagePlan
 from subnet.trust.audit import select_one
 from subnet.trust.step import ROUNDING, SLACK, SMALLEST
@@ -92,7 +92,8 @@ def polar_error(moved: Moved, look: Look, *, config: OptimizerConfig, plan: Stag
     """How far the weights after optimizer step `steps` (from 0) are from what follows, beyond what rounding them
     explains: by norm over the look's span, and by what of it lies along the weights, as another decay does, each
     relative to a change that is spread evenly over its rows. Infinite where something is not finite."""
-    place, beta, lr = look.place, first_momentum(config, plan), learning_rate(config, steps)
+    place, beta = look.place, first_momentum(config, plan)
+    lr = learning_rate(config, steps) * muon_share(place.name)
     old, new = (x.double().view(place.shape) for x in (moved.first, moved.next_first))
     change = lr * step_scale(place.shape) * polar((1 + beta) * new - beta * old)
     rows = change.square().mean(dim=1).sqrt()

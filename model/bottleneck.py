@@ -118,17 +118,19 @@ class Receiver(nn.Module):
 
 
 class Restore(nn.Module):
-    """R: what a stage knows of a token without being told, tables of `rank` columns and the way to the residual."""
+    """R: what a stage knows of a token without being told.
+
+    Tables of `rank` columns and their ways to the residual, which those as wide as the residual need not have."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         rank = config.boundary.rank
         self.tokens = Embedding(config.vocab, rank)
-        self.out = Linear(rank, config.hidden)
+        self.out = _widened(rank, config)
         self.rows = config.boundary.pairs
         if self.rows:
             self.token_pairs = Embedding(self.rows, rank)
-            self.pairs_out = Linear(rank, config.hidden)
+            self.pairs_out = _widened(rank, config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 (B, T) to (B, T, hidden)."""
@@ -136,6 +138,10 @@ class Restore(nn.Module):
         if self.rows:
             restored = restored + self.pairs_out(self.token_pairs(hashed_pairs(tokens, self.rows)))
         return restored
+
+
+def _widened(rank: int, config: ModelConfig) -> nn.Module:
+    return Linear(rank, config.hidden) if rank < config.hidden else nn.Identity()
 
 
 def hashed_pairs(tokens: Tensor, rows: int) -> Tensor:
@@ -156,9 +162,8 @@ def sender_parameters(config: ModelConfig) -> int:
 def receiver_parameters(config: ModelConfig) -> int:
     """Parameters of one `Receiver`: it mirrors the sender, and may restore tokens."""
     rank, pairs = config.boundary.rank, config.boundary.pairs
-    tables = rank * (config.vocab + config.hidden) if rank else 0
-    tables += rank * (pairs + config.hidden) if pairs else 0
-    return _end_parameters(config) + tables
+    widened = ((rank > 0) + (pairs > 0)) * config.hidden if rank < config.hidden else 0
+    return _end_parameters(config) + rank * (config.vocab + pairs + widened)
 
 
 def _end_parameters(config: ModelConfig) -> int:

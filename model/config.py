@@ -99,6 +99,8 @@ class ModelConfig:
             raise ConfigError(
                 f"hidden / heads is {self.head_dim}; rotary embedding needs an even number: change hidden or heads"
             )
+        if self.boundary.rank > self.hidden:
+            raise ConfigError(f"boundary.rank {self.boundary.rank} is above hidden {self.hidden}: lower boundary.rank")
         if self.boundary.width > self.hidden:
             raise ConfigError(
                 f"boundary.width {self.boundary.width} is above hidden {self.hidden}: lower boundary.width"

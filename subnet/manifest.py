@@ -74,7 +74,6 @@ class ModelSection(_Section):
     boundary_form: Literal["none", "a", "b", "t"]
     boundary_width: Annotated[int, Field(ge=0)]
     boundary_rank: Annotated[int, Field(ge=0)]
-    boundary_pairs: Annotated[int, Field(ge=0)]
     wire_dtype: Literal["float32", "bfloat16"]
     """Element type of what crosses a boundary; the stages themselves compute in float32 on a CPU."""
 
@@ -93,7 +92,6 @@ class ModelSection(_Section):
                 form=BoundaryForm(self.boundary_form),
                 width=self.boundary_width,
                 rank=self.boundary_rank,
-                pairs=self.boundary_pairs,
             ),
         )
 
@@ -101,9 +99,10 @@ class ModelSection(_Section):
     def of(cls, config: ModelConfig, *, wire_dtype: Literal["float32", "bfloat16"]) -> Self:
         """Raises `ManifestError` for a boundary that only comparisons use."""
         boundary = config.boundary
-        if boundary.form not in _FORMS:
+        if boundary.form not in _FORMS or boundary.pairs:
             raise ManifestError(
-                f"boundary form '{boundary.form}' is there for comparisons: take one of {', '.join(_FORMS.values())}"
+                f"boundary form '{boundary.form}' with {boundary.pairs} rows of pairs is there for comparisons: take "
+                f"one of {', '.join(_FORMS.values())} without pairs"
             )
         return cls(
             vocab=config.vocab,
@@ -118,7 +117,6 @@ class ModelSection(_Section):
             boundary_form=_FORMS[boundary.form],
             boundary_width=boundary.width,
             boundary_rank=boundary.rank,
-            boundary_pairs=boundary.pairs,
             wire_dtype=wire_dtype,
         )
 

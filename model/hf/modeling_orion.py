@@ -66,7 +66,8 @@ class OrionRestore(nn.Module):
     def __init__(self, config: OrionConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.boundary_rank)
-        self.out = nn.Linear(config.boundary_rank, config.hidden_size, bias=False)
+        narrow = config.boundary_rank < config.hidden_size
+        self.out = nn.Linear(config.boundary_rank, config.hidden_size, bias=False) if narrow else nn.Identity()
 
     def forward(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.out(self.tokens(tokens))

@@ -31,6 +31,7 @@ _BOUNDARIES = [
     BoundaryConfig(form=BoundaryForm.T, width=4),
     BoundaryConfig(form=BoundaryForm.T, width=4, rank=3),
     BoundaryConfig(form=BoundaryForm.T, width=4, rank=3, pairs=20),
+    BoundaryConfig(form=BoundaryForm.T, width=4, rank=32, pairs=20),
     BoundaryConfig(rank=3),
 ]
 

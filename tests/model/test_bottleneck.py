@@ -24,6 +24,7 @@ _FORMS = [
     BoundaryConfig(form=BoundaryForm.T, width=3),
     BoundaryConfig(form=BoundaryForm.T, width=3, rank=2),
     BoundaryConfig(form=BoundaryForm.T, width=3, rank=2, pairs=13),
+    BoundaryConfig(form=BoundaryForm.T, width=3, rank=8, pairs=13),
     BoundaryConfig(rank=2),
 ]
 
@@ -82,7 +83,8 @@ def _restored(weights: dict[str, Tensor], tokens: Tensor, rows: int) -> Tensor:
     """R(tokens) of a receiver with these weights."""
     if "restore.tokens.weight" not in weights:
         return torch.zeros(())
-    out = weights["restore.tokens.weight"][tokens] @ weights["restore.out.weight"].T
+    whole = torch.eye(8)  # what a table as wide as the residual gives needs no way to it
+    out = weights["restore.tokens.weight"][tokens] @ weights.get("restore.out.weight", whole).T
     if rows:
         pairs = torch.tensor(
             [
@@ -93,7 +95,7 @@ def _restored(weights: dict[str, Tensor], tokens: Tensor, rows: int) -> Tensor:
                 for row in tokens.tolist()
             ]
         )
-        out = out + weights["restore.token_pairs.weight"][pairs] @ weights["restore.pairs_out.weight"].T
+        out = out + weights["restore.token_pairs.weight"][pairs] @ weights.get("restore.pairs_out.weight", whole).T
     return out
 
 

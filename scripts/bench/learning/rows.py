@@ -17,8 +17,6 @@ LAYERS = 8
 CONTEXT = 128
 BATCH = 8
 """Sequences in a microbatch."""
-RANK_SHARE = 4
-"""Token tables have a rank of a quarter of the hidden width."""
 WARM_UP = 20
 COOLDOWN = 0.25
 """Share of the steps in which the rate comes down."""
@@ -48,6 +46,10 @@ class Row:
     """Microbatches in a step."""
     lr: float | None = None
     """Instead of `RATES`."""
+    rank: int | None = None
+    """Of token tables, instead of the width."""
+    pairs: int = 0
+    """Rows of tables over pairs of tokens."""
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):
@@ -110,14 +112,14 @@ class Row:
         )
 
     def _boundary(self) -> BoundaryConfig:
-        width, rank = self.hidden // self.ratio, self.hidden // RANK_SHARE
+        width, rank = self.hidden // self.ratio, self.hidden if self.rank is None else self.rank
         match self.form:
             case "none":
                 return BoundaryConfig()
             case "none+":
-                return BoundaryConfig(rank=rank)
+                return BoundaryConfig(rank=rank, pairs=self.pairs)
             case "t":
-                return BoundaryConfig(form=BoundaryForm.T, width=width, rank=rank)
+                return BoundaryConfig(form=BoundaryForm.T, width=width, rank=rank, pairs=self.pairs)
             case "linear":
                 return BoundaryConfig(form=BoundaryForm.T, width=width)
             case _:

@@ -20,12 +20,15 @@ from model.corpora.source import LocalSource, Source
 from model.data import DataError
 from neurons.stores import StoreUrlError, connect
 from scripts.data.options import DataOptionError
+from scripts.data.progress import size
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta  # exist only for type checkers
     from obstore.store import ObjectStore
 
 SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text"}
+LONG = 1_000_000_000
+"""Bytes whose hashing takes long enough to say so: seconds."""
 _MAGIC = frozenset("*?[")
 _CHECK = "check the address, the store's credentials and the way there"
 
@@ -69,19 +72,22 @@ class StoredSource:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A file that an address names: `place` tells two apart, `open` looks into it."""
+    """A file that an address names: `place` tells two apart, `open` looks into it and hashes so many bytes."""
 
     name: str
     place: str
     open: Callable[[], Source]
+    hashed: int = 0
 
 
-def find_sources(addresses: list[str], wanted: Format | None) -> tuple[Format, list[Source]]:
+def find_sources(
+    addresses: list[str], wanted: Format | None, *, tell: Callable[[str], None]
+) -> tuple[Format, list[Source]]:
     """Every file that `addresses` name, those of one address in order of name, and their common format.
 
     Of a folder the files count whose suffix is known (and is that of `wanted`); a file that is named, also by a
-    pattern, counts whatever its suffix is if `wanted` says what it holds. Raises `DataError`; `DataOptionError` when no
-    format follows.
+    pattern, counts whatever its suffix is if `wanted` says what it holds. `tell` gets a line if hashing local files
+    takes long. Raises `DataError`; `DataOptionError` when no format follows.
     """
     found: dict[str, _Found] = {}
     for address in addresses:
@@ -93,7 +99,10 @@ def find_sources(addresses: list[str], wanted: Format | None) -> tuple[Format, l
                 raise DataError(f"--from {address} names {file.place} a second time: name every file once")
             found[file.place] = file
     form = wanted or _common([file.name for file in found.values()])
-    with ThreadPoolExecutor() as pool:  # local files are hashed
+    hashed = sum(file.hashed for file in found.values())
+    if hashed >= LONG:
+        tell(f"{len(found):,} files: hashing {size(hashed)}")
+    with ThreadPoolExecutor() as pool:
         return form, list(pool.map(lambda file: file.open(), found.values()))
 
 
@@ -150,7 +159,7 @@ def _local(address: str, wanted: Format | None) -> Iterator[_Found]:
 
 
 def _file(path: Path, name: str) -> _Found:
-    return _Found(name, str(path.resolve()), lambda: LocalSource.open(path, name))
+    return _Found(name, str(path.resolve()), lambda: LocalSource.open(path, name), path.stat().st_size)
 
 
 def _stored(address: str, wanted: Format | None) -> Iterator[_Found]:

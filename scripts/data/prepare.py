@@ -48,7 +48,8 @@ def _prepared(options: PrepareOptions, *, plain: bool) -> DataManifest:
     tokenizer = DocumentTokenizer.open(options.tokenizer, options.end_of_text)
     if config is not None:
         _check_vocabulary(tokenizer, options, config)
-    form, sources = find_sources(options.addresses, options.format)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    form, sources = find_sources(options.addresses, options.format, tell=console.print)
     if options.separator is not None and form != "text":
         raise DataOptionError(f"--separator is for text files, the sources are {form}: leave it out")
     recipe = Recipe(
@@ -73,7 +74,7 @@ def _prepared(options: PrepareOptions, *, plain: bool) -> DataManifest:
     blocks = cut(recipe, sources)
     lock = Lock.take(options.out / LOCKS / "prepare")
     try:
-        with PrepareView(Console(stderr=True, soft_wrap=True, markup=False), plain=plain) as view:
+        with PrepareView(console, plain=plain) as view:
             return prepare(
                 options.out, plan, sources, blocks, tokenizer, tell=view.show, skip_broken=options.skip_broken
             )

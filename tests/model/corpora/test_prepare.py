@@ -264,7 +264,7 @@ def test_a_killed_run_goes_on_from_anywhere_to_the_same_bytes(tmp_path: Path, fi
     total = effects(tmp_path / "whole", files)
     finished = contents(tmp_path / "whole")
     assert total > 100
-    for after in range(0, total, 7):
+    for after in range(0, total, 11):
         out = tmp_path / "out"
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch, after, Killed())
@@ -441,7 +441,7 @@ def test_nothing_to_learn_from_leaves_nothing(
         count = interrupt(patch, 1 << 30, Killed())
         fail()
         total = count()
-    for after in range(0, total, 3):
+    for after in range(0, total, 7):
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch, after, Killed())
             with pytest.raises(Killed):

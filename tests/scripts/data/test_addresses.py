@@ -12,6 +12,7 @@ from model.corpora.folder import Format
 from model.corpora.parquet import ParquetRows
 from model.corpora.source import Source
 from model.data import DataError
+from scripts.data import addresses
 from scripts.data.addresses import find_sources
 from scripts.data.options import DataOptionError
 from tests.model.corpora.making import texts, write_parquet
@@ -30,8 +31,12 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tree"
 
 
+def find(addresses: list[str], wanted: Format | None = None) -> tuple[Format, list[Source]]:
+    return find_sources(addresses, wanted, tell=print)
+
+
 def named(addresses: list[str], wanted: Format | None = None) -> tuple[Format, list[str]]:
-    form, sources = find_sources(addresses, wanted)
+    form, sources = find(addresses, wanted)
     return form, [source.name for source in sources]
 
 
@@ -42,7 +47,7 @@ async def store_named(addresses: list[str], wanted: Format | None = None) -> tup
 def test_a_folder_gives_its_data_files_by_name(tree: Path) -> None:
     assert named([str(tree)], "jsonl") == ("jsonl", ["a.jsonl", "b.jsonl", "deep/d.ndjson", "deep/er/c.jsonl"])
     assert named(["tree/deep"]) == ("jsonl", ["d.ndjson", "er/c.jsonl"])
-    _, [source] = find_sources([str(tree)], "text")
+    _, [source] = find([str(tree)], "text")
     assert (source.name, source.read(0, source.size)) == ("notes.txt", b"notes.txt")
 
 
@@ -89,9 +94,18 @@ def test_what_names_nothing_usable_is_said(
     tree: Path, addresses: list[str], wanted: Format | None, kind: type[DataError], words: str
 ) -> None:
     with pytest.raises(kind, match=words) as caught:
-        find_sources(addresses, wanted)
+        find(addresses, wanted)
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
+
+
+def test_long_hashing_is_announced(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    find_sources(["tree/*.jsonl"], None, tell=said.append)
+    assert said == []
+    monkeypatch.setattr(addresses, "LONG", 10)
+    find_sources(["tree/*.jsonl"], None, tell=said.append)
+    assert said == ["2 files: hashing 14 B"]
 
 
 def test_a_file_nobody_may_read_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +114,7 @@ def test_a_file_nobody_may_read_is_named(tree: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read \(Permission denied\): check --from"):
-        find_sources(["tree/a.jsonl"], None)
+        find(["tree/a.jsonl"])
 
 
 @pytest_asyncio.fixture
@@ -131,7 +145,7 @@ async def test_an_object_is_read_by_ranges_and_must_stay_as_it_is(s3: tuple[Fake
     fake, endpoint = s3
     for address in ("s3://bucket/data/a.jsonl", f"{endpoint}/bucket/data/a.jsonl"):
         fake.objects["data/a.jsonl"] = b"a.jsonl of a store"
-        [source] = (await asyncio.to_thread(find_sources, [address], None))[1]
+        [source] = (await asyncio.to_thread(find, [address]))[1]
         assert (source.name, source.size) == (address, 18)
         assert source.identity.startswith("etag:")
         assert await asyncio.to_thread(source.read, 2, 9) == b"jsonl o"
@@ -155,7 +169,7 @@ async def test_parquet_in_a_store_is_not_read_whole(s3: tuple[FakeS3, str], tmp_
     fake.objects["data/a.parquet"] = write_parquet(tmp_path / "a", documents, rows=800).read_bytes()
 
     def read_block() -> tuple[list[str | LeftOut], int]:
-        [source] = find_sources(["s3://bucket/data/a.parquet"], None)[1]
+        [source] = find(["s3://bucket/data/a.parquet"])[1]
         counted = Counted(source)
         reader = ParquetRows("text", 1 << 20)
         blocks = reader.blocks(0, counted, 1)

@@ -1,4 +1,4 @@
-"""The run whose losses are committed: nano in two stages, 200 steps on a stream of tokens that every machine draws alike.
+"""The run whose losses are committed: 200 steps of nano in two stages on tokens that every machine draws alike.
 
 python -m tests.model.golden      # writes golden_curve.json anew: say in the commit what moved it, and why
 """
@@ -29,7 +29,7 @@ SEQUENCE = 64
 
 
 def stream(count: int) -> Tensor:
-    """int64 (count,) below 16: nine of ten tokens follow from the two before them by a table, the others from nothing."""
+    """int64 (count,) below 16: nine of ten tokens follow from the two before them by a table, others from nothing."""
     generator = torch.Generator().manual_seed(7)
     table = torch.randint(16, (16, 16), generator=generator).tolist()
     drawn = torch.randint(16, (count,), generator=generator).tolist()

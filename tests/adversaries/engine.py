@@ -95,13 +95,13 @@ class CheatingEngine(StageEngine):
         self._generator = torch.Generator().manual_seed(cheat.seed)
         memory.stepped(stage)
 
-    def forward(self, key: Hashable, x: Tensor) -> Tensor:
+    def forward(self, key: Hashable, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         if self._cheats(key, Direction.FORWARD) and self._cheat.kind not in DISTORTIONS:
-            sent = self._falsified(Unit(direction=Direction.FORWARD, x=x)).output
+            sent = self._falsified(Unit(direction=Direction.FORWARD, x=x, restored=tokens)).output
             assert sent is not None
-            self._hold(key, x)
+            self._hold(key, x, tokens)
             return sent
-        y = super().forward(key, x)
+        y = super().forward(key, x, tokens)
         result = self._said(key, Direction.FORWARD, Result(output=y))
         assert result.output is not None
         return result.output
@@ -111,18 +111,21 @@ class CheatingEngine(StageEngine):
         if open_ is None or not self._cheats(key, Direction.BACKWARD) or self._cheat.kind in DISTORTIONS:
             dx = super().backward(key, g)
             return self._said(key, Direction.BACKWARD, Result(output=dx)).output
-        result = self._falsified(Unit(direction=Direction.BACKWARD, x=open_.x, g=g))
+        result = self._falsified(Unit(direction=Direction.BACKWARD, x=open_.x, g=g, restored=open_.tokens))
         self.drop(key)
         self._add(result)
         return result.output
 
-    def tail(self, key: Hashable, x: Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
+    def tail(
+        self, key: Hashable, x: Tensor, targets: Tensor, tokens: Tensor | None = None
+    ) -> tuple[float, Tensor | None]:
         if self._cheats(key, Direction.BACKWARD) and self._cheat.kind not in DISTORTIONS:
-            unit = Unit(direction=Direction.BACKWARD, x=x, targets=targets, accumulation=self.accumulation)
+            accumulation = self.accumulation
+            unit = Unit(direction=Direction.BACKWARD, x=x, targets=targets, restored=tokens, accumulation=accumulation)
             result = self._falsified(unit)
             self._add(result)
         else:
-            loss, dx = super().tail(key, x, targets)
+            loss, dx = super().tail(key, x, targets, tokens)
             result = self._said(key, Direction.BACKWARD, Result(output=dx, loss=loss))
         return result.loss, result.output
 
@@ -134,14 +137,14 @@ class CheatingEngine(StageEngine):
         self._memory.sent(direction, true.output, true.loss)
         return true
 
-    def _hold(self, key: Hashable, x: Tensor) -> None:
+    def _hold(self, key: Hashable, x: Tensor, tokens: Tensor | None) -> None:
         """Open a unit without computing it."""
         if key in self._units:
             raise DuplicateUnitError(f"unit {key} is open already: wait for its backward or drop it")
         if len(self._units) >= self.capacity:
             raise CapacityError(f"{len(self._units)} units are open and capacity is {self.capacity}")
         self._used = True
-        self._units[key] = _Unit(x)
+        self._units[key] = _Unit(x, tokens)
 
     def discard_gradients(self) -> None:
         super().discard_gradients()
@@ -176,17 +179,19 @@ class SharedEngine(StageEngine):
     device: Path
     """A file that stands for it."""
 
-    def forward(self, key: Hashable, x: Tensor) -> Tensor:
+    def forward(self, key: Hashable, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         with self._held():
-            return super().forward(key, x)
+            return super().forward(key, x, tokens)
 
     def backward(self, key: Hashable, g: Tensor) -> Tensor | None:
         with self._held():
             return super().backward(key, g)
 
-    def tail(self, key: Hashable, x: Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
+    def tail(
+        self, key: Hashable, x: Tensor, targets: Tensor, tokens: Tensor | None = None
+    ) -> tuple[float, Tensor | None]:
         with self._held():
-            return super().tail(key, x, targets)
+            return super().tail(key, x, targets, tokens)
 
     @contextmanager
     def _held(self) -> Iterator[None]:

@@ -35,6 +35,8 @@ class Unit:
     """Gradient of its output, fp32 (B, T, width); None for a forward and at the tail."""
     targets: Tensor | None = None
     """At the tail, int64 (B, T)."""
+    restored: Tensor | None = None
+    """Its tokens, int64 (B, T), where the stage restores them."""
     accumulation: int = 1
     """Units of a step: the tail's gradient is that of its loss over so many."""
 
@@ -109,13 +111,13 @@ def _compute(stage: nn.Module, weights: Weights, unit: Unit) -> Result:
     """The unit with these weights in the place of the stage's."""
     if unit.direction is Direction.FORWARD:
         with torch.no_grad():
-            return Result(output=functional_call(stage, dict(weights), (unit.x,)))
+            return Result(output=functional_call(stage, dict(weights), (unit.x, unit.restored)))
     x = unit.x.detach().requires_grad_(unit.x.is_floating_point())
     if unit.targets is None:
-        y: Tensor = functional_call(stage, dict(weights), (x,))
+        y: Tensor = functional_call(stage, dict(weights), (x, unit.restored))
         loss, g = 0.0, unit.g
     else:
-        mean: Tensor = functional_call(_Loss(stage), _under("stage", weights), (x, unit.targets))
+        mean: Tensor = functional_call(_Loss(stage), _under("stage", weights), (x, unit.targets, unit.restored))
         loss, y, g = float(mean.detach()), mean / unit.accumulation, None
     wanted = [*weights.values(), *([x] if x.requires_grad else [])]
     found = torch.autograd.grad(y, wanted, g, allow_unused=True)
@@ -130,8 +132,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.stage = stage
 
-    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = self.stage.loss(x, targets)  # type: ignore[operator]
+    def forward(self, x: Tensor, targets: Tensor, tokens: Tensor | None) -> Tensor:
+        loss: Tensor = self.stage.loss(x, targets, tokens)  # type: ignore[operator]
         return loss
 
 
@@ -188,7 +190,7 @@ def _loss(stage: Stage, unit: Unit) -> float:
     if unit.targets is None:
         return 0.0
     with torch.no_grad():
-        return float(stage.loss(unit.x, unit.targets))
+        return float(stage.loss(unit.x, unit.targets, unit.restored))
 
 
 def _skipped_layer(stage: Stage, unit: Unit, _: _Cheat) -> Result:

@@ -201,8 +201,8 @@ def poison(member: Member, spoil: Poison) -> None:
     generator = torch.Generator().manual_seed(4)
     engine, tail = member.worker.engine, member.worker.engine.tail
 
-    def spoilt(key: object, x: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor | None]:
-        loss, dx = tail(key, x, targets)
+    def spoilt(key: object, *unit: torch.Tensor | None) -> tuple[float, torch.Tensor | None]:
+        loss, dx = tail(key, *unit)
         return loss, None if dx is None else spoil(dx, generator)
 
     engine.tail = spoilt
@@ -252,7 +252,7 @@ async def test_poisoned_activations_go_no_further_and_a_lost_microbatch_is_repor
         await train(swarm, 100)
         bad, good = swarm.stage(0)
         forward = bad.worker.engine.forward
-        bad.worker.engine.forward = lambda key, x: 10.0 * forward(key, x)
+        bad.worker.engine.forward = lambda key, *unit: 10.0 * forward(key, *unit)
         drives = [asyncio.create_task(head.worker.drive(limit=106)) for head in (bad, good)]
         await drives[1]
         while len({event.sample for event in quarantines(swarm)}) < 2:  # noqa: ASYNC110 - seen in the log

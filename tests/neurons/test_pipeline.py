@@ -178,12 +178,14 @@ async def test_a_gradient_that_cannot_be_sent_on_is_in_the_step_and_in_the_ledge
         engine, calls = tail.worker.engine, 0
         compute, loop, enough = engine.tail, asyncio.get_running_loop(), asyncio.Event()
 
-        def spoiled(key: int, x: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+        def spoiled(
+            key: int, x: torch.Tensor, targets: torch.Tensor, tokens: torch.Tensor | None
+        ) -> tuple[float, torch.Tensor | None]:
             nonlocal calls
             calls += 1
             if calls == 12:
                 loop.call_soon_threadsafe(enough.set)
-            loss, dx = compute(key, x, targets)
+            loss, dx = compute(key, x, targets, tokens)
             assert dx is not None
             return loss, dx * (1e30 if calls == 2 else 1)
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from model.config import ConfigError
 from model.optimizer import Kind
-from scripts.bench.learning.rows import Form, Row
+from scripts.bench.learning.rows import WHOLE, Form, Row
 from scripts.bench.learning.training import Curve
 
 
@@ -43,7 +43,7 @@ class Block(BaseModel):
     """Learning rates instead of the usual ones, for sweeps."""
 
     def _ratios_and_rates(self, form: Form) -> tuple[Sequence[int], Sequence[float | None]]:
-        return [1] if form in ("none", "none+") else self.ratios, self.rates or [None]
+        return [1] if form in (*WHOLE, "cut") else self.ratios, self.rates or [None]
 
     def rows(self) -> Iterator[Row]:
         """Every row once. Raises `ConfigError` for a combination that cannot be."""

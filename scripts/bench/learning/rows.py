@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 from model.accounting import total_parameters
 from model.config import BoundaryConfig, BoundaryForm, ConfigError, ModelConfig, preset
 from model.optimizer import Kind, OptimizerConfig
 
-Form = Literal["none", "none+", "truncation", "a", "b", "linear", "subspace", "t"]
-"""As `model.bottleneck` has them. `none+` sends the whole residual and has the token tables of `t`: the control whose
-parameters are those of `t` but for the projections; `linear` is `t` without tables."""
+Form = Literal["none", "none+", "wide", "cut", "truncation", "a", "b", "linear", "subspace", "t"]
+"""As `model.bottleneck` has them; `linear` is `t` without tables. `none+` sends the whole residual and has the token
+tables of `t`: the control whose parameters are those of `t` but for the projections. `wide` is `none` with as many
+parameters in its FFNs instead. `cut` is `t` with nothing crossing, neither way: what its last stage learns alone. Where
+that is no worse than the others, a run is too short to say anything of boundaries."""
+WHOLE = ("none", "none+", "wide")
+"""Forms that send the whole residual."""
 
 LAYERS = 8
 CONTEXT = 128
@@ -54,11 +58,13 @@ class Row:
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):
             raise ConfigError(f"form is '{self.form}'; it must be one of {', '.join(get_args(Form))}: change it")
-        whole = self.form in ("none", "none+")
-        if whole != (self.ratio == 1):
+        alone = (*WHOLE, "cut")
+        if (self.form in alone) != (self.ratio == 1):
             raise ConfigError(
-                f"ratio is {self.ratio}, form is '{self.form}': forms none and none+ have 1, all others more"
+                f"ratio is {self.ratio}, form is '{self.form}': forms {', '.join(alone)} have 1, all others more"
             )
+        if self.form == "cut" and self.depth > 1:
+            raise ConfigError(f"depth is {self.depth}, but form 'cut' sends nothing to wait for: set it to 1")
         if self.hidden % self.ratio:
             raise ConfigError(f"hidden {self.hidden} is no multiple of ratio {self.ratio}: change one of them")
         if self.depth < 1 or self.steps < 1 or self.accumulation < 1:
@@ -77,12 +83,12 @@ class Row:
         return self.boundaries + 1
 
     def model(self) -> ModelConfig:
-        """The model; one of form `subspace` has wider FFNs, which give it the parameters of the others."""
-        config = self._model(_ffn(self.hidden))
-        if self.form != "subspace":
-            return config
-        goal = total_parameters(Row(form="none", hidden=self.hidden).model(), self.stages)
+        """The model; of forms `subspace` and `wide` with FFNs that give it the parameters of `none` and `none+`."""
         ffn = _ffn(self.hidden)
+        if self.form not in ("subspace", "wide"):
+            return self._model(ffn)
+        other = replace(self, form="none+" if self.form == "wide" else "none", ratio=1)
+        goal = total_parameters(other.model(), self.stages)
         while total_parameters(self._model(ffn + 8), self.stages) <= goal:
             ffn += 8
         return self._model(ffn)
@@ -114,10 +120,12 @@ class Row:
     def _boundary(self) -> BoundaryConfig:
         width, rank = self.hidden // self.ratio, self.hidden if self.rank is None else self.rank
         match self.form:
-            case "none":
+            case "none" | "wide":
                 return BoundaryConfig()
             case "none+":
                 return BoundaryConfig(rank=rank, pairs=self.pairs)
+            case "cut":
+                return BoundaryConfig(form=BoundaryForm.T, width=1, rank=rank, pairs=self.pairs)
             case "t":
                 return BoundaryConfig(form=BoundaryForm.T, width=width, rank=rank, pairs=self.pairs)
             case "linear":

@@ -43,7 +43,7 @@ def summaries(results: Results) -> dict[Row, Summary]:
 
 def control(row: Row) -> Row:
     """What a boundary is held against: for `t` the uncompressed model with its tables, for all others without."""
-    if row.form in ("t", "none+"):
+    if row.form in ("t", "none+", "cut"):
         return replace(row, form="none+", ratio=1)
     return replace(row, form="none", ratio=1, boundaries=1 if row.depth == 1 else row.boundaries)
 
@@ -76,7 +76,7 @@ def boundary_table(results: Results, *, hidden: int, boundaries: int, optimizer:
 
 
 def _order(row: Row) -> int:
-    return ("none", "none+", "truncation", "a", "b", "linear", "subspace", "t").index(row.form)
+    return ("none", "none+", "wide", "cut", "truncation", "a", "b", "linear", "subspace", "t").index(row.form)
 
 
 def _cell(row: Row | None, found: Mapping[Row, Summary]) -> str:

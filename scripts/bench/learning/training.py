@@ -62,7 +62,8 @@ def train(row: Row, corpus: Corpus) -> Curve:
     marks = {math.ceil(row.steps * (point + 1) / POINTS) for point in range(POINTS)}
     try:
         progress = _synchronous(row, stages, corpus) if row.depth == 1 else _pipelined(row, stages, corpus)
-        losses.extend((done, validation_loss(stages, corpus)) for done in progress if done in marks)
+        cut = row.form == "cut"
+        losses.extend((done, validation_loss(stages, corpus, cut=cut)) for done in progress if done in marks)
     except DivergedError:
         losses.append((row.steps, math.inf))
     return Curve(
@@ -73,32 +74,33 @@ def train(row: Row, corpus: Corpus) -> Curve:
 
 
 @torch.no_grad()
-def validation_loss(stages: Sequence[Stage], corpus: Corpus) -> float:
+def validation_loss(stages: Sequence[Stage], corpus: Corpus, *, cut: bool = False) -> float:
     """Mean over held-out batches of the mean over tokens, through boundaries as the wire rounds them."""
     every = max(1, corpus.validation_samples // VALIDATION)
     count = min(VALIDATION, corpus.validation_samples)
-    losses = [float(_loss(stages, corpus.validation_sample(index * every))) for index in range(count)]
+    losses = [float(_loss(stages, corpus.validation_sample(index * every), cut=cut)) for index in range(count)]
     return sum(losses) / count
 
 
-def _loss(stages: Sequence[Stage], rows: Tensor) -> Tensor:
+def _loss(stages: Sequence[Stage], rows: Tensor, *, cut: bool) -> Tensor:
     tokens, targets = rows[:, :-1], rows[:, 1:]
     x = tokens
     for stage in stages[:-1]:
-        x = _Crossing.apply(stage(x, tokens))  # type: ignore[no-untyped-call]
+        x = _Crossing.apply(stage(x, tokens), 0.0 if cut else 1.0)  # type: ignore[no-untyped-call]
     return stages[-1].loss(x, targets, tokens)
 
 
 class _Crossing(torch.autograd.Function):
-    """A boundary's tensor and its gradient as they come off the wire."""
+    """A boundary's tensor and its gradient as they come off the wire, times `passed`: 0 where nothing crosses."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:  # noqa: ANN401, ARG004 - autograd's own signature
-        return y.to(WIRE).to(y.dtype)
+    def forward(ctx: Any, y: Tensor, passed: float) -> Tensor:  # noqa: ANN401 - autograd's own signature
+        ctx.passed = passed
+        return y.to(WIRE).to(y.dtype) * passed
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # noqa: ANN401, ARG004 - as above
-        return g.to(WIRE).to(g.dtype)
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 - as above
+        return g.to(WIRE).to(g.dtype) * ctx.passed, None
 
 
 def _samples(row: Row) -> Iterator[int]:
@@ -116,7 +118,7 @@ def _synchronous(row: Row, stages: Sequence[Stage], corpus: Corpus) -> Iterator[
     samples = _samples(row)
     for step in range(row.steps):
         for _ in range(row.accumulation):
-            loss = _loss(stages, corpus.sample(next(samples)))
+            loss = _loss(stages, corpus.sample(next(samples)), cut=row.form == "cut")
             if not math.isfinite(float(loss.detach())):
                 raise DivergedError
             torch.autograd.backward(loss / row.accumulation)

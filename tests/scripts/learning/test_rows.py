@@ -8,7 +8,7 @@ from model.accounting import total_parameters
 from model.config import BoundaryForm, ConfigError
 from scripts.bench.boundary import main
 from scripts.bench.learning.grid import GridError, Results, read_grid
-from scripts.bench.learning.rows import Row
+from scripts.bench.learning.rows import Form, Row
 from scripts.bench.learning.tables import boundary_table, cost, summaries
 from scripts.bench.learning.training import Curve
 
@@ -35,9 +35,14 @@ def test_a_ratio_says_how_wide_the_boundary_is() -> None:
 
 
 @pytest.mark.parametrize("hidden", [128, 256])
-def test_a_subspace_gets_the_parameters_back_that_it_loses(hidden: int) -> None:
-    row = Row(form="subspace", ratio=16, hidden=hidden)
-    own, others = (total_parameters(r.model(), 4) for r in (row, Row(form="none", hidden=hidden)))
+@pytest.mark.parametrize(("form", "ratio", "like"), [("subspace", 16, "none"), ("wide", 1, "none+")])
+def test_some_forms_have_the_parameters_of_what_they_are_held_against(
+    form: Form, ratio: int, like: Form, hidden: int
+) -> None:
+    own, others = (
+        total_parameters(row.model(), 4)
+        for row in (Row(form=form, ratio=ratio, hidden=hidden), Row(form=like, hidden=hidden))
+    )
     assert 0.99 * others < own <= others
 
 
@@ -48,6 +53,7 @@ def test_a_subspace_gets_the_parameters_back_that_it_loses(hidden: int) -> None:
         ({"form": "t"}, "ratio is 1, form is 't'"),
         ({"form": "t", "ratio": 7}, "hidden 128 is no multiple of ratio 7"),
         ({"form": "t", "ratio": 16, "depth": 0}, "depth is 0"),
+        ({"form": "cut", "depth": 7}, "form 'cut' sends nothing to wait for"),
     ],
 )
 def test_rows_that_cannot_be(values: dict[str, object], message: str) -> None:

@@ -72,6 +72,15 @@ def test_a_run_that_diverges_says_so(corpus: Corpus, monkeypatch: pytest.MonkeyP
     assert train(ROW, corpus).final == float("inf")
 
 
+def test_cut_stages_learn_nothing_but_the_last(corpus: Corpus) -> None:
+    row = replace(ROW, form="cut", ratio=1)
+    drawn = [flatten(build_stage(row.model(), plan, row.seed)) for plan in split(row.model(), row.stages)]
+    trained = _trained(row, corpus, engines=False)
+    moved = [float((after - before).norm() / before.norm()) for before, after in zip(drawn, trained, strict=True)]
+    # Weight decay alone takes some of the others.
+    assert max(moved[:-1]) < 0.1 * moved[-1]
+
+
 def test_samples_of_two_seeds_are_apart() -> None:
     first, second = (set(training._samples(replace(ROW, seed=seed))) for seed in (0, 1))
     assert len(first) == ROW.steps * ROW.accumulation

@@ -11,6 +11,7 @@ from model.bottleneck import receiver_parameters, sender_parameters
 from model.config import BoundaryForm, ConfigError, ModelConfig
 from model.optimizer import Kind
 from model.split import StagePlan, block_matrix_parameters, split
+from model.subspace import confined
 
 FORMULA = "6N + 6LTd, N without the input embedding, causal attention once, recompute not counted"
 
@@ -21,7 +22,7 @@ def stage_parameters(config: ModelConfig, plan: StagePlan, *, boundaries: bool =
     count = plan.layers * (block_matrix_parameters(config) + 2 * config.hidden)
     count += vocabulary if plan.is_first else 0
     count += vocabulary + config.hidden if plan.is_last else 0
-    if _confined(config, plan):
+    if confined(config, plan):
         # What writes to the residual has b rows instead of d, and a head's embedding b columns.
         written = plan.layers * (config.hidden + config.ffn) + (config.vocab if plan.is_first else 0)
         count -= written * (config.hidden - config.boundary_width)
@@ -73,23 +74,18 @@ def boundary_bytes(config: ModelConfig, *, tokens: int, itemsize: int) -> int:
     return tokens * config.boundary_width * itemsize
 
 
-def _confined(config: ModelConfig, plan: StagePlan) -> bool:
-    return config.boundary.form is BoundaryForm.SUBSPACE and not plan.is_last
-
-
 def _by_basis(config: ModelConfig, plan: StagePlan) -> int:
     """How often form `subspace` multiplies a token by its basis."""
     if config.boundary.form is not BoundaryForm.SUBSPACE:
         return 0
-    written = 2 * plan.layers + plan.is_first if _confined(config, plan) else 0
+    written = 2 * plan.layers + plan.is_first if confined(config, plan) else 0
     return written + (not plan.is_first) + (not plan.is_last)
 
 
 def _looked_up(config: ModelConfig, plan: StagePlan) -> int:
     """Parameters of a stage of which a token takes rows: they take part in no product."""
     if plan.is_first:
-        confined = _confined(config, plan)
-        return config.vocab * (config.boundary_width if confined else config.hidden)
+        return config.vocab * (config.boundary_width if confined(config, plan) else config.hidden)
     return config.boundary.rank * (config.vocab + config.boundary.pairs)
 
 

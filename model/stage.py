@@ -21,7 +21,7 @@ from model.config import BoundaryForm, ModelConfig
 from model.loss import cross_entropy
 from model.recompute import Run, plain
 from model.split import StagePlan
-from model.subspace import ConfinedEmbedding, confine
+from model.subspace import ConfinedEmbedding, confine, confined
 from model.transformer import Block, Embedding, Linear, RMSNorm, rotary_tables
 
 
@@ -39,12 +39,12 @@ class Stage(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan
-        confined = config.boundary.form is BoundaryForm.SUBSPACE and not plan.is_last
+        inside = confined(config, plan)
         if plan.is_first:
-            self.embedding = ConfinedEmbedding(config) if confined else Embedding(config.vocab, config.hidden)
+            self.embedding = ConfinedEmbedding(config) if inside else Embedding(config.vocab, config.hidden)
         layers = range(plan.first_layer, plan.last_layer)
         self.layers = nn.ModuleDict({str(index): Block(config) for index in layers})
-        if confined:
+        if inside:
             for block in self.layers.values():
                 confine(cast("Block", block), config)
         self.boundaries = nn.ModuleDict()

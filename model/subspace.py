@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import BoundaryForm, ModelConfig
+from model.split import StagePlan
 from model.transformer import Block, Embedding, Linear
 
 
@@ -61,6 +62,11 @@ class FixedTable(nn.Module):
         """int64 (B, T) to (B, T, hidden), of unit variance."""
         drawn: Tensor = F.embedding(tokens, self.table)
         return drawn
+
+
+def confined(config: ModelConfig, plan: StagePlan) -> bool:
+    """Whether a stage's blocks, and a head's embedding, write into the subspace: before the last boundary."""
+    return config.boundary.form is BoundaryForm.SUBSPACE and not plan.is_last
 
 
 def confine(block: Block, config: ModelConfig) -> None:

@@ -3,11 +3,10 @@
     python -m scripts.bench.boundary --grid scripts/bench/learning/nano.toml --jobs 2     # goes on where it stopped
     python -m scripts.bench.boundary --row form=t ratio=16 optimizer=muon seed=3          # one row
     python -m scripts.bench.boundary --tables                                             # what is there, as markdown
-    python -m scripts.bench.boundary --quick                                              # CI's size, in a minute
 
-Every row trains one model on the standard library's text (or on what `orion data prepare` made, `--data`), on the same
-samples in the same order for one seed. Results are lines of JSON, one per row, in --results; a row that is there is not
-trained again. docs/learning.md says what they mean.
+Every row trains one model on the standard library's text, on the same samples in the same order for one seed. Results
+are lines of JSON, one per row, in --results; a grid does not train again what is there. docs/boundary.md says how to
+add a row and what to hold it against.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ WARM_UP = 20
 COOLDOWN = 0.25
 """Share of the steps in which the rate comes down."""
 RATES: dict[Kind, float] = {"adamw": 4e-3, "nadam": 4e-3, "muon": 1e-2}
-"""At a width of 128; the best of a sweep for the uncompressed model, see docs/learning.md. Rates fall with the width's
+"""At a width of 128, to begin with: the sweep in `nano.toml` is there to find better ones. Rates fall with the width's
 square root for the adaptive ones; Muon's step is scaled to the width by itself."""
 BETAS: dict[Kind, tuple[float, float]] = {"adamw": (0.9, 0.95), "nadam": (0.9, 0.95), "muon": (0.95, 0.95)}
 WIRE_BYTES = 2

@@ -180,6 +180,23 @@ class Driver:
         if self.heads.in_touch(current, push.head):
             raise Busy(f"head {push.head} is back as far as known here", "try it again", retry_after=RETRY_PAUSE)
 
+    def may_count(self, current: TrainingRound, sample: int, *, taken: float, now: float) -> bool:
+        """Whether a gradient that was taken at `taken` may enter a step: after a stop only once all siblings were
+        asked, and if none of them took the sample over meanwhile. For the compute thread."""
+        return self.heads.awake(current, now) and not (current.woke > taken and sample in current.elsewhere)
+
+    async def still_due(self, current: TrainingRound, sample: int, *, taken: float) -> bool:
+        """Wait until that is known of a gradient. If a sibling has the sample, its flight is over here."""
+        loop = asyncio.get_running_loop()
+        while current.accepting and not self.heads.awake(current, loop.time()):
+            current.room.clear()
+            await current.room.wait()
+        if current.accepting and self.may_count(current, sample, taken=taken, now=loop.time()):
+            return True
+        log.info("sample %d came back at another head while this one was stopped", sample)
+        self._end_elsewhere(current, sample)
+        return False
+
     # -- starting -------------------------------------------------------------------------------------------------
 
     def _announce(self, current: TrainingRound, ends: int) -> None:
@@ -256,13 +273,11 @@ class Driver:
         for sample, left in list(current.flights.items()):
             if UnitKey(sample, Direction.BACKWARD) in current.receipts:
                 continue
-            head, index = self.heads.place(current, sample)
+            head, _ = self.heads.place(current, sample)
             late = now - left.time > overdue or left.time < current.woke
             if late and self.heads.settled(current, sample):
                 log.info("sample %d came back at another head", sample)
-                self._let_go(current, sample)
-                if head == self._own:
-                    self._count(current, index)
+                self._end_elsewhere(current, sample)
             elif head != self._own and sample in current.pushes and sample not in current.awaited:
                 # Nobody has taken it from here, and its owner is back: it has all it needs itself.
                 if self.heads.in_touch(current, head):
@@ -270,6 +285,12 @@ class Driver:
             elif now - left.time > patience:
                 log.warning("sample %d has not come back within %.1f s: another takes its place", sample, patience)
                 self.land(current, sample)
+
+    def _end_elsewhere(self, current: TrainingRound, sample: int) -> None:
+        self._let_go(current, sample)
+        head, index = self.heads.place(current, sample)
+        if head == self._own:
+            self._count(current, index)
 
     def _let_go(self, current: TrainingRound, sample: int) -> None:
         self._release(current, sample)

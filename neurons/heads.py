@@ -234,8 +234,12 @@ class Heads:
         for link in current.siblings.values():
             link.news.set()
 
+    def awake(self, current: TrainingRound, now: float) -> bool:
+        """Whether this process, if it was ever stopped, has asked every sibling since. For the compute thread too."""
+        asked = all(link.exchanged >= current.woke for link in current.siblings.values())
+        return asked and now - current.beat <= BEAT + ASLEEP
+
     def require_awake(self, current: TrainingRound) -> None:
         """After a stop no gradient is taken before every sibling was asked: it may have gone to one of them."""
-        stopped = asyncio.get_running_loop().time() - current.beat > BEAT + ASLEEP
-        if stopped or any(link.exchanged < current.woke for link in current.siblings.values()):
+        if not self.awake(current, asyncio.get_running_loop().time()):
             raise Busy("this head was stopped and asks its siblings first", "push again", retry_after=RETRY_PAUSE)

@@ -398,8 +398,12 @@ class StageWorker:
     ) -> None:
         gradient, restored = self._ferry.board(g), self._restored(push.sample)
         held = current.open[push.sample]
+        loop = asyncio.get_running_loop()
+        taken = loop.time()
 
-        def job() -> tuple[bool, int, Departure | None, Stepped | None]:
+        def job() -> tuple[bool, int, Departure | None, Stepped | None] | None:
+            if self.plan.is_first and not self._driver.may_count(current, push.sample, taken=taken, now=loop.time()):
+                return None
             version = self.engine.version
             adopted = push.sample not in self.engine.pending()
             if adopted:
@@ -407,7 +411,10 @@ class StageWorker:
             dx = self.engine.backward(push.sample, gradient())
             return adopted, version, None if dx is None else self._ferry.leave(dx), self._maybe_step()
 
-        adopted, version, leaving, stepped = await self._timed(Lane.BACKWARD, push.index, job)
+        while (done := await self._timed(Lane.BACKWARD, push.index, job)) is None:
+            if not await self._driver.still_due(current, push.sample, taken=taken):
+                return
+        adopted, version, leaving, stepped = done
         dx = self._returnable(push.sample, leaving)
         current.adopted += adopted or held.taken_over
         self._finish_backward(
@@ -570,8 +577,9 @@ class StageWorker:
             start = loop.time()
             result = job()
             self._ferry.keep_pace()
-            # F + B of a unit is the sum of both means; one mean over both lanes is half of it.
-            self._driver.unit_seconds.add(2 * (loop.time() - start))
+            if result is not None:  # put off otherwise
+                # F + B of a unit is the sum of both means; one mean over both lanes is half of it.
+                self._driver.unit_seconds.add(2 * (loop.time() - start))
             return result
 
         return await self._compute.submit(lane, index, measured)

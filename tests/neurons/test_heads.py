@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from neurons.compute import Lane
 from neurons.telemetry import MicrobatchDone, MicrobatchStarted
 from subnet.messages import Noted, Notice, Push
 from subnet.swarm.routing import heirs
@@ -266,6 +268,32 @@ async def test_a_head_knows_that_it_was_stopped_and_takes_no_gradient_before_it_
         await asyncio.wait_for(asyncio.gather(*drives), 40)
         assert all(head.worker._current().woke > 0 for head in heads)
         assert_counted_once(swarm, await close(list(swarm.members.values())), samples(heads, MicrobatchDone))
+
+
+@pytest.mark.parametrize("counted_there", [False, True])
+async def test_a_gradient_taken_before_a_stop_counts_only_if_no_sibling_has_it(
+    tmp_path: Path, *, counted_there: bool
+) -> None:
+    async with swarm_of(tmp_path, stages=2) as swarm:
+        head, sibling = swarm.stage(0)
+        opened, submit = threading.Event(), head.worker._compute.submit
+
+        def gated(lane: Lane, index: int, job: Callable[[], object]) -> asyncio.Future[object]:
+            return submit(lane, index, lambda: (lane is Lane.FORWARD or opened.wait(60), job())[1])
+
+        head.worker._compute.submit = gated
+        drives = [asyncio.create_task(each.worker.drive(limit=6)) for each in (head, sibling)]
+        current = head.worker._current()
+        await until(lambda: any(key.direction is Direction.BACKWARD for key in current.receipts))
+        held = next(key.sample for key in current.receipts if key.direction is Direction.BACKWARD)
+        if counted_there:
+            sibling.worker._current().taken.add(held)
+        head.worker._driver.heads.overslept(current)
+        opened.set()
+        await asyncio.wait_for(asyncio.gather(*drives), 40)
+        assert (held in samples([head], MicrobatchDone)) is not counted_there
+        assert not current.flights
+        assert not current.out
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Block(BaseModel):
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     depths: Annotated[list[int], Field(min_length=1)] = [1]
     accumulation: int = 1
-    steps: int = 300
+    steps: int = 400
     rates: list[float] = []
     """Learning rates instead of the usual ones, for sweeps."""
 

@@ -43,7 +43,7 @@ class Row:
     boundaries: int = 3
     hidden: int = 128
     seed: int = 0
-    steps: int = 300
+    steps: int = 400
     depth: int = 1
     """Microbatches in flight at the head: 1 is synchronous training, every step on the gradient of its own weights."""
     accumulation: int = 1

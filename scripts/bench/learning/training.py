@@ -31,7 +31,7 @@ from scripts.bench.learning.rows import Row
 WIRE = torch.bfloat16
 VALIDATION = 24
 """Held-out batches, spread over all that there are."""
-POINTS = 6
+POINTS = 4
 """How often the validation loss is taken on the way, the end included."""
 
 

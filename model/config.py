@@ -2,9 +2,9 @@
 
 A `ModelConfig` is a Llama-3.2-shaped decoder plus the form of its stage boundaries. It is a value: every
 other file of this floor (split, stage, accounting) is a function of it, so two nodes with the same config
-agree on every parameter name, shape and byte. `PRESETS` holds the shapes a manifest may name. Presets from
-1b up keep the 64-fold boundary of the ResBM runs (hidden / width = 64, arXiv 2604.11947); the small ones
-compress less, because a boundary of few channels costs a small model more loss than it costs a large one.
+agree on every parameter name, shape and byte. `PRESETS` holds the shapes a manifest may name. Their
+boundaries are of form T, which lost least in docs/learning.md; presets from 1b up send a 64th of the residual
+(hidden / width = 64, as in the ResBM runs, arXiv 2604.11947), the small ones a 16th.
 """
 
 import difflib
@@ -128,10 +128,10 @@ class ModelConfig:
 
 
 def _shape(
-    vocab: int, hidden: int, layers: int, heads: tuple[int, int], *, ffn: int, context: int, width: int
+    vocab: int, hidden: int, layers: int, heads: tuple[int, int], *, ffn: int, context: int, width: int, rank: int
 ) -> ModelConfig:
-    """A preset with `heads` as (query heads, key and value heads) and a boundary of form A."""
-    boundary = BoundaryConfig(form=BoundaryForm.A, width=width)
+    """A preset with `heads` as (query heads, key and value heads) and a boundary of form T."""
+    boundary = BoundaryConfig(form=BoundaryForm.T, width=width, rank=rank)
     return ModelConfig(
         vocab=vocab,
         hidden=hidden,
@@ -145,14 +145,14 @@ def _shape(
 
 
 PRESETS: dict[str, ModelConfig] = {
-    "pico": _shape(1_024, 64, 4, (2, 1), ffn=192, context=64, width=8),
-    "nano": _shape(1_024, 128, 8, (4, 2), ffn=384, context=128, width=16),
-    "100m": _shape(32_768, 640, 12, (10, 5), ffn=1_792, context=1_024, width=40),
-    "1b": _shape(128_256, 2_048, 16, (32, 8), ffn=8_192, context=4_096, width=32),
-    "8b": _shape(128_256, 4_096, 32, (32, 8), ffn=14_336, context=8_192, width=64),
-    "16b": _shape(128_256, 5_120, 52, (40, 8), ffn=14_336, context=8_192, width=80),
-    "100b": _shape(128_256, 9_216, 90, (72, 8), ffn=32_256, context=8_192, width=144),
-    "500b": _shape(128_256, 16_384, 147, (128, 8), ffn=57_344, context=8_192, width=256),
+    "pico": _shape(1_024, 64, 4, (2, 1), ffn=192, context=64, width=4, rank=64),
+    "nano": _shape(1_024, 128, 8, (4, 2), ffn=384, context=128, width=8, rank=128),
+    "100m": _shape(32_768, 640, 12, (10, 5), ffn=1_792, context=1_024, width=40, rank=80),
+    "1b": _shape(128_256, 2_048, 16, (32, 8), ffn=8_192, context=4_096, width=32, rank=256),
+    "8b": _shape(128_256, 4_096, 32, (32, 8), ffn=14_336, context=8_192, width=64, rank=512),
+    "16b": _shape(128_256, 5_120, 52, (40, 8), ffn=14_336, context=8_192, width=80, rank=640),
+    "100b": _shape(128_256, 9_216, 90, (72, 8), ffn=32_256, context=8_192, width=144, rank=1_152),
+    "500b": _shape(128_256, 16_384, 147, (128, 8), ffn=57_344, context=8_192, width=256, rank=2_048),
 }
 
 

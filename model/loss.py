@@ -34,7 +34,7 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = hidden.new_zeros((), dtype=wide)
         wanted = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
-        d_hidden = torch.empty_like(hidden) if wanted else None
+        d_hidden = torch.empty_like(hidden, dtype=weight.dtype) if wanted else None
         d_weight = torch.zeros_like(weight) if wanted else None
         for start in range(0, count, CHUNK):
             part = slice(start, start + CHUNK)
@@ -47,7 +47,8 @@ class _CrossEntropy(torch.autograd.Function):
                 d_logits.scatter_add_(1, chosen, d_logits.new_full(chosen.shape, -1.0))
                 scaled = d_logits.div_(count).to(weight.dtype)
                 torch.mm(scaled, weight, out=d_hidden[part])
-                d_weight.addmm_(scaled.t(), hidden[part])
+                d_weight.addmm_(scaled.t(), hidden[part].to(weight.dtype))  # autocast may have them differ
+        ctx.dtype = hidden.dtype  # type: ignore[attr-defined]
         ctx.gradients = (d_hidden, d_weight)  # type: ignore[attr-defined]
         return loss / count
 
@@ -55,4 +56,5 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor, Tensor, None]:
         d_hidden, d_weight = ctx.gradients  # type: ignore[attr-defined]
-        return d_hidden * scale.to(d_hidden.dtype), d_weight * scale.to(d_weight.dtype), None
+        d_hidden = (d_hidden * scale.to(d_hidden.dtype)).to(ctx.dtype)  # type: ignore[attr-defined]
+        return d_hidden, d_weight * scale.to(d_weight.dtype), None

@@ -112,6 +112,8 @@ class Unit:
     """What came back, for a backward unit of a stage that is not the tail."""
     targets: torch.Tensor | None
     """At the tail, whose unit is forward, loss and backward."""
+    tokens: torch.Tensor
+    """Its sample's, int64 (B, T), for stages that restore them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +129,13 @@ def compute(stage: Stage, unit: Unit, profile: Profile) -> Computed:
     dtype = torch.float64 if profile.fp64 else torch.float32
     with profile.active():
         x = unit.x.to(profile.where, dtype if unit.x.is_floating_point() else None)
+        tokens = unit.tokens.to(profile.where)
         if unit.targets is not None:
-            loss, out = replay_tail(stage, x, unit.targets.to(profile.where), accumulation=ACCUMULATION)
+            loss, out = replay_tail(stage, x, unit.targets.to(profile.where), tokens, accumulation=ACCUMULATION)
         elif unit.gradient is not None:
-            loss, out = None, replay_backward(stage, x, unit.gradient.to(profile.where, dtype))
+            loss, out = None, replay_backward(stage, x, unit.gradient.to(profile.where, dtype), tokens)
         else:
-            loss, out = None, replay_forward(stage, x)
+            loss, out = None, replay_forward(stage, x, tokens)
     assert out is not None  # noqa: S101 - `units` makes no backward for the head
     return Computed(_wire(out), loss)
 
@@ -191,15 +194,15 @@ class Pipeline:
         tokens, targets = self.next()
         xs = [tokens]
         for engine in self.engines[:-1]:
-            xs.append(_wire(replay_forward(engine.stage, xs[-1])))
-        found = [Unit(index, x, None, None) for index, x in enumerate(xs[:-1])]
+            xs.append(_wire(replay_forward(engine.stage, xs[-1], tokens)))
+        found = [Unit(index, x, None, None, tokens) for index, x in enumerate(xs[:-1])]
         last = len(self.engines) - 1
-        found.append(Unit(last, xs[-1], None, targets))
-        _, g = replay_tail(self.engines[-1].stage, xs[-1], targets, accumulation=ACCUMULATION)
+        found.append(Unit(last, xs[-1], None, targets, tokens))
+        _, g = replay_tail(self.engines[-1].stage, xs[-1], targets, tokens, accumulation=ACCUMULATION)
         for index in range(last - 1, 0, -1):
             assert g is not None  # noqa: S101 - a stage that is not the head has an input gradient
-            found.append(Unit(index, xs[index], _wire(g), None))
-            g = replay_backward(self.engines[index].stage, xs[index], _wire(g))
+            found.append(Unit(index, xs[index], _wire(g), None, tokens))
+            g = replay_backward(self.engines[index].stage, xs[index], _wire(g), tokens)
         return found
 
     def train(self, steps: int) -> None:
@@ -211,10 +214,11 @@ class Pipeline:
                 engine.step()
 
     def _microbatch(self) -> None:
-        x, targets = self.next()
+        tokens, targets = self.next()
+        x = tokens
         for engine in self.engines[:-1]:
-            x = _wire(engine.forward(0, x))
-        _, g = self.engines[-1].tail(0, x, targets)
+            x = _wire(engine.forward(0, x, tokens))
+        _, g = self.engines[-1].tail(0, x, targets, tokens)
         for engine in reversed(self.engines[:-1]):
             assert g is not None  # noqa: S101 - as above
             g = engine.backward(0, _wire(g))

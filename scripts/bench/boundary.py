@@ -3,6 +3,7 @@
     python -m scripts.bench.boundary --grid scripts/bench/learning/nano.toml --jobs 2     # goes on where it stopped
     python -m scripts.bench.boundary --row form=t ratio=16 optimizer=muon seed=3          # one row
     python -m scripts.bench.boundary --tables                                             # what is there, as markdown
+    python -m scripts.bench.boundary --picture docs/learning.png                          # ... as a picture
 
 Every row trains one model on the standard library's text, on the same samples in the same order for one seed. Results
 are lines of JSON, one per row, in --results; a grid does not train again what is there. docs/boundary.md says how to
@@ -21,10 +22,11 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from model.config import ConfigError
+from model.config import ConfigError, preset
 from model.corpus import standard_library_corpus
 from model.data import Corpus
 from scripts.bench.learning.grid import GridError, Results, read_grid
+from scripts.bench.learning.picture import draw
 from scripts.bench.learning.rows import BATCH, Row
 from scripts.bench.learning.tables import pages
 from scripts.bench.learning.training import train
@@ -66,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--row", nargs="+", metavar="NAME=VALUE", help="train this row alone")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train at a time, a core each (default: 1)")
     parser.add_argument("--tables", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--picture", type=Path, help="train nothing, draw what is there of nano's width and length")
     parser.add_argument("--list", action="store_true", help="train nothing, print the rows that are missing")
     options = parser.parse_args(argv)
     results = Results(options.results)
@@ -78,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         missing = [row for row in rows if row not in results.read()]
         if options.list:
             print("\n".join(row.name for row in missing))
+        elif options.picture:
+            draw(results.read(), options.picture, hidden=preset("nano").hidden, steps=Row(form="none").steps)
         elif options.tables:
             for title, lines in pages(results.read()):
                 print(f"\n{title}\n\n" + "\n".join(lines))

@@ -85,7 +85,7 @@ def _microbatch(pipeline: Pipeline) -> dict[tuple[int, Direction], _Place]:
     found: dict[tuple[int, Direction], _Place] = {}
     inputs = [tokens]
     for index, stage in enumerate(stages[:-1]):
-        place = _place(stage, Unit(direction=Direction.FORWARD, x=inputs[index]))
+        place = _place(stage, Unit(direction=Direction.FORWARD, x=inputs[index], restored=tokens))
         found[index, Direction.FORWARD] = place
         assert place.true.output is not None  # noqa: S101 - a forward sends on
         inputs.append(_wired(place.true.output))
@@ -96,6 +96,7 @@ def _microbatch(pipeline: Pipeline) -> dict[tuple[int, Direction], _Place]:
             x=inputs[index],
             g=g,
             targets=targets if index == len(stages) - 1 else None,
+            restored=tokens,
             accumulation=ACCUMULATION,
         )
         place = found[index, Direction.BACKWARD] = _place(stages[index], unit)
@@ -172,6 +173,7 @@ def _errors(place: _Place, sent: Result) -> Iterator[Errors]:
         place.stage,
         leaf,
         UnitTensors(unit.x, unit.g, output),
+        tokens=unit.restored,
         targets=unit.targets,
         accumulation=unit.accumulation,
         tolerance=lambda _: 0.0,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from model.config import ModelConfig, preset
+from model.config import BoundaryConfig, BoundaryForm, ModelConfig, preset
 from model.devices import Device, device
 from model.memory import Units
 from model.optimizer import Kind
@@ -94,6 +94,8 @@ class Style:
     accumulation: int
     round_minutes: float
     """Of training between two merges."""
+    tables: bool = True
+    """Whether stages restore tokens, where the preset's do."""
 
 
 STYLES = {
@@ -129,6 +131,7 @@ STYLES = {
             batch=8,
             accumulation=4,
             round_minutes=60.0,
+            tables=False,
         ),
     )
 }
@@ -193,6 +196,8 @@ def read(options: PlanOptions) -> Run:
     if style is None:
         raise PlanError(f"--as {options.style!r} is no way of running: choose from {', '.join(STYLES)}")
     model = preset(options.model)
+    if not style.tables:
+        model = replace(model, boundary=BoundaryConfig(form=BoundaryForm.A, width=model.boundary_width))
     if options.stages > model.layers:
         raise PlanError(
             f"--stages {options.stages} is {options.stages - model.layers} more than the {model.layers} layers of "

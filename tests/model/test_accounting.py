@@ -84,7 +84,7 @@ def test_500b_has_the_size_that_its_shape_says() -> None:
 
 def test_the_formula_is_6n_plus_causal_attention_once() -> None:
     config = preset("100b")
-    n = 99_615_863_808 - 128_256 * 9_216 + 15 * 2 * 9_216 * 144
+    n = 99_615_863_808 - 128_256 * 9_216 + 15 * 9_216 * (2 * 144 + 1_152)
     assert training_flops_per_token(config, stages=16) == 6 * n + 6 * 90 * 8_192 * 9_216
     assert training_flops_per_token(config, stages=16, tokens=1) == 6 * n + 6 * 90 * 9_216
 

@@ -17,7 +17,8 @@ def test_100b_has_exactly_the_published_size() -> None:
         stages = [Stage(config, plan) for plan in split(config, 16)]
     names = {name: p.numel() for stage in stages for name, p in stage.named_parameters()}
     assert sum(n for name, n in names.items() if not name.startswith("boundaries.")) == 99_615_863_808
-    assert sum(names.values()) == total_parameters(config, 16) == 99_615_863_808 + 15 * 2 * 9_216 * 144
+    boundary = 2 * 9_216 * 144 + 1_152 * (128_256 + 9_216)
+    assert sum(names.values()) == total_parameters(config, 16) == 99_615_863_808 + 15 * boundary
     assert all(p.device == torch.device("meta") for stage in stages for p in stage.parameters())
 
 

@@ -40,7 +40,7 @@ def test_initial_weights_follow_their_deviation_and_seed() -> None:
         "layers.3.attention.q.weight": 128**-0.5,
         "layers.3.ffn.down.weight": 384**-0.5 / 4,
         "boundaries.4.sender.encoder.weight": 128**-0.5,
-        "boundaries.4.receiver.decoder.weight": 16**-0.5,
+        "boundaries.4.receiver.decoder.weight": 8**-0.5,
     }.items():
         assert float(weights[name].std()) == pytest.approx(deviation, rel=0.04), name
         assert abs(float(weights[name].mean())) < 0.1 * deviation, name

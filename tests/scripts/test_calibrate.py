@@ -17,7 +17,7 @@ from subnet.trust.ledger import Direction, Leaf
 from subnet.trust.tolerance import Device
 from tests.neurons.swarm import tiny
 
-CONFIG = tiny(boundary=BoundaryConfig(form=BoundaryForm.A, width=16))
+CONFIG = tiny(boundary=BoundaryConfig(form=BoundaryForm.T, width=16, rank=8))
 CPU = Profile("cpu", Device.CPU)
 BF16 = Profile("bf16", Device.BF16, bf16=True)
 PLACES = {"head": 0, "forward": 1, "backward": 1, "tail": 2}
@@ -31,10 +31,10 @@ def case(name: str) -> tuple[Stage, Unit]:
     g = torch.randn(2, CONFIG.context, 16, generator=generator).bfloat16().float()
     stage = build_stage(CONFIG, plans[PLACES[name]], 1)
     units = {
-        "head": Unit(0, tokens, None, None),
-        "forward": Unit(1, x, None, None),
-        "backward": Unit(1, x, g, None),
-        "tail": Unit(2, x, None, tokens),
+        "head": Unit(0, tokens, None, None, tokens),
+        "forward": Unit(1, x, None, None, tokens),
+        "backward": Unit(1, x, g, None, tokens),
+        "tail": Unit(2, x, None, tokens, tokens),
     }
     return stage, units[name]
 
@@ -49,6 +49,7 @@ def test_errors_are_those_an_audit_finds(name: str) -> None:
         stage,
         leaf,
         UnitTensors(unit.x, unit.gradient, claimed.output.bfloat16()),
+        tokens=unit.tokens,
         targets=unit.targets,
         accumulation=ACCUMULATION,
         tolerance=lambda _: 0.0,

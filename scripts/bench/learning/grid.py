@@ -41,6 +41,10 @@ class Block(BaseModel):
     steps: int = 400
     rates: list[float] = []
     """Learning rates instead of the usual ones, for sweeps."""
+    ranks: Annotated[list[int | None], Field(min_length=1)] = [None]
+    """Of token tables; as wide as the residual without."""
+    pairs: Annotated[list[int], Field(min_length=1)] = [0]
+    bits: Annotated[list[int], Field(min_length=1)] = [16]
 
     def _ratios_and_rates(self, form: Form) -> tuple[Sequence[int], Sequence[float | None]]:
         return [1] if form in (*WHOLE, "cut") else self.ratios, self.rates or [None]
@@ -48,19 +52,24 @@ class Block(BaseModel):
     def rows(self) -> Iterator[Row]:
         """Every row once. Raises `ConfigError` for a combination that cannot be."""
         combined = product(self.seeds, self.hidden, self.boundaries, self.optimizers, self.forms, self.depths)
+        options = list(product(self.ranks, self.pairs, self.bits))
         for seed, hidden, boundaries, optimizer, form, depth in combined:
-            for ratio, rate in product(*self._ratios_and_rates(form)):
+            for ratio, rate, (rank, pairs, bits) in product(*self._ratios_and_rates(form), options):
+                alone = form == "none" and depth == 1 and bits == 16
                 yield Row(
                     form=form,
                     ratio=ratio,
                     optimizer=optimizer,
-                    boundaries=1 if form == "none" and depth == 1 else boundaries,
+                    boundaries=1 if alone else boundaries,
                     hidden=hidden,
                     seed=seed,
                     steps=self.steps,
                     depth=depth,
                     accumulation=self.accumulation,
                     lr=rate,
+                    rank=rank,
+                    pairs=pairs,
+                    bits=bits,
                 )
 
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from model.accounting import total_parameters
 from model.config import BoundaryConfig, BoundaryForm, ConfigError, ModelConfig, preset
 from model.optimizer import Kind, OptimizerConfig
+from scripts.bench.learning.wire import BITS, channels
 
 Form = Literal["none", "none+", "wide", "cut", "truncation", "a", "b", "linear", "subspace", "t"]
 """As `model.bottleneck` has them; `linear` is `t` without tables. `none+` sends the whole residual and has the token
@@ -24,12 +25,10 @@ BATCH = 8
 WARM_UP = 20
 COOLDOWN = 0.25
 """Share of the steps in which the rate comes down."""
-RATES: dict[Kind, float] = {"adamw": 4e-3, "nadam": 4e-3, "muon": 1e-2}
-"""At a width of 128, to begin with: the sweep in `nano.toml` is there to find better ones. Rates fall with the width's
+RATES: dict[Kind, float] = {"adamw": 4e-3, "nadam": 4e-3, "muon": 7e-3}
+"""At a width of 128: the best of the sweep in `nano.toml` for the uncompressed control. Rates fall with the width's
 square root for the adaptive ones; Muon's step is scaled to the width by itself."""
 BETAS: dict[Kind, tuple[float, float]] = {"adamw": (0.9, 0.95), "nadam": (0.9, 0.95), "muon": (0.95, 0.95)}
-WIRE_BYTES = 2
-"""Of a bf16 value: what a ratio is relative to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +53,8 @@ class Row:
     """Of token tables, instead of the width."""
     pairs: int = 0
     """Rows of tables over pairs of tokens."""
+    bits: int = 16
+    """Of a value that crosses: 16 is bf16, 8 a code, of which a token's share a scale."""
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):
@@ -65,8 +66,13 @@ class Row:
             )
         if self.form == "cut" and self.depth > 1:
             raise ConfigError(f"depth is {self.depth}, but form 'cut' sends nothing to wait for: set it to 1")
-        if self.hidden % self.ratio:
-            raise ConfigError(f"hidden {self.hidden} is no multiple of ratio {self.ratio}: change one of them")
+        if self.bits not in BITS:
+            raise ConfigError(f"bits is {self.bits}; it must be one of {', '.join(map(str, BITS))}: change it")
+        if self.hidden % self.ratio or channels(self.hidden, self.ratio, self.bits) < 1:
+            raise ConfigError(
+                f"ratio is {self.ratio}, hidden {self.hidden}: {2 * self.hidden / self.ratio:g} bytes a token are no "
+                f"whole number of {self.bits}-bit channels, or none: lower ratio or change hidden"
+            )
         if self.depth < 1 or self.steps < 1 or self.accumulation < 1:
             raise ConfigError(
                 f"depth is {self.depth}, steps {self.steps} and accumulation {self.accumulation}; "
@@ -77,6 +83,11 @@ class Row:
     def name(self) -> str:
         """All that tells this row from others, in one line."""
         return " ".join(f"{name}={value}" for name, value in asdict(self).items() if value is not None)
+
+    @property
+    def plain(self) -> Row:
+        """This row with its form as it is by default."""
+        return replace(self, rank=None, pairs=0, bits=16)
 
     @property
     def stages(self) -> int:
@@ -118,7 +129,7 @@ class Row:
         )
 
     def _boundary(self) -> BoundaryConfig:
-        width, rank = self.hidden // self.ratio, self.hidden if self.rank is None else self.rank
+        width, rank = channels(self.hidden, self.ratio, self.bits), self.hidden if self.rank is None else self.rank
         match self.form:
             case "none" | "wide":
                 return BoundaryConfig()

@@ -61,6 +61,7 @@ def boundary_table(results: Results, *, hidden: int, boundaries: int, optimizer:
         row
         for row in found
         if (row.hidden, row.optimizer, row.steps, row.depth, row.lr) == (hidden, optimizer, steps, 1, None)
+        and row == row.plain
         and (row.boundaries == boundaries or row.form == "none")
     ]
     ratios = sorted({row.ratio for row in here if row.ratio > 1})
@@ -104,6 +105,23 @@ def depth_table(results: Results) -> list[str]:
     return lines
 
 
+def variant_table(results: Results) -> list[str]:
+    """Other ranks, tables over pairs and 8-bit codes: loss, and in brackets against the form as it is by default."""
+    found = {row: value for row, value in summaries(results).items() if row.lr is None and row.depth == 1}
+    lines = ["| optimizer | form | boundaries | rank | pairs | bits | parameters | loss |", "|---" * 8 + "|"]
+    for row, own in found.items():
+        if row == row.plain:
+            continue
+        plain = found.get(row.plain)
+        above = "" if plain is None else f" ({100 * (own.mean / plain.mean - 1):+.1f} %)"
+        rank = row.hidden if row.rank is None else row.rank
+        lines.append(
+            f"| {row.optimizer} | {row.form} {row.ratio}x | {row.boundaries} | {rank} | {row.pairs} | {row.bits} "
+            f"| {own.parameters / 1e6:.2f} M | {own}{above} |"
+        )
+    return lines
+
+
 def rate_table(results: Results) -> list[str]:
     """Sweeps of the rate: optimizers down, rates across."""
     found = {row: value for row, value in summaries(results).items() if row.lr is not None}
@@ -111,14 +129,15 @@ def rate_table(results: Results) -> list[str]:
     lines = [f"| optimizer | form | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (2 + len(rates)) + "|"]
     for base in dict.fromkeys(replace(row, lr=None) for row in found):
         cells = [str(found.get(replace(base, lr=rate), "")) for rate in rates]
-        lines.append(f"| {base.optimizer} | {base.form} | {' | '.join(cells)} |")
+        ratio = f" {base.ratio}x" if base.ratio > 1 else ""
+        lines.append(f"| {base.optimizer} | {base.form}{ratio} | {' | '.join(cells)} |")
     return lines
 
 
 def pages(results: Results) -> Iterator[tuple[str, list[str]]]:
     """Every table there is something for, with its title."""
     rows = [row for row in results if row.lr is None and row.depth == 1]
-    places = sorted({(r.hidden, r.steps, r.optimizer, r.boundaries) for r in rows if r.form != "none"})
+    places = sorted({(r.hidden, r.steps, r.optimizer, r.boundaries) for r in rows if r.ratio > 1 and r == r.plain})
     for hidden, steps, optimizer, boundaries in places:
         title = f"{optimizer}, width {hidden}, {boundaries} boundaries, {steps} steps"
         yield (
@@ -127,5 +146,7 @@ def pages(results: Results) -> Iterator[tuple[str, list[str]]]:
         )
     if any(row.depth > 1 for row in results):
         yield "in flight", depth_table(results)
+    if any(row != row.plain for row in results):
+        yield "made otherwise", variant_table(results)
     if any(row.lr is not None for row in results):
         yield "rates", rate_table(results)

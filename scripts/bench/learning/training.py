@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,8 @@ from model.recompute import Recompute
 from model.split import split
 from model.stage import Stage, build_stage
 from scripts.bench.learning.rows import Row
+from scripts.bench.learning.wire import Crossing, arrived
 
-WIRE = torch.bfloat16
 VALIDATION = 24
 """Held-out batches, spread over all that there are."""
 POINTS = 4
@@ -62,8 +61,7 @@ def train(row: Row, corpus: Corpus) -> Curve:
     marks = {math.ceil(row.steps * (point + 1) / POINTS) for point in range(POINTS)}
     try:
         progress = _synchronous(row, stages, corpus) if row.depth == 1 else _pipelined(row, stages, corpus)
-        cut = row.form == "cut"
-        losses.extend((done, validation_loss(stages, corpus, cut=cut)) for done in progress if done in marks)
+        losses.extend((done, validation_loss(row, stages, corpus)) for done in progress if done in marks)
     except DivergedError:
         losses.append((row.steps, math.inf))
     return Curve(
@@ -74,33 +72,22 @@ def train(row: Row, corpus: Corpus) -> Curve:
 
 
 @torch.no_grad()
-def validation_loss(stages: Sequence[Stage], corpus: Corpus, *, cut: bool = False) -> float:
+def validation_loss(row: Row, stages: Sequence[Stage], corpus: Corpus) -> float:
     """Mean over held-out batches of the mean over tokens, through boundaries as the wire rounds them."""
     every = max(1, corpus.validation_samples // VALIDATION)
     count = min(VALIDATION, corpus.validation_samples)
-    losses = [float(_loss(stages, corpus.validation_sample(index * every), cut=cut)) for index in range(count)]
+    noise = torch.Generator()
+    losses = [float(_loss(row, stages, corpus.validation_sample(index * every), noise)) for index in range(count)]
     return sum(losses) / count
 
 
-def _loss(stages: Sequence[Stage], rows: Tensor, *, cut: bool) -> Tensor:
+def _loss(row: Row, stages: Sequence[Stage], rows: Tensor, noise: torch.Generator) -> Tensor:
     tokens, targets = rows[:, :-1], rows[:, 1:]
+    passed = 0.0 if row.form == "cut" else 1.0
     x = tokens
     for stage in stages[:-1]:
-        x = _Crossing.apply(stage(x, tokens), 0.0 if cut else 1.0)  # type: ignore[no-untyped-call]
+        x = Crossing.apply(stage(x, tokens), row.bits, noise, passed)  # type: ignore[no-untyped-call]
     return stages[-1].loss(x, targets, tokens)
-
-
-class _Crossing(torch.autograd.Function):
-    """A boundary's tensor and its gradient as they come off the wire, times `passed`: 0 where nothing crosses."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, passed: float) -> Tensor:  # noqa: ANN401 - autograd's own signature
-        ctx.passed = passed
-        return y.to(WIRE).to(y.dtype) * passed
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 - as above
-        return g.to(WIRE).to(g.dtype) * ctx.passed, None
 
 
 def _samples(row: Row) -> Iterator[int]:
@@ -115,10 +102,10 @@ def _synchronous(row: Row, stages: Sequence[Stage], corpus: Corpus) -> Iterator[
     optimizers = [build_optimizer(inner, stage, stage.plan) for stage in stages]
     counts = [sum(p.numel() for p in stage.parameters()) for stage in stages]
     bounds = [clip_bound(inner, count, sum(counts)) for count in counts]
-    samples = _samples(row)
+    samples, noise = _samples(row), torch.Generator().manual_seed(row.seed)
     for step in range(row.steps):
         for _ in range(row.accumulation):
-            loss = _loss(stages, corpus.sample(next(samples)), cut=row.form == "cut")
+            loss = _loss(row, stages, corpus.sample(next(samples)), noise)
             if not math.isfinite(float(loss.detach())):
                 raise DivergedError
             torch.autograd.backward(loss / row.accumulation)
@@ -149,6 +136,7 @@ def _pipelined(row: Row, stages: Sequence[Stage], corpus: Corpus) -> Iterator[in
     last = len(engines) - 1
     hop = (row.depth - 1) / (2 * last)
     held: dict[int, Tensor] = {}
+    noise = torch.Generator().manual_seed(row.seed)
     events = [(float(number), 1, 0, sample) for number, sample in enumerate(_samples(row))]
     heapq.heapify(events)
     steps = 0
@@ -164,11 +152,11 @@ def _pipelined(row: Row, stages: Sequence[Stage], corpus: Corpus) -> Iterator[in
             g = engine.backward(sample, held.pop(sample))
         else:
             y = engine.forward(sample, held.pop(sample, tokens), tokens)
-            held[sample] = y.to(WIRE).to(y.dtype)
+            held[sample] = arrived(y, row.bits)
             heapq.heappush(events, (now + hop, 1, index + 1, sample))
             continue
         if g is not None:
-            held[sample] = g.to(WIRE).to(g.dtype)
+            held[sample] = arrived(g, row.bits, noise)
             heapq.heappush(events, (now + hop, 0, index - 1, sample))
         if engine.units_accumulated == row.accumulation:
             engine.step()

@@ -51,7 +51,9 @@ def test_some_forms_have_the_parameters_of_what_they_are_held_against(
     [
         ({"form": "none", "ratio": 16}, "ratio is 16, form is 'none'"),
         ({"form": "t"}, "ratio is 1, form is 't'"),
-        ({"form": "t", "ratio": 7}, "hidden 128 is no multiple of ratio 7"),
+        ({"form": "t", "ratio": 7}, "ratio is 7, hidden 128"),
+        ({"form": "t", "ratio": 128, "bits": 8}, "2 bytes a token"),
+        ({"form": "t", "ratio": 16, "bits": 4}, "bits is 4"),
         ({"form": "t", "ratio": 16, "depth": 0}, "depth is 0"),
         ({"form": "cut", "depth": 7}, "form 'cut' sends nothing to wait for"),
     ],
@@ -71,13 +73,25 @@ def test_a_grid_lists_every_combination_once(tmp_path: Path) -> None:
     assert rows[-1].seed == 1
 
 
+def test_a_block_may_vary_what_a_form_is_made_of(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        "[[block]]\nforms = ['t']\nratios = [16, 64]\noptimizers = ['muon']\n"
+        "ranks = [8, 16]\npairs = [0, 99]\nbits = [8]"
+    )
+    rows = read_grid(path)
+    assert {(r.ratio, r.rank, r.pairs) for r in rows} == {(a, b, c) for a in (16, 64) for b in (8, 16) for c in (0, 99)}
+    assert {r.bits for r in rows} == {8}
+    assert {r.model().boundary.width for r in rows} == {14, 2}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[[block", "is not TOML"),
         ("[[block]]\nforms = ['t']", "block.0.optimizers: Field required"),
         ("[[block]]\nforms = ['x']\noptimizers = ['muon']", "block.0.forms.0"),
-        ("[[block]]\nforms = ['t']\nratios = [3]\noptimizers = ['muon']", "no multiple of ratio 3"),
+        ("[[block]]\nforms = ['t']\nratios = [3]\noptimizers = ['muon']", "ratio is 3, hidden 128"),
     ],
 )
 def test_grids_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
@@ -114,7 +128,7 @@ def test_a_boundary_is_held_against_its_own_control() -> None:
     found = summaries(results)
     assert cost(Row(form="t", ratio=16), found) == pytest.approx(3.99 / 3.8 - 1)
     assert cost(Row(form="a", ratio=16), found) == pytest.approx(0.1)
-    lines = boundary_table(results, hidden=128, boundaries=3, optimizer="muon", steps=300)
+    lines = boundary_table(results, hidden=128, boundaries=3, optimizer="muon", steps=400)
     assert lines[0] == "| form | parameters | 1x | 16x |"
     assert lines[2:] == [
         "| none | 1.00 M | 4.000 |  |",

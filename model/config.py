@@ -122,6 +122,11 @@ class ModelConfig:
         return self.boundary.rank > 0 or self.boundary.form is BoundaryForm.SUBSPACE
 
     @property
+    def carries(self) -> bool:
+        """Whether a middle stage's output is its input and an increment: form T has no straight path."""
+        return self.boundary.form is not BoundaryForm.T
+
+    @property
     def boundary_width(self) -> int:
         """Channels per token that cross a boundary: `hidden` for form `none`."""
         return self.hidden if self.boundary.form is BoundaryForm.NONE else self.boundary.width

@@ -144,10 +144,11 @@ def _wire(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", WIRE).float()
 
 
-def errors_of(unit: Unit, claimed: Computed, replayed: Computed) -> Iterator[tuple[Check, float]]:
+def errors_of(unit: Unit, claimed: Computed, replayed: Computed, *, carries: bool) -> Iterator[tuple[Check, float]]:
     """As `subnet.trust.audit.replay` measures them."""
     carried = unit.gradient if unit.gradient is not None else unit.x
-    carry = carried if unit.targets is None and carried.shape == replayed.output.shape else None
+    through = carries and unit.targets is None and carried.shape == replayed.output.shape
+    carry = carried if through else None
     check = Check.FORWARD if unit.targets is None and unit.gradient is None else Check.BACKWARD
     yield check, increment_error(claimed.output, replayed.output, carry)
     if claimed.loss is not None and replayed.loss is not None:
@@ -245,7 +246,7 @@ def measure(pipeline: Pipeline, *, steps: Sequence[int], microbatches: int, amon
         for index, unit in enumerate(units):
             made = {profile: results[profile][index] for profile in among}
             for miner, auditor in itertools.permutations(among, 2):
-                for check, error in errors_of(unit, made[miner], made[auditor]):
+                for check, error in errors_of(unit, made[miner], made[auditor], carries=pipeline.config.carries):
                     errors[miner, auditor, check].append(error)
     return errors
 

@@ -4,6 +4,7 @@
     python -m scripts.bench.boundary --row form=t ratio=16 optimizer=muon seed=3          # one row
     python -m scripts.bench.boundary --tables                                             # what is there, as markdown
     python -m scripts.bench.boundary --picture docs/learning.png                          # ... as a picture
+    python -m scripts.bench.boundary --frontier                                           # seconds to equal loss
 
 Every row trains one model on the standard library's text, on the same samples in the same order for one seed. Results
 are lines of JSON, one per row, in --results; a grid does not train again what is there. docs/boundary.md says how to
@@ -25,15 +26,28 @@ from pydantic import TypeAdapter, ValidationError
 from model.config import ConfigError, preset
 from model.corpus import standard_library_corpus
 from model.data import Corpus
+from scripts.bench.learning.frontier import frontier, frontier_table
 from scripts.bench.learning.grid import GridError, Results, read_grid
 from scripts.bench.learning.picture import draw
 from scripts.bench.learning.rows import BATCH, Row
 from scripts.bench.learning.tables import pages
 from scripts.bench.learning.training import train
+from scripts.cli import parser
 from scripts.localnet import cache_folder
+from scripts.plan.options import PlanOptions
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "boundary.jsonl"
 GRID = Path(__file__).parent / "learning" / "nano.toml"
+
+
+LINKS = [("20mbit", "20mbit"), ("50mbit", "50mbit"), ("100mbit", "100mbit"), ("856mbit", "1322mbit")]
+"""Up and down; the last is the published run's."""
+
+
+def plan_options() -> PlanOptions:
+    """Of `orion plan` without flags."""
+    given = vars(parser().parse_args(["plan"]))
+    return PlanOptions(**{name: given[name] for name in PlanOptions.__dataclass_fields__})
 
 
 def corpus_of(row: Row) -> Corpus:
@@ -62,15 +76,16 @@ def parsed(words: list[str]) -> Row:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench.boundary", description=__doc__.splitlines()[0])
-    parser.add_argument("--grid", type=Path, default=GRID)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--row", nargs="+", metavar="NAME=VALUE", help="train this row alone")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that train at a time, a core each (default: 1)")
-    parser.add_argument("--tables", action="store_true", help="train nothing, print what is there")
-    parser.add_argument("--picture", type=Path, help="train nothing, draw what is there of nano's width and length")
-    parser.add_argument("--list", action="store_true", help="train nothing, print the rows that are missing")
-    options = parser.parse_args(argv)
+    flags = argparse.ArgumentParser(prog="python -m scripts.bench.boundary", description=__doc__.splitlines()[0])
+    flags.add_argument("--grid", type=Path, default=GRID)
+    flags.add_argument("--results", type=Path, default=RESULTS)
+    flags.add_argument("--row", nargs="+", metavar="NAME=VALUE", help="train this row alone")
+    flags.add_argument("--jobs", type=int, default=1, help="processes that train at a time, a core each (default: 1)")
+    flags.add_argument("--tables", action="store_true", help="train nothing, print what is there")
+    flags.add_argument("--picture", type=Path, help="train nothing, draw what is there of nano's width and length")
+    flags.add_argument("--frontier", action="store_true", help="train nothing, print what bytes are worth in time")
+    flags.add_argument("--list", action="store_true", help="train nothing, print the rows that are missing")
+    options = flags.parse_args(argv)
     results = Results(options.results)
     try:
         if options.row:
@@ -81,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         missing = [row for row in rows if row not in results.read()]
         if options.list:
             print("\n".join(row.name for row in missing))
+        elif options.frontier:
+            print("\n".join(frontier_table(frontier(results.read(), plan_options(), LINKS, Row(form="t", ratio=16)))))
         elif options.picture:
             draw(results.read(), options.picture, hidden=preset("nano").hidden, steps=Row(form="none").steps)
         elif options.tables:

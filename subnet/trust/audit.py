@@ -5,8 +5,9 @@ acknowledged; the secret is committed on chain before the round and revealed aft
 nor unit while it computes, and who reads a validator's report can tell that it did not choose either. Of a picked
 window's states the seed names a pool of pieces, from which the secret draws: the miner need not keep the others. The
 validator puts the window's weights into the stage, replays forward (x to y) and backward (x, g to dx), and compares
-*increments per token*: what the unit added to what was carried in. A flat cosine of 0.9 would admit noise of 48 % of
-the signal and, because a residual stream changes little per block, a skipped layer (facts: sota §5.1).
+*increments per token*: what the unit added to what was carried in, or its output where nothing is. A flat cosine of
+0.9 would admit noise of 48 % of the signal and, because a residual stream changes little per block, a skipped layer
+(facts: sota §5.1).
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def increment_error(
 ) -> float:
     """Relative error per token of the increment (output minus carried-in), at a quantile over tokens.
 
-    Shapes (B, T, b), fp32. Without a carried tensor of that width (head, tail) the output itself is the increment.
+    Shapes (B, T, b), fp32. Without a carried tensor (head, tail, form T) the output itself is the increment.
     Infinite where either is not finite.
     """
     increment = replayed - carried if carried is not None else replayed
@@ -250,7 +251,8 @@ def replay(
         found.append(measured(check, math.inf if sendable else 0.0, "it sent nothing on, though it could: error"))
     elif computed is not None and tensors.output is not None:
         rounded = computed.to(tensors.output.dtype).to(torch.float32)
-        carry = carried if carried is not None and carried.shape == rounded.shape else None
+        through = carried is not None and carried.shape == rounded.shape and stage.config.carries
+        carry = carried if through else None
         error = increment_error(tensors.output.to(torch.float32), rounded, carry)
         found.append(measured(check, error, f"{check.value} increment is off"))
     return tuple(found)

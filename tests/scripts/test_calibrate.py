@@ -56,7 +56,7 @@ def test_errors_are_those_an_audit_finds(name: str) -> None:
         hotkey="a",
         number=0,
     )
-    measured = dict(errors_of(unit, claimed, replayed))
+    measured = dict(errors_of(unit, claimed, replayed, carries=CONFIG.carries))
     assert measured == {finding.check: pytest.approx(finding.error, rel=1e-6) for finding in found}
     assert measured[Check.FORWARD if direction is Direction.FORWARD else Check.BACKWARD] > 0
 
@@ -65,16 +65,21 @@ def test_errors_are_those_an_audit_finds(name: str) -> None:
 def test_one_profile_agrees_with_itself_and_nearly_with_fp64(name: str) -> None:
     stage, unit = case(name)
     once = compute(stage, unit, CPU)
-    assert set(dict(errors_of(unit, once, compute(stage, unit, CPU))).values()) == {0.0}
+    assert set(dict(errors_of(unit, once, compute(stage, unit, CPU), carries=CONFIG.carries)).values()) == {0.0}
     exact = compute(stage.double(), unit, Profile("exact", Device.CPU, fp64=True))
-    assert max(dict(errors_of(unit, once, exact)).values()) < 0.02
+    assert max(dict(errors_of(unit, once, exact, carries=CONFIG.carries)).values()) < 0.02
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_the_number_of_threads_changes_no_bit(name: str) -> None:
     """So it is no profile of its own."""
     stage, unit = case(name)
-    found = errors_of(unit, compute(stage, unit, CPU), compute(stage, unit, Profile("two", Device.CPU, threads=2)))
+    found = errors_of(
+        unit,
+        compute(stage, unit, CPU),
+        compute(stage, unit, Profile("two", Device.CPU, threads=2)),
+        carries=CONFIG.carries,
+    )
     assert set(dict(found).values()) == {0.0}
 
 

@@ -199,6 +199,30 @@ def test_increments_are_judged_not_outputs() -> None:
     assert increment_error(carried, replayed, carried) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_where_nothing_is_carried_the_whole_output_is_judged() -> None:
+    """Form T: the same channels mean something else at each boundary, so taking the input off would say nothing."""
+    config = tiny(boundary=BoundaryConfig(form=BoundaryForm.T, width=8, rank=4))
+    stage = build_stage(config, split(config, 3)[1], 3)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, config.vocab, (4, 32), generator=generator)
+    y = replay_forward(stage, torch.randn(4, 32, 8, generator=generator), tokens)
+    off = 1.25 * y
+    (found,) = replay(
+        stage,
+        leaf(Direction.FORWARD, stage=1),
+        UnitTensors(100 * y, None, off),
+        tokens=tokens,
+        targets=None,
+        accumulation=1,
+        tolerance=lambda _: TOLERANCE,
+        hotkey="miner",
+        number=0,
+    )
+    assert not found.passed
+    exact = replay_forward(stage, 100 * y, tokens)
+    assert found.error == pytest.approx(increment_error(off, exact, None), rel=1e-3)
+
+
 def head(version: int, slot: int) -> WindowHead:
     return WindowHead(
         version=version,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -319,9 +320,23 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def main(argv: list[str] | None = None) -> int:  # noqa: PLR0911 - one per command
-    """Run a command; 0 done, 1 failed, 2 usage, 130 stopped by Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
+UNREAD = 141
+"""What shells report of a program that a closed pipe has ended."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 done, 1 failed, 2 usage, 130 stopped by Ctrl-C, 141 if nobody reads on (`| head`)."""
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes at its end once more, and must find somebody to take it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+    return status
+
+
+def _run(argv: list[str]) -> int:  # noqa: PLR0911 - one per command
     if argv[:1] == ["chain"]:
         from subnet.localchain.__main__ import main as chain  # noqa: PLC0415 - heavy, and only for this command
 

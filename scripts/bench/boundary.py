@@ -3,8 +3,8 @@
     python -m scripts.bench.boundary --grid scripts/bench/learning/nano.toml --jobs 2     # goes on where it stopped
     python -m scripts.bench.boundary --row form=t ratio=16 optimizer=muon seed=3          # one row
     python -m scripts.bench.boundary --tables                                             # what is there, as markdown
+    python -m scripts.bench.boundary --page docs/learning.md                              # put into a page
     python -m scripts.bench.boundary --picture docs/learning.png                          # ... as a picture
-    python -m scripts.bench.boundary --frontier                                           # seconds to equal loss
 
 Every row trains one model on the standard library's text, on the same samples in the same order for one seed. Results
 are lines of JSON, one per row, in --results; a grid does not train again what is there. docs/boundary.md says how to
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from scripts.bench.learning.grid import GridError, Results, read_grid
 from scripts.bench.learning.picture import draw
 from scripts.bench.learning.rows import BATCH, Row
 from scripts.bench.learning.tables import pages
-from scripts.bench.learning.training import train
+from scripts.bench.learning.training import Curve, train
 from scripts.cli import parser
 from scripts.localnet import cache_folder
 from scripts.plan.options import PlanOptions
@@ -44,10 +44,36 @@ LINKS = [("20mbit", "20mbit"), ("50mbit", "50mbit"), ("100mbit", "100mbit"), ("8
 """Up and down; the last is the published run's."""
 
 
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
 def plan_options() -> PlanOptions:
     """Of `orion plan` without flags."""
     given = vars(parser().parse_args(["plan"]))
     return PlanOptions(**{name: given[name] for name in PlanOptions.__dataclass_fields__})
+
+
+def tables(results: Mapping[Row, Curve]) -> str:
+    """All that there is something for, as markdown."""
+    parts = [f"### {title}\n\n" + "\n".join(lines) for title, lines in pages(results)]
+    points = frontier(results, plan_options(), LINKS, Row(form="t", ratio=16))
+    if points:
+        title = "seconds: tokens/s of 100b as planned, and time to equal loss over the best of the line (t, muon)"
+        parts.append(f"### {title}\n\n" + "\n".join(frontier_table(points)))
+    return "\n\n".join(parts)
+
+
+def put(page: Path, text: str) -> None:
+    """Replace what stands between the marks of a page. Raises `GridError` if it has none."""
+    try:
+        old = page.read_text()
+    except OSError as error:
+        raise GridError(f"page {page} cannot be read ({error.strerror}): check --page") from error
+    before, begin, rest = old.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise GridError(f"page {page} has no lines {BEGIN!r} and {END!r}: add them where tables belong")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def corpus_of(row: Row) -> Corpus:
@@ -83,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--jobs", type=int, default=1, help="processes that train at a time, a core each (default: 1)")
     flags.add_argument("--tables", action="store_true", help="train nothing, print what is there")
     flags.add_argument("--picture", type=Path, help="train nothing, draw what is there of nano's width and length")
-    flags.add_argument("--frontier", action="store_true", help="train nothing, print what bytes are worth in time")
+    flags.add_argument("--page", type=Path, help="train nothing, replace the tables of a page")
     flags.add_argument("--list", action="store_true", help="train nothing, print the rows that are missing")
     options = flags.parse_args(argv)
     results = Results(options.results)
@@ -96,13 +122,12 @@ def main(argv: list[str] | None = None) -> int:
         missing = [row for row in rows if row not in results.read()]
         if options.list:
             print("\n".join(row.name for row in missing))
-        elif options.frontier:
-            print("\n".join(frontier_table(frontier(results.read(), plan_options(), LINKS, Row(form="t", ratio=16)))))
+        elif options.page:
+            put(options.page, tables(results.read()))
         elif options.picture:
             draw(results.read(), options.picture, hidden=preset("nano").hidden, steps=Row(form="none").steps)
         elif options.tables:
-            for title, lines in pages(results.read()):
-                print(f"\n{title}\n\n" + "\n".join(lines))
+            print(tables(results.read()))
         else:
             return _all(missing, options.results, jobs=options.jobs)
     except GridError as error:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.memory import DoesNotFitError
-from scripts.bench.learning.grid import GridError
 from scripts.bench.learning.rows import Form, Row
 from scripts.bench.learning.tables import Results, Summary, control, summaries
 from scripts.plan.options import PlanError, PlanOptions, read
@@ -51,15 +50,13 @@ def slope(found: Mapping[Row, Summary], row: Row) -> float | None:
 
 
 def frontier(results: Results, options: PlanOptions, links: Sequence[tuple[str, str]], row: Row) -> list[Point]:
-    """Every ratio that `row`'s form was trained with, and its control, over every link (up, down). Raises `GridError`
+    """Every ratio that `row`'s form was trained with, and its control, over every link (up, down). Empty
     without runs of the control of several lengths."""
     found = summaries(results)
     base = control(row)
     worth = slope(found, base)
     if worth is None or base not in found:
-        raise GridError(
-            f"a frontier needs runs of '{base.name}' of several lengths: add rows with other steps to --grid"
-        )
+        return []
     ratios = {1: base} | {
         other.ratio: other for other in found if other.form == row.form and replace(other, ratio=row.ratio) == row
     }

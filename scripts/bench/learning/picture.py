@@ -42,7 +42,8 @@ def draw(results: Results, path: Path, *, hidden: int, steps: int) -> None:
     found = {
         row: summary
         for row, summary in summaries(results).items()
-        if (row.hidden, row.steps, row.depth, row.lr) == (hidden, steps, 1, None) and row == row.plain
+        if (row.hidden, row.steps, row.depth, row.accumulation, row.lr) == (hidden, steps, 1, 1, None)
+        and row == row.plain
     }
     places = sorted({(row.optimizer, row.boundaries) for row in found if row.ratio > 1}, reverse=True)
     places.sort(key=lambda place: (place[0] != "muon", place[1]))

@@ -85,6 +85,11 @@ class Row:
         return " ".join(f"{name}={value}" for name, value in asdict(self).items() if value is not None)
 
     @property
+    def called(self) -> str:
+        """Form and ratio."""
+        return f"{self.form} {self.ratio}x" if self.ratio > 1 else self.form
+
+    @property
     def plain(self) -> Row:
         """This row with its form as it is by default."""
         return replace(self, rank=None, pairs=0, bits=16)

@@ -60,7 +60,8 @@ def boundary_table(results: Results, *, hidden: int, boundaries: int, optimizer:
     here = [
         row
         for row in found
-        if (row.hidden, row.optimizer, row.steps, row.depth, row.lr) == (hidden, optimizer, steps, 1, None)
+        if (row.hidden, row.optimizer, row.steps) == (hidden, optimizer, steps)
+        and (row.depth, row.accumulation, row.lr) == (1, 1, None)
         and row == row.plain
         and (row.boundaries == boundaries or row.form == "none")
     ]
@@ -88,11 +89,12 @@ def _cell(row: Row | None, found: Mapping[Row, Summary]) -> str:
 
 
 def depth_table(results: Results) -> list[str]:
-    """Optimizers down, microbatches in flight across: loss, and in brackets against depth 1."""
-    found = {row: value for row, value in summaries(results).items() if row.lr is None}
+    """Optimizers, steps and rates down, microbatches in flight across: loss, and in brackets against depth 1."""
+    found = summaries(results)
     deep = [row for row in found if row.depth > 1]
     depths = sorted({row.depth for row in deep})
-    lines = [f"| optimizer | form | 1 | {' | '.join(map(str, depths))} |", "|---" * (3 + len(depths)) + "|"]
+    lines = [f"| optimizer | rate | microbatches a step | form | 1 | {' | '.join(map(str, depths))} |"]
+    lines.append("|---" * (5 + len(depths)) + "|")
     for base in dict.fromkeys(replace(row, depth=1) for row in deep):
         flat = found.get(base) or found.get(replace(base, boundaries=1))
         cells = ["" if flat is None else str(flat)]
@@ -100,8 +102,8 @@ def depth_table(results: Results) -> list[str]:
             own = found.get(replace(base, depth=depth))
             above = "" if own is None or flat is None else f" ({100 * (own.mean / flat.mean - 1):+.1f} %)"
             cells.append("" if own is None else f"{own}{above}")
-        ratio = f" {base.ratio}x" if base.ratio > 1 else ""
-        lines.append(f"| {base.optimizer} | {base.form}{ratio} | {' | '.join(cells)} |")
+        what = f"{base.optimizer} | {base.inner().lr:g} | {base.accumulation} | {base.called}"
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return lines
 
 
@@ -116,7 +118,7 @@ def variant_table(results: Results) -> list[str]:
         above = "" if plain is None else f" ({100 * (own.mean / plain.mean - 1):+.1f} %)"
         rank = row.hidden if row.rank is None else row.rank
         lines.append(
-            f"| {row.optimizer} | {row.form} {row.ratio}x | {row.boundaries} | {rank} | {row.pairs} | {row.bits} "
+            f"| {row.optimizer} | {row.called} | {row.boundaries} | {rank} | {row.pairs} | {row.bits} "
             f"| {own.parameters / 1e6:.2f} M | {own}{above} |"
         )
     return lines
@@ -124,19 +126,18 @@ def variant_table(results: Results) -> list[str]:
 
 def rate_table(results: Results) -> list[str]:
     """Sweeps of the rate: optimizers down, rates across."""
-    found = {row: value for row, value in summaries(results).items() if row.lr is not None}
+    found = {row: value for row, value in summaries(results).items() if row.lr is not None and row.depth == 1}
     rates = sorted({row.lr for row in found if row.lr is not None})
     lines = [f"| optimizer | form | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (2 + len(rates)) + "|"]
     for base in dict.fromkeys(replace(row, lr=None) for row in found):
         cells = [str(found.get(replace(base, lr=rate), "")) for rate in rates]
-        ratio = f" {base.ratio}x" if base.ratio > 1 else ""
-        lines.append(f"| {base.optimizer} | {base.form}{ratio} | {' | '.join(cells)} |")
+        lines.append(f"| {base.optimizer} | {base.called} | {' | '.join(cells)} |")
     return lines
 
 
 def pages(results: Results) -> Iterator[tuple[str, list[str]]]:
     """Every table there is something for, with its title."""
-    rows = [row for row in results if row.lr is None and row.depth == 1]
+    rows = [row for row in results if row.lr is None and (row.depth, row.accumulation) == (1, 1)]
     places = sorted({(r.hidden, r.steps, r.optimizer, r.boundaries) for r in rows if r.ratio > 1 and r == r.plain})
     for hidden, steps, optimizer, boundaries in places:
         title = f"{optimizer}, width {hidden}, {boundaries} boundaries, {steps} steps"
@@ -145,8 +146,8 @@ def pages(results: Results) -> Iterator[tuple[str, list[str]]]:
             boundary_table(results, hidden=hidden, boundaries=boundaries, optimizer=optimizer, steps=steps),
         )
     if any(row.depth > 1 for row in results):
-        yield "in flight", depth_table(results)
+        yield "microbatches in flight", depth_table(results)
     if any(row != row.plain for row in results):
-        yield "made otherwise", variant_table(results)
+        yield "what t may be made of", variant_table(results)
     if any(row.lr is not None for row in results):
-        yield "rates", rate_table(results)
+        yield "rates of learning", rate_table(results)

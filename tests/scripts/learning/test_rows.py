@@ -6,7 +6,7 @@ import pytest
 
 from model.accounting import total_parameters
 from model.config import BoundaryForm, ConfigError
-from scripts.bench.boundary import main
+from scripts.bench.boundary import BEGIN, END, RESULTS, main, tables
 from scripts.bench.learning.grid import GridError, Results, read_grid
 from scripts.bench.learning.rows import Form, Row
 from scripts.bench.learning.tables import boundary_table, cost, summaries
@@ -144,3 +144,26 @@ def test_a_row_that_cannot_be_is_one_line_and_status_2(words: list[str], capsys:
     error = capsys.readouterr().err
     assert error.startswith("error: --row: ")
     assert error.count("\n") == 1
+
+
+def test_a_page_s_tables_are_replaced_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, page = Results(tmp_path / "results.jsonl"), tmp_path / "page.md"
+    results.add(Row(form="t", ratio=16), _curve(3.5))
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        assert main(["--results", str(results.path), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n\n### ")
+    assert text.endswith(f"|\n\n{END}\nafter\n")
+    assert "old" not in text
+    assert text.count("| t | 1.00 M |  | 3.500 |") == 1
+    page.write_text("no marks\n")
+    assert main(["--results", str(results.path), "--page", str(page)]) == 2
+    assert "has no lines" in capsys.readouterr().err
+    assert page.read_text() == "no marks\n"
+
+
+def test_the_committed_page_shows_the_committed_results() -> None:
+    page = Path(__file__).parents[3] / "docs" / "learning.md"
+    _, _, rest = page.read_text().partition(BEGIN)
+    assert rest.partition(END)[0].strip() == tables(Results(RESULTS).read())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.bench.learning.grid import GridError
 from scripts.bench.learning.rows import Row
 from scripts.bench.learning.tables import Results, Summary, summaries
 
@@ -35,7 +37,8 @@ INK = "#333333"
 
 
 def draw(results: Results, path: Path, *, hidden: int, steps: int) -> None:
-    """Loss over ratio, a panel for each optimizer and number of boundaries, as a PNG."""
+    """Loss over ratio, a panel for each optimizer and number of boundaries, as a PNG. Raises `GridError` if there is
+    nothing to compare."""
     import matplotlib as mpl  # noqa: PLC0415 - heavy, and only for a picture
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -45,7 +48,10 @@ def draw(results: Results, path: Path, *, hidden: int, steps: int) -> None:
         if (row.hidden, row.steps, row.depth, row.accumulation, row.lr) == (hidden, steps, 1, 1, None)
         and row == row.plain
     }
-    places = sorted({(row.optimizer, row.boundaries) for row in found if row.ratio > 1}, reverse=True)
+    compared = Counter((row.optimizer, row.boundaries) for row in found if row.ratio > 1)
+    places = [place for place, rows in compared.items() if rows > 1]
+    if not places:
+        raise GridError(f"no two boundaries of width {hidden} and {steps} steps are there to compare: train more rows")
     places.sort(key=lambda place: (place[0] != "muon", place[1]))
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.2 * len(places) + 1.6, 4.6), dpi=90, layout="constrained")

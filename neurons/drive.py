@@ -191,7 +191,9 @@ class Driver:
         while current.accepting and not self.heads.awake(current, loop.time()):
             current.room.clear()
             await current.room.wait()
-        if current.accepting and self.may_count(current, sample, taken=taken, now=loop.time()):
+        if not current.accepting:
+            return False
+        if self.may_count(current, sample, taken=taken, now=loop.time()):
             return True
         log.info("sample %d came back at another head while this one was stopped", sample)
         self._end_elsewhere(current, sample)

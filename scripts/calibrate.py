@@ -34,7 +34,7 @@ from model.split import split
 from model.stage import Stage, build_stage
 from scripts.localnet import cache_folder
 from scripts.manifests import ACCUMULATION, BATCH, DEFAULT_INNER, INNER, TOLERANCE
-from subnet.trust.audit import increment_error
+from subnet.trust.audit import increment_error, straight
 from subnet.trust.decision import GROSS, HONEST_FAILURES
 from subnet.trust.finding import Check
 from subnet.trust.tolerance import (
@@ -147,8 +147,7 @@ def _wire(tensor: torch.Tensor) -> torch.Tensor:
 def errors_of(unit: Unit, claimed: Computed, replayed: Computed, *, carries: bool) -> Iterator[tuple[Check, float]]:
     """As `subnet.trust.audit.replay` measures them."""
     carried = unit.gradient if unit.gradient is not None else unit.x
-    through = carries and unit.targets is None and carried.shape == replayed.output.shape
-    carry = carried if through else None
+    carry = straight(None if unit.targets is not None else carried, replayed.output, carries=carries)
     check = Check.FORWARD if unit.targets is None and unit.gradient is None else Check.BACKWARD
     yield check, increment_error(claimed.output, replayed.output, carry)
     if claimed.loss is not None and replayed.loss is not None:

@@ -176,6 +176,11 @@ class UnitTensors:
     output: torch.Tensor | None
 
 
+def straight(carried: torch.Tensor | None, output: torch.Tensor, *, carries: bool) -> torch.Tensor | None:
+    """What of a unit's input goes on into its output: all, or nothing (head, tail, a form without such a path)."""
+    return carried if carries and carried is not None and carried.shape == output.shape else None
+
+
 def increment_error(
     claimed: torch.Tensor, replayed: torch.Tensor, carried: torch.Tensor | None, *, quantile: float = 0.99
 ) -> float:
@@ -251,8 +256,7 @@ def replay(
         found.append(measured(check, math.inf if sendable else 0.0, "it sent nothing on, though it could: error"))
     elif computed is not None and tensors.output is not None:
         rounded = computed.to(tensors.output.dtype).to(torch.float32)
-        through = carried is not None and carried.shape == rounded.shape and stage.config.carries
-        carry = carried if through else None
+        carry = straight(carried, rounded, carries=stage.config.carries)
         error = increment_error(tensors.output.to(torch.float32), rounded, carry)
         found.append(measured(check, error, f"{check.value} increment is off"))
     return tuple(found)

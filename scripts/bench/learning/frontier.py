@@ -16,7 +16,7 @@ from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.memory import DoesNotFitError
 from scripts.bench.learning.rows import Form, Row
 from scripts.bench.learning.tables import Results, Summary, control, summaries
-from scripts.plan.options import PlanError, PlanOptions, read
+from scripts.plan.options import PlanError, PlanOptions, Run, read
 from scripts.plan.speed import plan_speed
 from subnet.swarm.pace import PaceError
 
@@ -62,20 +62,20 @@ def frontier(results: Results, options: PlanOptions, links: Sequence[tuple[str, 
     }
     points = []
     for up, down in links:
+        run = read(replace(options, up=up, down=down))
         for ratio, other in sorted(ratios.items()):
             points.append(
                 Point(
                     link=up,
                     ratio=ratio,
-                    tokens_per_second=_speed(replace(options, up=up, down=down), row.form, ratio),
+                    tokens_per_second=_speed(run, row.form, ratio),
                     needed=math.exp((found[other].mean - found[base].mean) / worth),
                 )
             )
     return points
 
 
-def _speed(options: PlanOptions, form: Form, ratio: int) -> float | None:
-    run = read(options)
+def _speed(run: Run, form: Form, ratio: int) -> float | None:
     try:
         return plan_speed(replace(run, model=_bounded(run.model, form, ratio))).tokens_per_second
     except (PlanError, DoesNotFitError, PaceError):

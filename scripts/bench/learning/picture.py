@@ -45,8 +45,7 @@ def draw(results: Results, path: Path, *, hidden: int, steps: int) -> None:
     found = {
         row: summary
         for row, summary in summaries(results).items()
-        if (row.hidden, row.steps, row.depth, row.accumulation, row.lr) == (hidden, steps, 1, 1, None)
-        and row == row.plain
+        if row.usual and (row.hidden, row.steps) == (hidden, steps)
     }
     compared = Counter((row.optimizer, row.boundaries) for row in found if row.ratio > 1)
     places = [place for place, rows in compared.items() if rows > 1]

@@ -95,6 +95,11 @@ class Row:
         return replace(self, rank=None, pairs=0, bits=16)
 
     @property
+    def usual(self) -> bool:
+        """Whether it differs from others in form, ratio, optimizer, boundaries, width, length and seed alone."""
+        return self == self.plain and (self.depth, self.accumulation, self.lr) == (1, 1, None)
+
+    @property
     def stages(self) -> int:
         return self.boundaries + 1
 

@@ -50,7 +50,10 @@ def control(row: Row) -> Row:
 
 def cost(row: Row, found: Mapping[Row, Summary]) -> float | None:
     """By how much its loss is above its control's, as a share; None where one of them is missing."""
-    own, other = found.get(row), found.get(control(row))
+    return _above(found.get(row), found.get(control(row)))
+
+
+def _above(own: Summary | None, other: Summary | None) -> float | None:
     return None if own is None or other is None else own.mean / other.mean - 1
 
 
@@ -60,9 +63,8 @@ def boundary_table(results: Results, *, hidden: int, boundaries: int, optimizer:
     here = [
         row
         for row in found
-        if (row.hidden, row.optimizer, row.steps) == (hidden, optimizer, steps)
-        and (row.depth, row.accumulation, row.lr) == (1, 1, None)
-        and row == row.plain
+        if row.usual
+        and (row.hidden, row.optimizer, row.steps) == (hidden, optimizer, steps)
         and (row.boundaries == boundaries or row.form == "none")
     ]
     ratios = sorted({row.ratio for row in here if row.ratio > 1})
@@ -84,8 +86,12 @@ def _order(row: Row) -> int:
 def _cell(row: Row | None, found: Mapping[Row, Summary]) -> str:
     if row is None:
         return ""
-    above = cost(row, found)
-    return f"{found[row]}" if above is None or control(row) == row else f"{found[row]} ({100 * above:+.1f} %)"
+    return _beside(found[row], None if control(row) == row else cost(row, found))
+
+
+def _beside(own: Summary, above: float | None) -> str:
+    """A loss, and in brackets by how much it is above another, as a share."""
+    return f"{own}" if above is None else f"{own} ({100 * above:+.1f} %)"
 
 
 def depth_table(results: Results) -> list[str]:
@@ -100,8 +106,7 @@ def depth_table(results: Results) -> list[str]:
         cells = ["" if flat is None else str(flat)]
         for depth in depths:
             own = found.get(replace(base, depth=depth))
-            above = "" if own is None or flat is None else f" ({100 * (own.mean / flat.mean - 1):+.1f} %)"
-            cells.append("" if own is None else f"{own}{above}")
+            cells.append("" if own is None else _beside(own, _above(own, flat)))
         what = f"{base.optimizer} | {base.inner().lr:g} | {base.accumulation} | {base.called}"
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return lines
@@ -114,12 +119,10 @@ def variant_table(results: Results) -> list[str]:
     for row, own in found.items():
         if row == row.plain:
             continue
-        plain = found.get(row.plain)
-        above = "" if plain is None else f" ({100 * (own.mean / plain.mean - 1):+.1f} %)"
         rank = row.hidden if row.rank is None else row.rank
         lines.append(
             f"| {row.optimizer} | {row.called} | {row.boundaries} | {rank} | {row.pairs} | {row.bits} "
-            f"| {own.parameters / 1e6:.2f} M | {own}{above} |"
+            f"| {own.parameters / 1e6:.2f} M | {_beside(own, _above(own, found.get(row.plain)))} |"
         )
     return lines
 
@@ -137,8 +140,7 @@ def rate_table(results: Results) -> list[str]:
 
 def pages(results: Results) -> Iterator[tuple[str, list[str]]]:
     """Every table there is something for, with its title."""
-    rows = [row for row in results if row.lr is None and (row.depth, row.accumulation) == (1, 1)]
-    places = sorted({(r.hidden, r.steps, r.optimizer, r.boundaries) for r in rows if r.ratio > 1 and r == r.plain})
+    places = sorted({(r.hidden, r.steps, r.optimizer, r.boundaries) for r in results if r.usual and r.ratio > 1})
     for hidden, steps, optimizer, boundaries in places:
         title = f"{optimizer}, width {hidden}, {boundaries} boundaries, {steps} steps"
         yield (

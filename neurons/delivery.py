@@ -298,10 +298,8 @@ class Delivery:
             before = loop.time()
             await asyncio.sleep(OVERDUE_CHECK)
             late = loop.time() - before - OVERDUE_CHECK
-            if late > ASLEEP:  # this process was stopped: nobody else was late
-                for awaited in current.awaited.values():
-                    awaited.since += late
-                    awaited.first += late
+            if late > ASLEEP:
+                self.overslept(current, late)
             for hop in self._reach.missing(now=loop.time()):
                 spawn(current.sends, self.look(current, hop, NO_SAMPLE))
             for sample in self.overdue(current):
@@ -322,6 +320,12 @@ class Delivery:
                         current, current.pushes[sample], leaf, output, avoid=avoid, again=again, first=awaited.first
                     ),
                 )
+
+    def overslept(self, current: TrainingRound, seconds: float) -> None:
+        """This process was stopped for so long: nobody else was late."""
+        for awaited in current.awaited.values():
+            awaited.since += seconds
+            awaited.first += seconds
 
     def patience(self) -> float:
         """After how many seconds a gradient is overdue."""

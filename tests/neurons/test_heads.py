@@ -194,6 +194,7 @@ class Freezer:
         self._awake.set()
         self._call, self._driver = member.dendrite.call, member.worker._driver
         self._depth, self._overdue = self._driver.depth, member.worker._delivery.overdue
+        self._since = 0.0
         self._port = member.axon.port
 
     async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, wait: bool) -> None:
@@ -230,13 +231,17 @@ class Freezer:
             server.close()
 
     def freeze(self) -> None:
+        self._since = asyncio.get_running_loop().time()
         self._awake.clear()
         self._driver.depth = lambda: 0
         self._member.worker._delivery.overdue = lambda _current: []
 
     def thaw(self) -> None:
-        self._driver.depth, self._member.worker._delivery.overdue = self._depth, self._overdue
-        self._driver.heads.overslept(self._member.worker._current())
+        """What the two timers of the process find when it goes on."""
+        delivery, current = self._member.worker._delivery, self._member.worker._current()
+        self._driver.depth, delivery.overdue = self._depth, self._overdue
+        delivery.overslept(current, asyncio.get_running_loop().time() - self._since)
+        self._driver.heads.overslept(current)
         self._awake.set()
 
 

@@ -33,7 +33,7 @@ from model.recompute import Recompute
 from model.split import split
 from model.stage import Stage, build_stage
 from scripts.localnet import cache_folder
-from scripts.manifests import ACCUMULATION, BATCH, DEFAULT_INNER, INNER, TOLERANCE
+from scripts.manifests import ACCUMULATION, BATCH, TOLERANCE, inner_of
 from subnet.trust.audit import increment_error, straight
 from subnet.trust.decision import GROSS, HONEST_FAILURES
 from subnet.trust.finding import Check
@@ -174,7 +174,7 @@ class Pipeline:
         self.engines = [
             StageEngine(
                 build_stage(self.config, plan, seed),
-                inner or INNER.get(name, DEFAULT_INNER),
+                inner or inner_of(name),
                 plan,
                 n_total_params=total,
                 accumulation=ACCUMULATION,

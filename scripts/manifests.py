@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from model.config import preset
-from model.optimizer import NANO_OPTIMIZER, Kind, OptimizerConfig, OuterConfig
+from model.optimizer import BETAS, Kind, OptimizerConfig, OuterConfig, nano_optimizer
 from scripts.data.local import RunData
 from scripts.options import Codec
 from subnet.manifest import (
@@ -45,18 +43,15 @@ MEAN = OuterConfig(lr=1.0, momentum=0.0)
 TOLERANCE = 0.02
 """Widest tolerance: 0.02 separates a bf16 boundary's rounding from work in a coarser arithmetic."""
 
-INNER = {"pico": NANO_OPTIMIZER, "nano": NANO_OPTIMIZER}
-MUON_BETAS = (0.95, 0.95)
-"""Of the paper whose step sizes it has (arXiv 2502.16982)."""
-DEFAULT_INNER = OptimizerConfig(kind="nadam", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=200, clip=1.0)
+SMALL = ("pico", "nano")
 
 
 def inner_of(model: str, kind: Kind | None = None) -> OptimizerConfig:
-    """What trains a preset; of another `kind` with the same rate."""
-    inner = INNER.get(model, DEFAULT_INNER)
-    if kind is None or kind == inner.kind:
-        return inner
-    return replace(inner, kind=kind, betas=MUON_BETAS) if kind == "muon" else replace(inner, kind=kind)
+    """What trains a preset: Muon the small ones, NAdam the others, or what `kind` says."""
+    if model in SMALL:
+        return nano_optimizer(kind or "muon")
+    kind = kind or "nadam"
+    return OptimizerConfig(kind=kind, lr=2e-4, betas=BETAS[kind], weight_decay=0.1, warmup_steps=200, clip=1.0)
 
 
 def local_manifest(

@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from model.optimizer import OptimizerConfig
 from model.stage import flatten
 from scripts.bench.report import report
 from scripts.calibrate import Pipeline
-from scripts.manifests import ACCUMULATION, BATCH, DEFAULT_INNER
+from scripts.manifests import ACCUMULATION, BATCH, inner_of
 from subnet.trust import delta
 
 RATES = (1e-4, 3e-4)
@@ -68,7 +68,7 @@ def stochastic_bf16(weights: torch.Tensor, generator: torch.Generator) -> torch.
 
 def optimizer(lr: float) -> OptimizerConfig:
     """A large model's, at a constant rate."""
-    return OptimizerConfig(kind=DEFAULT_INNER.kind, lr=lr, betas=DEFAULT_INNER.betas)
+    return replace(inner_of("100b"), lr=lr, warmup_steps=0)
 
 
 def shares(

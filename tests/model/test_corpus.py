@@ -10,7 +10,7 @@ from model.config import preset
 from model.corpus import END_OF_TEXT, standard_library_corpus
 from model.data import Corpus, DataError
 from model.engine import StageEngine
-from model.optimizer import NANO_OPTIMIZER
+from model.optimizer import nano_optimizer
 from model.recompute import Recompute
 from model.split import split
 from model.stage import build_stage
@@ -58,7 +58,7 @@ def test_a_small_model_learns_from_it(tmp_path: Path) -> None:
     stage = build_stage(config, split(config, 1)[0], seed=1)
     engine = StageEngine(
         stage,
-        NANO_OPTIMIZER,
+        nano_optimizer(),
         stage.plan,
         n_total_params=sum(p.numel() for p in stage.parameters()),
         accumulation=1,

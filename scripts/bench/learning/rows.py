@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from model.accounting import total_parameters
 from model.config import BoundaryConfig, BoundaryForm, ConfigError, ModelConfig, preset
-from model.optimizer import Kind, OptimizerConfig
+from model.optimizer import BETAS, NANO_RATES, Kind, OptimizerConfig
 from scripts.bench.learning.wire import BITS, channels
 
 Form = Literal["none", "none+", "wide", "cut", "truncation", "a", "b", "linear", "subspace", "t"]
@@ -25,10 +25,6 @@ BATCH = 8
 WARM_UP = 20
 COOLDOWN = 0.25
 """Share of the steps in which the rate comes down."""
-RATES: dict[Kind, float] = {"adamw": 4e-3, "nadam": 4e-3, "muon": 7e-3}
-"""At a width of 128: the best of the sweep in `nano.toml` for the uncompressed control. Rates fall with the width's
-square root for the adaptive ones; Muon's step is scaled to the width by itself."""
-BETAS: dict[Kind, tuple[float, float]] = {"adamw": (0.9, 0.95), "nadam": (0.9, 0.95), "muon": (0.95, 0.95)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +44,7 @@ class Row:
     accumulation: int = 1
     """Microbatches in a step."""
     lr: float | None = None
-    """Instead of `RATES`."""
+    """Instead of the kind's best at a width of 128."""
     rank: int | None = None
     """Of token tables, instead of the width."""
     pairs: int = 0
@@ -115,10 +111,11 @@ class Row:
         return self._model(ffn)
 
     def inner(self) -> OptimizerConfig:
+        """Rates fall with the width's square root for the adaptive kinds; Muon scales its step to the width itself."""
         scale = (128 / self.hidden) ** 0.5 if self.optimizer != "muon" else 1.0
         return OptimizerConfig(
             kind=self.optimizer,
-            lr=RATES[self.optimizer] * scale if self.lr is None else self.lr,
+            lr=NANO_RATES[self.optimizer] * scale if self.lr is None else self.lr,
             betas=BETAS[self.optimizer],
             warmup_steps=WARM_UP,
             schedule="wsd",

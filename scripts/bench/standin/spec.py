@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.data import Corpus, ShardEntry, TokenShard
-from scripts.manifests import CLIP, DECAY, DEFAULT_INNER, MEAN, TOLERANCE
+from scripts.manifests import CLIP, DECAY, MEAN, TOLERANCE, inner_of
 from subnet.manifest import (
     AuditSection,
     DataSection,
@@ -179,7 +179,7 @@ class Spec(_Section):
                 validation_batches=1,
                 shards=[ShardSection(name="tokens.bin", sha256=hashlib.sha256(tokens).hexdigest(), dtype="uint16")],
             ),
-            optimizer=OptimizerSection.of(DEFAULT_INNER, accumulation=self.accumulation, outer=MEAN),
+            optimizer=OptimizerSection.of(inner_of("100b"), accumulation=self.accumulation, outer=MEAN),
             merge=MergeSection(codec="topk2bit", decay=DECAY, clip=CLIP),
             round=RoundSection(count=1, close=11, cut=12, have=13, merge=14, length=14, linger=1),
             audit=AuditSection(

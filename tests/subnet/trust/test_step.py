@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.layout import Layout, Place
 from model.optimizer import (
-    NANO_OPTIMIZER,
     Kind,
     OptimizerConfig,
     build_optimizer,
     clip_gradients,
     learning_rate,
+    nano_optimizer,
     takes_muon,
 )
 from model.split import split
@@ -144,7 +144,7 @@ CONFIGS = {
     f"{kind} {name}": replace(config, kind=kind)
     for kind in get_args(Kind)
     for name, config in {
-        "as nano": NANO_OPTIMIZER,
+        "as nano": nano_optimizer("nadam"),
         "no warm-up, no decay": OptimizerConfig(lr=4e-3, weight_decay=0.0),
         "short memory": OptimizerConfig(lr=4e-3, betas=(0.3, 0.5), warmup_steps=3),
         "no memory": OptimizerConfig(lr=4e-3, betas=(0.0, 0.0)),

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scripts.plan.options import PlanOptions
 
 RESUME_TAKES = {"command", "resume", "plain"}
 """The only options that go with --resume."""
@@ -372,11 +377,9 @@ def _run(argv: list[str]) -> int:  # noqa: PLR0911 - one per command
     if flags.command == "score":
         return _explain(flags)
     if flags.command == "plan":
-        from scripts.plan.options import PlanOptions  # noqa: PLC0415 - only for this command
-        from scripts.plan.report import show_plan  # noqa: PLC0415
+        from scripts.plan.report import show_plan  # noqa: PLC0415 - only for this command
 
-        given = {name: value for name, value in vars(flags).items() if name not in ("command", "json")}
-        return show_plan(PlanOptions(**given), as_json=flags.json)
+        return show_plan(plan_options(vars(flags)), as_json=flags.json)
     if flags.command == "simulate":
         return _simulate(flags)
     if flags.command == "data":
@@ -390,15 +393,20 @@ def _run(argv: list[str]) -> int:  # noqa: PLR0911 - one per command
     return _localnet(flags)
 
 
+def plan_options(given: Mapping[str, object]) -> PlanOptions:
+    """What `orion plan` reads where these flags are given; others among them are passed over."""
+    from scripts.plan.options import PlanOptions  # noqa: PLC0415 - only for what plans
+
+    planned = {**vars(parser().parse_args(["plan"])), **given}
+    return PlanOptions(**{name: planned[name] for name in PlanOptions.__dataclass_fields__})
+
+
 def _simulate(flags: argparse.Namespace) -> int:
-    from scripts.plan.options import PlanOptions  # noqa: PLC0415 - heavy, only for this command
-    from scripts.simulate.report import SimulateOptions, show_simulation  # noqa: PLC0415
+    from scripts.simulate.report import SimulateOptions, show_simulation  # noqa: PLC0415 - heavy, only for this command
 
     given = dict(vars(flags))
     options = SimulateOptions(**{name: given.pop(name) for name in SimulateOptions.__dataclass_fields__})
-    planned = {**vars(parser().parse_args(["plan"])), **given}
-    plan = PlanOptions(**{name: planned[name] for name in PlanOptions.__dataclass_fields__})
-    return show_simulation(plan, options, as_json=flags.json)
+    return show_simulation(plan_options(given), options, as_json=flags.json)
 
 
 def _data(flags: argparse.Namespace) -> int:

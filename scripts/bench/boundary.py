@@ -32,9 +32,8 @@ from scripts.bench.learning.picture import draw
 from scripts.bench.learning.rows import BATCH, Row
 from scripts.bench.learning.tables import pages
 from scripts.bench.learning.training import Curve, train
-from scripts.cli import parser
+from scripts.cli import plan_options
 from scripts.localnet import cache_folder
-from scripts.plan.options import PlanOptions
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "boundary.jsonl"
 GRID = Path(__file__).parent / "learning" / "nano.toml"
@@ -47,16 +46,10 @@ LINKS = [("20mbit", "20mbit"), ("50mbit", "50mbit"), ("100mbit", "100mbit"), ("8
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
-def plan_options() -> PlanOptions:
-    """Of `orion plan` without flags."""
-    given = vars(parser().parse_args(["plan"]))
-    return PlanOptions(**{name: given[name] for name in PlanOptions.__dataclass_fields__})
-
-
 def tables(results: Mapping[Row, Curve]) -> str:
     """All that there is something for, as markdown."""
     parts = [f"### {title}\n\n" + "\n".join(lines) for title, lines in pages(results)]
-    points = frontier(results, plan_options(), LINKS, Row(form="t", ratio=16))
+    points = frontier(results, plan_options({}), LINKS, Row(form="t", ratio=16))
     if points:
         title = "seconds: tokens/s of 100b as planned, and time to equal loss over the best of the line (t, muon)"
         parts.append(f"### {title}\n\n" + "\n".join(frontier_table(points)))

@@ -18,9 +18,9 @@ from functools import cache
 from math import comb
 
 from scripts.bench.sentencing import PLANNED, Scale
-from scripts.cli import parser
+from scripts.cli import plan_options
 from scripts.plan.audits import GB, AuditPlan, plan_audits
-from scripts.plan.options import PlanOptions, Run, read
+from scripts.plan.options import Run, read
 from scripts.plan.speed import Speed, plan_speed
 from subnet.metagraph import BLOCK_SECONDS
 from subnet.trust.audit import budget
@@ -124,7 +124,7 @@ def planned(scale: Scale, whole_steps: float, share: float) -> AuditPlan:
     """What `orion plan` says of it, everything else as its defaults are."""
     hours = scale.round_seconds / 3600
     options = replace(
-        _defaults(60 * hours),
+        plan_options({"round_minutes": 60 * hours}),
         slot_blocks=round(scale.round_seconds / scale.slots / BLOCK_SECONDS),
         windows=scale.windows,
         steps=whole_steps * hours / (scale.slots * scale.windows),
@@ -138,13 +138,8 @@ def planned(scale: Scale, whole_steps: float, share: float) -> AuditPlan:
     return plan
 
 
-def _defaults(round_minutes: float) -> PlanOptions:
-    flags = vars(parser().parse_args(["plan", "--round-minutes", str(round_minutes)]))
-    return PlanOptions(**{name: value for name, value in flags.items() if name not in ("command", "json")})
-
-
 @cache
 def _run(round_minutes: float) -> tuple[Run, Speed]:
     """How fast it runs does not depend on how it is audited."""
-    run = read(_defaults(round_minutes))
+    run = read(plan_options({"round_minutes": round_minutes}))
     return run, plan_speed(run)

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from scripts.bench.boundary import plan_options
 from scripts.bench.learning.frontier import frontier, frontier_table, slope
 from scripts.bench.learning.rows import Row
 from scripts.bench.learning.tables import summaries
 from scripts.bench.learning.training import Curve
+from scripts.cli import plan_options
 
 CONTROL, T16 = Row(form="none+"), Row(form="t", ratio=16)
 
@@ -35,7 +35,7 @@ def test_the_slope_is_of_the_shortest_and_the_longest_run() -> None:
 
 
 def test_time_to_equal_loss_weighs_tokens_against_bytes() -> None:
-    points = frontier(RESULTS, plan_options(), [("20mbit", "20mbit"), ("856mbit", "1322mbit")], T16)
+    points = frontier(RESULTS, plan_options({}), [("20mbit", "20mbit"), ("856mbit", "1322mbit")], T16)
     assert [(point.link, point.ratio) for point in points] == [
         (link, ratio) for link in ("20mbit", "856mbit") for ratio in (1, 16, 64)
     ]
@@ -54,4 +54,4 @@ def test_time_to_equal_loss_weighs_tokens_against_bytes() -> None:
 
 def test_without_runs_of_other_lengths_there_is_no_frontier() -> None:
     alone = {row: curve for row, curve in RESULTS.items() if row.steps == CONTROL.steps}
-    assert frontier(alone, plan_options(), [("20mbit", "20mbit")], T16) == []
+    assert frontier(alone, plan_options({}), [("20mbit", "20mbit")], T16) == []

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from model.config import ConfigError
+from model.config import ConfigError, preset
 from model.optimizer import Kind
 from scripts.bench.learning.rows import WHOLE, Form, Row
 from scripts.bench.learning.training import Curve
@@ -34,7 +34,9 @@ class Block(BaseModel):
     """Of forms that compress."""
     optimizers: Annotated[list[Kind], Field(min_length=1)]
     boundaries: Annotated[list[int], Field(min_length=1)] = [3]
-    hidden: Annotated[list[int], Field(min_length=1)] = [128]
+    model: str = "nano"
+    hidden: list[int] = []
+    """Other widths than the model's own."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     depths: Annotated[list[int], Field(min_length=1)] = [1]
     accumulation: int = 1
@@ -42,7 +44,7 @@ class Block(BaseModel):
     rates: list[float] = []
     """Learning rates instead of the usual ones, for sweeps."""
     ranks: Annotated[list[int | None], Field(min_length=1)] = [None]
-    """Of token tables; as wide as the residual without."""
+    """Of token tables; the model's own without."""
     pairs: Annotated[list[int], Field(min_length=1)] = [0]
     bits: Annotated[list[int], Field(min_length=1)] = [16]
 
@@ -51,7 +53,8 @@ class Block(BaseModel):
 
     def rows(self) -> Iterator[Row]:
         """Every row once. Raises `ConfigError` for a combination that cannot be."""
-        combined = product(self.seeds, self.hidden, self.boundaries, self.optimizers, self.forms, self.depths)
+        widths = self.hidden or [preset(self.model).hidden]
+        combined = product(self.seeds, widths, self.boundaries, self.optimizers, self.forms, self.depths)
         options = list(product(self.ranks, self.pairs, self.bits))
         for seed, hidden, boundaries, optimizer, form, depth in combined:
             for ratio, rate, (rank, pairs, bits) in product(*self._ratios_and_rates(form), options):
@@ -70,6 +73,7 @@ class Block(BaseModel):
                     rank=rank,
                     pairs=pairs,
                     bits=bits,
+                    model=self.model,
                 )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from scripts.bench.learning.grid import GridError
 from scripts.bench.learning.rows import Row
-from scripts.bench.learning.tables import Results, Summary, summaries
+from scripts.bench.learning.tables import Results, Scale, Summary, summaries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ SAID = {
 INK = "#333333"
 
 
-def draw(results: Results, path: Path, *, hidden: int, steps: int) -> None:
+def draw(results: Results, path: Path, *, scale: Scale, steps: int) -> None:
     """Loss over ratio, a panel for each optimizer and number of boundaries, as a PNG. Raises `GridError` if there is
     nothing to compare."""
     import matplotlib as mpl  # noqa: PLC0415 - heavy, and only for a picture
@@ -45,12 +45,12 @@ def draw(results: Results, path: Path, *, hidden: int, steps: int) -> None:
     found = {
         row: summary
         for row, summary in summaries(results).items()
-        if row.usual and (row.hidden, row.steps) == (hidden, steps)
+        if row.usual and row.steps == steps and Scale.of(row) == scale
     }
     compared = Counter((row.optimizer, row.boundaries) for row in found if row.ratio > 1)
     places = [place for place, rows in compared.items() if rows > 1]
     if not places:
-        raise GridError(f"no two boundaries of width {hidden} and {steps} steps are there to compare: train more rows")
+        raise GridError(f"no two boundaries of {scale}, and {steps} steps are there to compare: train more rows")
     places.sort(key=lambda place: (place[0] != "muon", place[1]))
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.2 * len(places) + 1.6, 4.6), dpi=90, layout="constrained")

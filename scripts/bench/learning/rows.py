@@ -18,8 +18,6 @@ that is no worse than the others, a run is too short to say anything of boundari
 WHOLE = ("none", "none+", "wide")
 """Forms that send the whole residual."""
 
-LAYERS = 8
-CONTEXT = 128
 BATCH = 8
 """Sequences in a microbatch."""
 WARM_UP = 20
@@ -37,6 +35,7 @@ class Row:
     optimizer: Kind = "muon"
     boundaries: int = 3
     hidden: int = 128
+    """Of `model`, as it is or narrower or wider."""
     seed: int = 0
     steps: int = 400
     depth: int = 1
@@ -46,11 +45,15 @@ class Row:
     lr: float | None = None
     """Instead of the kind's best at a width of 128."""
     rank: int | None = None
-    """Of token tables, instead of the width."""
+    """Of token tables, instead of the share of the width that the model has."""
     pairs: int = 0
     """Rows of tables over pairs of tokens."""
     bits: int = 16
     """Of a value that crosses: 16 is bf16, 8 a code, of which a token's share a scale."""
+    model: str = "nano"
+    """The preset whose layers, context and vocabulary it has."""
+    data: str | None = None
+    """`fingerprint` of the prepared data that it learns from; the standard library without."""
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):
@@ -68,6 +71,12 @@ class Row:
             raise ConfigError(
                 f"ratio is {self.ratio}, hidden {self.hidden}: {2 * self.hidden / self.ratio:g} bytes a token are no "
                 f"whole number of {self.bits}-bit channels, or none: lower ratio or change hidden"
+            )
+        group = preset(self.model).hidden // preset(self.model).kv_heads
+        if self.hidden < 1 or self.hidden % group:
+            raise ConfigError(
+                f"hidden is {self.hidden}; query heads of {self.model} that share keys take {group} channels: make "
+                "hidden a multiple of it"
             )
         if self.depth < 1 or self.steps < 1 or self.accumulation < 1:
             raise ConfigError(
@@ -99,16 +108,23 @@ class Row:
     def stages(self) -> int:
         return self.boundaries + 1
 
-    def model(self) -> ModelConfig:
+    def config(self) -> ModelConfig:
         """The model; of forms `subspace` and `wide` with FFNs that give it the parameters of `none` and `none+`."""
-        ffn = _ffn(self.hidden)
+        shape = preset(self.model)
+        ffn = shape.ffn * self.hidden // shape.hidden
         if self.form not in ("subspace", "wide"):
-            return self._model(ffn)
+            return self._shaped(ffn)
         other = replace(self, form="none+" if self.form == "wide" else "none", ratio=1)
-        goal = total_parameters(other.model(), self.stages)
-        while total_parameters(self._model(ffn + 8), self.stages) <= goal:
+        goal = total_parameters(other.config(), self.stages)
+        while total_parameters(self._shaped(ffn + 8), self.stages) <= goal:
             ffn += 8
-        return self._model(ffn)
+        return self._shaped(ffn)
+
+    @property
+    def table_rank(self) -> int:
+        """Of token tables."""
+        shape = preset(self.model)
+        return self.hidden * shape.boundary.rank // shape.hidden if self.rank is None else self.rank
 
     def inner(self) -> OptimizerConfig:
         """Rates fall with the width's square root for the adaptive kinds; Muon scales its step to the width itself."""
@@ -123,20 +139,19 @@ class Row:
             cooldown=COOLDOWN,
         )
 
-    def _model(self, ffn: int) -> ModelConfig:
-        return ModelConfig(
-            vocab=preset("nano").vocab,
+    def _shaped(self, ffn: int) -> ModelConfig:
+        shape = preset(self.model)
+        return replace(
+            shape,
             hidden=self.hidden,
-            layers=LAYERS,
-            heads=self.hidden // 32,
-            kv_heads=self.hidden // 64,
+            heads=self.hidden // shape.head_dim,
+            kv_heads=self.hidden * shape.kv_heads // shape.hidden,
             ffn=ffn,
-            context=CONTEXT,
             boundary=self._boundary(),
         )
 
     def _boundary(self) -> BoundaryConfig:
-        width, rank = channels(self.hidden, self.ratio, self.bits), self.hidden if self.rank is None else self.rank
+        width, rank = channels(self.hidden, self.ratio, self.bits), self.table_rank
         match self.form:
             case "none" | "wide":
                 return BoundaryConfig()
@@ -150,7 +165,3 @@ class Row:
                 return BoundaryConfig(form=BoundaryForm.T, width=width)
             case _:
                 return BoundaryConfig(form=BoundaryForm(self.form), width=width)
-
-
-def _ffn(hidden: int) -> int:
-    return 3 * hidden

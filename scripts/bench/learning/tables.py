@@ -57,14 +57,14 @@ def _above(own: Summary | None, other: Summary | None) -> float | None:
     return None if own is None or other is None else own.mean / other.mean - 1
 
 
-def boundary_table(results: Results, *, hidden: int, boundaries: int, optimizer: str, steps: int) -> list[str]:
-    """Forms down, ratios across: loss, and in brackets by how much it is above its control's."""
+def boundary_table(results: Results, *, boundaries: int, optimizer: str, steps: int) -> list[str]:
+    """Forms down, ratios across: loss, and in brackets by how much it is above its control's. Of one `Scale`."""
     found = summaries(results)
     here = [
         row
         for row in found
         if row.usual
-        and (row.hidden, row.optimizer, row.steps) == (hidden, optimizer, steps)
+        and (row.optimizer, row.steps) == (optimizer, steps)
         and (row.boundaries == boundaries or row.form == "none")
     ]
     ratios = sorted({row.ratio for row in here if row.ratio > 1})
@@ -119,9 +119,8 @@ def variant_table(results: Results) -> list[str]:
     for row, own in found.items():
         if row == row.plain:
             continue
-        rank = row.hidden if row.rank is None else row.rank
         lines.append(
-            f"| {row.optimizer} | {row.called} | {row.boundaries} | {rank} | {row.pairs} | {row.bits} "
+            f"| {row.optimizer} | {row.called} | {row.boundaries} | {row.table_rank} | {row.pairs} | {row.bits} "
             f"| {own.parameters / 1e6:.2f} M | {_beside(own, _above(own, found.get(row.plain)))} |"
         )
     return lines
@@ -138,18 +137,33 @@ def rate_table(results: Results) -> list[str]:
     return lines
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Scale:
+    """What rows must share to be compared."""
+
+    model: str
+    data: str
+    hidden: int
+
+    @classmethod
+    def of(cls, row: Row) -> Scale:
+        return cls(row.model, row.data or "", row.hidden)
+
+    def __str__(self) -> str:
+        return f"{self.model}, width {self.hidden}" + (f", data {self.data}" if self.data else "")
+
+
 def pages(results: Results) -> Iterator[tuple[str, list[str]]]:
     """Every table there is something for, with its title."""
-    places = sorted({(r.hidden, r.steps, r.optimizer, r.boundaries) for r in results if r.usual and r.ratio > 1})
-    for hidden, steps, optimizer, boundaries in places:
-        title = f"{optimizer}, width {hidden}, {boundaries} boundaries, {steps} steps"
-        yield (
-            title,
-            boundary_table(results, hidden=hidden, boundaries=boundaries, optimizer=optimizer, steps=steps),
-        )
-    if any(row.depth > 1 for row in results):
-        yield "microbatches in flight", depth_table(results)
-    if any(row != row.plain for row in results):
-        yield "what t may be made of", variant_table(results)
-    if any(row.lr is not None for row in results):
-        yield "rates of learning", rate_table(results)
+    for scale in sorted({Scale.of(row) for row in results}):
+        here = {row: curve for row, curve in results.items() if Scale.of(row) == scale}
+        places = sorted({(r.steps, r.optimizer, r.boundaries) for r in here if r.usual and r.ratio > 1})
+        for steps, optimizer, boundaries in places:
+            title = f"{scale}: {optimizer}, {boundaries} boundaries, {steps} steps"
+            yield title, boundary_table(here, boundaries=boundaries, optimizer=optimizer, steps=steps)
+        if any(row.depth > 1 for row in here):
+            yield f"{scale}: microbatches in flight", depth_table(here)
+        if any(row != row.plain for row in here):
+            yield f"{scale}: what t may be made of", variant_table(here)
+        if any(row.lr is not None for row in here):
+            yield f"{scale}: rates of learning", rate_table(here)

@@ -34,6 +34,9 @@ POINTS = 4
 """How often the validation loss is taken on the way, the end included."""
 
 
+CPU = torch.device("cpu")
+
+
 class DivergedError(Exception):
     """A loss that is no number any more."""
 
@@ -52,10 +55,10 @@ class Curve:
         return self.losses[-1][1]
 
 
-def train(row: Row, corpus: Corpus) -> Curve:
+def train(row: Row, corpus: Corpus, device: torch.device = CPU) -> Curve:
     """The whole run of a row; samples are drawn by its seed."""
-    config = row.model()
-    stages = [build_stage(config, plan, row.seed) for plan in split(config, row.stages)]
+    config = row.config()
+    stages = [build_stage(config, plan, row.seed).to(device) for plan in split(config, row.stages)]
     start = time.perf_counter()
     losses: list[tuple[int, float]] = []
     marks = {math.ceil(row.steps * (point + 1) / POINTS) for point in range(POINTS)}
@@ -76,8 +79,10 @@ def validation_loss(row: Row, stages: Sequence[Stage], corpus: Corpus) -> float:
     """Mean over held-out batches of the mean over tokens, through boundaries as the wire rounds them."""
     every = max(1, corpus.validation_samples // VALIDATION)
     count = min(VALIDATION, corpus.validation_samples)
-    noise = torch.Generator()
-    losses = [float(_loss(row, stages, corpus.validation_sample(index * every), noise)) for index in range(count)]
+    device = _device(stages)
+    noise = torch.Generator(device)
+    batches = (corpus.validation_sample(index * every).to(device) for index in range(count))
+    losses = [float(_loss(row, stages, rows, noise)) for rows in batches]
     return sum(losses) / count
 
 
@@ -88,6 +93,10 @@ def _loss(row: Row, stages: Sequence[Stage], rows: Tensor, noise: torch.Generato
     for stage in stages[:-1]:
         x = Crossing.apply(stage(x, tokens), row.bits, noise, passed)  # type: ignore[no-untyped-call]
     return stages[-1].loss(x, targets, tokens)
+
+
+def _device(stages: Sequence[Stage]) -> torch.device:
+    return next(stages[0].parameters()).device
 
 
 def _samples(row: Row) -> Iterator[int]:
@@ -102,10 +111,11 @@ def _synchronous(row: Row, stages: Sequence[Stage], corpus: Corpus) -> Iterator[
     optimizers = [build_optimizer(inner, stage, stage.plan) for stage in stages]
     counts = [sum(p.numel() for p in stage.parameters()) for stage in stages]
     bounds = [clip_bound(inner, count, sum(counts)) for count in counts]
-    samples, noise = _samples(row), torch.Generator().manual_seed(row.seed)
+    device = _device(stages)
+    samples, noise = _samples(row), torch.Generator(device).manual_seed(row.seed)
     for step in range(row.steps):
         for _ in range(row.accumulation):
-            loss = _loss(row, stages, corpus.sample(next(samples)), noise)
+            loss = _loss(row, stages, corpus.sample(next(samples)).to(device), noise)
             if not math.isfinite(float(loss.detach())):
                 raise DivergedError
             torch.autograd.backward(loss / row.accumulation)
@@ -120,7 +130,7 @@ def _synchronous(row: Row, stages: Sequence[Stage], corpus: Corpus) -> Iterator[
 
 def _pipelined(row: Row, stages: Sequence[Stage], corpus: Corpus) -> Iterator[int]:
     """Steps that the tail has done, after each; the others have done theirs when the last one is yielded."""
-    total = total_parameters(row.model(), row.stages)
+    total = total_parameters(row.config(), row.stages)
     engines = [
         StageEngine(
             stage,
@@ -136,13 +146,14 @@ def _pipelined(row: Row, stages: Sequence[Stage], corpus: Corpus) -> Iterator[in
     last = len(engines) - 1
     hop = (row.depth - 1) / (2 * last)
     held: dict[int, Tensor] = {}
-    noise = torch.Generator().manual_seed(row.seed)
+    device = _device(stages)
+    noise = torch.Generator(device).manual_seed(row.seed)
     events = [(float(number), 1, 0, sample) for number, sample in enumerate(_samples(row))]
     heapq.heapify(events)
     steps = 0
     while events:
         now, _, index, sample = heapq.heappop(events)
-        engine, rows = engines[index], corpus.sample(sample)
+        engine, rows = engines[index], corpus.sample(sample).to(device)
         tokens, targets = rows[:, :-1], rows[:, 1:]
         if index == last:
             loss, g = engine.tail(sample, held.pop(sample), targets, tokens)

@@ -29,7 +29,7 @@ def arrived(x: Tensor, bits: int, noise: torch.Generator | None = None) -> Tenso
         return x.to(WIRE).to(x.dtype)
     scale = (x.abs().amax(-1, keepdim=True) / _CODES).clamp_min(_SMALLEST).to(WIRE).to(x.dtype)
     exact = x / scale
-    codes = exact.round() if noise is None else (exact + torch.rand(x.shape, generator=noise)).floor()
+    codes = exact.round() if noise is None else (exact + torch.rand(x.shape, generator=noise, device=x.device)).floor()
     return codes.clamp(-_CODES, _CODES) * scale
 
 

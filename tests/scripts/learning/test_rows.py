@@ -1,16 +1,19 @@
 """Rows, grids and results: what is trained, once, and what is kept of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from model.accounting import total_parameters
-from model.config import BoundaryForm, ConfigError
-from scripts.bench.boundary import BEGIN, END, RESULTS, main, tables
+from model.config import BoundaryForm, ConfigError, preset
+from model.corpora.folder import read_manifest
+from scripts.bench.boundary import BEGIN, END, GRIDS, RESULTS, fingerprint, main, tables
 from scripts.bench.learning.grid import GridError, Results, read_grid
 from scripts.bench.learning.rows import Form, Row
-from scripts.bench.learning.tables import boundary_table, cost, summaries
+from scripts.bench.learning.tables import boundary_table, cost, pages, summaries
 from scripts.bench.learning.training import Curve
+from tests.model.corpora.making import made, recipe, texts, write_jsonl
 
 GRID = """
 [[block]]
@@ -27,11 +30,11 @@ def _curve(final: float) -> Curve:
 
 
 def test_a_ratio_says_how_wide_the_boundary_is() -> None:
-    config = Row(form="t", ratio=16).model()
+    config = Row(form="t", ratio=16).config()
     assert config.boundary.form is BoundaryForm.T
     assert (config.hidden, config.boundary_width) == (128, 8)
-    assert Row(form="none+").model().boundary.rank == config.boundary.rank
-    assert Row(form="linear", ratio=16).model().boundary.rank == 0
+    assert Row(form="none+").config().boundary.rank == config.boundary.rank
+    assert Row(form="linear", ratio=16).config().boundary.rank == 0
 
 
 @pytest.mark.parametrize("hidden", [128, 256])
@@ -40,7 +43,7 @@ def test_some_forms_have_the_parameters_of_what_they_are_held_against(
     form: Form, ratio: int, like: Form, hidden: int
 ) -> None:
     own, others = (
-        total_parameters(row.model(), 4)
+        total_parameters(row.config(), 4)
         for row in (Row(form=form, ratio=ratio, hidden=hidden), Row(form=like, hidden=hidden))
     )
     assert 0.99 * others < own <= others
@@ -82,7 +85,7 @@ def test_a_block_may_vary_what_a_form_is_made_of(tmp_path: Path) -> None:
     rows = read_grid(path)
     assert {(r.ratio, r.rank, r.pairs) for r in rows} == {(a, b, c) for a in (16, 64) for b in (8, 16) for c in (0, 99)}
     assert {r.bits for r in rows} == {8}
-    assert {r.model().boundary.width for r in rows} == {14, 2}
+    assert {r.config().boundary.width for r in rows} == {14, 2}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,7 @@ def test_a_boundary_is_held_against_its_own_control() -> None:
     found = summaries(results)
     assert cost(Row(form="t", ratio=16), found) == pytest.approx(3.99 / 3.8 - 1)
     assert cost(Row(form="a", ratio=16), found) == pytest.approx(0.1)
-    lines = boundary_table(results, hidden=128, boundaries=3, optimizer="muon", steps=400)
+    lines = boundary_table(results, boundaries=3, optimizer="muon", steps=400)
     assert lines[0] == "| form | parameters | 1x | 16x |"
     assert lines[2:] == [
         "| none | 1.00 M | 4.000 |  |",
@@ -136,6 +139,41 @@ def test_a_boundary_is_held_against_its_own_control() -> None:
         "| a | 1.00 M |  | 4.400 (+10.0 %) |",
         "| t | 1.00 M |  | 3.990 ± 0.269 (+5.0 %) |",
     ]
+
+
+def test_a_row_may_have_another_model_s_shape() -> None:
+    config = Row(form="t", ratio=16, model="100m", hidden=640).config()
+    shape = preset("100m")
+    assert replace(config, boundary=shape.boundary) == shape
+    assert (config.boundary.width, config.boundary.rank) == (40, shape.boundary.rank)
+    with pytest.raises(ConfigError, match="hidden is 192; query heads of 100m that share keys take 128"):
+        Row(form="none", model="100m", hidden=192)
+    rows = read_grid(GRIDS / "100m.toml")
+    assert {(row.model, row.hidden) for row in rows} == {("100m", 640)}
+
+
+def test_a_row_learns_from_prepared_data_and_is_named_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, results = tmp_path / "shards", Results(tmp_path / "results.jsonl")
+    made(folder, [write_jsonl(tmp_path / "a.jsonl", texts(900))], recipe(shard_tokens=20_000))
+    given = ["--results", str(results.path), "--model", "pico", "--row", "form=t", "ratio=16", "steps=27"]
+    assert main([*given, "--data", str(folder)]) == 0
+    (row,) = results.read()
+    assert (row.model, row.hidden, row.data) == (
+        "pico",
+        preset("pico").hidden,
+        fingerprint(read_manifest(folder).shards),
+    )
+    (title, _), *_ = pages(results.read())
+    assert title == f"pico, width 64, data {row.data}: muon, 3 boundaries, 27 steps"
+    for words, said in (
+        ([], f"row learns from data {row.data}: say with --data"),
+        (["--data", str(folder)], f"the row asks for {'0' * 12}"),
+    ):
+        data = row.data if not words else "0" * 12
+        assert main([*given, f"data={data}", *words]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["--model", "none", "--list"]) == 2
+    assert len(results.read()) == 1
 
 
 @pytest.mark.parametrize("words", [["form=x"], ["form=t", "ratio=two"], ["form=t", "ratio=3"], ["width=3"]])

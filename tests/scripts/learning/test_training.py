@@ -36,7 +36,7 @@ def corpus() -> Corpus:
 
 
 def _trained(row: Row, corpus: Corpus, *, engines: bool) -> list[torch.Tensor]:
-    stages = [build_stage(row.model(), plan, row.seed) for plan in split(row.model(), row.stages)]
+    stages = [build_stage(row.config(), plan, row.seed) for plan in split(row.config(), row.stages)]
     progress = (training._pipelined if engines else training._synchronous)(row, stages, corpus)
     assert list(progress) == list(range(1, row.steps + 1))
     return [flatten(stage) for stage in stages]
@@ -74,7 +74,7 @@ def test_a_run_that_diverges_says_so(corpus: Corpus, monkeypatch: pytest.MonkeyP
 
 def test_cut_stages_learn_nothing_but_the_last(corpus: Corpus) -> None:
     row = replace(ROW, form="cut", ratio=1)
-    drawn = [flatten(build_stage(row.model(), plan, row.seed)) for plan in split(row.model(), row.stages)]
+    drawn = [flatten(build_stage(row.config(), plan, row.seed)) for plan in split(row.config(), row.stages)]
     trained = _trained(row, corpus, engines=False)
     for before, after in zip(drawn[:-1], trained[:-1], strict=True):
         shrunk = after / before

@@ -1,129 +1,117 @@
-"""The flags of a neuron: the same on the local chain, the test network and the real one."""
+"""The settings of a neuron: the same on the local chain, the test network and the real one."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from subnet.quantities import QuantityError, parse_bandwidth, parse_size
-from subnet.transport.shaping import Link
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NeuronConfig:
-    """Where a node stands: its chain, its keys, its run and its disk."""
-
-    network: str
-    archive: str | None
-    """ws:// endpoint asked for blocks that the network's own node has forgotten."""
-    netuid: int
-    wallet: str
-    hotkey: str
-    wallet_path: Path
-    manifest: Path
-    data: Path
-    """Folder with the manifest's token shards."""
-    out: Path
-    """Folder for events and logs."""
-    checkpoints: str
-    """Folder or object store (URL) of the run's checkpoints."""
-    name: str
-    """Names this node's event log."""
-    host: str
-    """Address the axon listens on."""
-    announce: str
-    """Address others reach it at, published on chain."""
-    port: int
-    threads: int
-    """Torch threads; 0 leaves torch's own choice."""
-    uplink: float
-    """Bits per second that the machine can send."""
-    ring: int
-    """Bytes of host memory for what a miner may have to show of its work."""
-    evidence_disk: int
-    """Bytes of disk, in `out`, for what seeds have picked of that."""
-    link: Link | None = None
-    """The link to imitate between this node and all others."""
+from neurons.settings import Setting, SettingsError, add_flags, resolve
+from subnet.quantities import parse_bandwidth, parse_size
+from subnet.transport.shaping import Link, parse_latency, parse_loss
 
 
-def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
-    """Flags to a config; usage errors exit with status 2 as argparse words them."""
-    parser = argparse.ArgumentParser(prog=program, description=description)
-    chain = parser.add_argument_group("chain")
-    chain.add_argument("--network", default="finney", help="finney, test, or a ws:// endpoint (default: finney)")
-    chain.add_argument("--archive", default=None, help="ws:// endpoint of an archive node, for blocks long past")
-    chain.add_argument("--netuid", type=int, default=9, help="subnet (default: 9)")
-    keys = parser.add_argument_group("keys")
-    keys.add_argument("--wallet", required=True, help="wallet (coldkey) name")
-    keys.add_argument("--hotkey", required=True, help="hotkey name within the wallet")
-    keys.add_argument("--wallet-path", type=Path, default=Path("~/.bittensor/wallets"), help="folder of wallets")
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--manifest", type=Path, required=True, help="the run's manifest.toml, as its authority published it"
+def _size(option: str, given: object) -> object:
+    return parse_size(option, given) if isinstance(given, str) else given
+
+
+def _bandwidth(option: str, given: object) -> object:
+    return parse_bandwidth(option, given) if isinstance(given, str) else given
+
+
+def _latency(given: str | None) -> str | None:
+    if given is not None:
+        parse_latency(given)
+    return given
+
+
+def _limit(given: str | None) -> str | None:
+    if given is not None:
+        parse_bandwidth("bandwidth", given)
+    return given
+
+
+def _loss(given: str | None) -> str | None:
+    if given is not None:
+        parse_loss(given)
+    return given
+
+
+class NeuronConfig(BaseModel):
+    """Where a node stands: its chain, its keys, its run, its line and its machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    network: Annotated[str, Setting("chain", "finney, test, or a ws:// endpoint")] = "finney"
+    archive: Annotated[str | None, Setting("chain", "ws:// endpoint of an archive node, for blocks long past")] = None
+    netuid: Annotated[int, Field(ge=0, le=65_535), Setting("chain", "subnet")] = 9
+    wallet: Annotated[str, Setting("keys", "wallet (coldkey) name")]
+    hotkey: Annotated[str, Setting("keys", "hotkey name within the wallet")]
+    wallet_path: Annotated[Path, AfterValidator(Path.expanduser), Setting("keys", "folder of wallets")] = Path(
+        "~/.bittensor/wallets"
     )
-    run.add_argument("--data", type=Path, required=True, help="folder with the manifest's token shards")
-    run.add_argument("--out", type=Path, default=Path("runs/node"), help="folder for events and logs")
-    run.add_argument(
-        "--checkpoints",
-        default=None,
-        metavar="URL",
-        help="folder or object store for checkpoints: s3://bucket/run, gs://…, az://… (default: --out)",
-    )
-    run.add_argument("--name", default=None, help="name of this node's event log (default: the hotkey's name)")
-    network = parser.add_argument_group("network")
-    network.add_argument("--host", default="0.0.0.0", help="address the axon listens on (default: all)")  # noqa: S104
-    network.add_argument("--announce", default=None, help="address others reach it at (default: --host)")
-    network.add_argument("--port", type=int, default=8091, help="axon port, 0 for any free one (default: 8091)")
-    network.add_argument(
-        "--uplink",
-        default="200mbit",
-        metavar="200mbit",
-        help="what this machine can send; a miner's evidence takes at most a tenth of it (default: 200mbit)",
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
-    machine.add_argument(
-        "--ring",
-        default="16gb",
-        metavar="16gb",
-        help="a miner's host memory for states and tensors that audits may ask for (default: 16gb)",
-    )
-    machine.add_argument(
-        "--evidence-disk",
-        default="100gb",
-        metavar="100gb",
-        help="a miner's disk, under --out, for what audits have picked of that (default: 100gb)",
-    )
-    emulated = parser.add_argument_group("emulated link (for tests)")
-    emulated.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
-    emulated.add_argument("--bandwidth", default=None, metavar="200mbit", help="up and down each (default: no limit)")
-    emulated.add_argument("--loss", default=None, metavar="0.5%", help="share of packets lost (default: none)")
-    flags = parser.parse_args(argv)
+    manifest: Annotated[Path, Setting("run", "the run's manifest.toml, as its authority published it")]
+    data: Annotated[Path, Setting("run", "folder with the manifest's token shards")]
+    out: Annotated[Path, Setting("run", "folder for events, logs and evidence")] = Path("runs/node")
+    checkpoints: Annotated[
+        str,
+        BeforeValidator(str),
+        Setting("run", "folder or object store for checkpoints: s3://bucket/run, gs://…, az://…", "URL", "out"),
+    ]
+    name: Annotated[str, Setting("run", "name of this node's event log", follows="hotkey")]
+    host: Annotated[str, Setting("network", "address the axon listens on")] = "0.0.0.0"  # noqa: S104
+    announce: Annotated[str, Setting("network", "address others reach it at", follows="host")]
+    port: Annotated[int, Field(ge=0, le=65_535), Setting("network", "axon port, 0 for any free one")] = 8091
+    uplink: Annotated[
+        float,
+        BeforeValidator(partial(_bandwidth, "uplink")),
+        Setting(
+            "network",
+            "what this machine can send; a miner's evidence takes at most a tenth of it",
+            "200mbit",
+            default="200mbit",
+        ),
+    ]
+    threads: Annotated[int, Field(ge=0), Setting("machine", "torch threads, 0 for torch's own choice")] = 0
+    ring: Annotated[
+        int,
+        BeforeValidator(partial(_size, "ring")),
+        Setting(
+            "machine", "a miner's host memory for states and tensors that audits may ask for", "16gb", default="16gb"
+        ),
+    ]
+    evidence_disk: Annotated[
+        int,
+        BeforeValidator(partial(_size, "evidence-disk")),
+        Setting(
+            "machine", "a miner's disk, under --out, for what audits have picked of that", "100gb", default="100gb"
+        ),
+    ]
+    latency: Annotated[
+        str | None, AfterValidator(_latency), Setting("emulated link (for tests)", "one way, for every message", "50ms")
+    ] = None
+    bandwidth: Annotated[
+        str | None, AfterValidator(_limit), Setting("emulated link (for tests)", "up and down each", "200mbit")
+    ] = None
+    loss: Annotated[
+        str | None, AfterValidator(_loss), Setting("emulated link (for tests)", "share of packets lost", "0.5%")
+    ] = None
+
+    @property
+    def link(self) -> Link | None:
+        """The link to imitate between this node and all others."""
+        return Link.parse(latency=self.latency, bandwidth=self.bandwidth, loss=self.loss)
+
+
+def parse(argv: list[str], environ: Mapping[str, str], *, program: str, description: str) -> NeuronConfig:
+    """Settings from flags, environment and file; errors of theirs exit with status 2, as argparse words its own."""
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    add_flags(parser, NeuronConfig)
     try:
-        link = Link.parse(latency=flags.latency, bandwidth=flags.bandwidth, loss=flags.loss)
-        uplink, ring = parse_bandwidth("uplink", flags.uplink), parse_size("ring", flags.ring)
-        evidence_disk = parse_size("evidence-disk", flags.evidence_disk)
-    except QuantityError as error:
+        return resolve(NeuronConfig, vars(parser.parse_args(argv)), environ).build()
+    except SettingsError as error:
         parser.error(str(error))
-    return NeuronConfig(
-        network=flags.network,
-        archive=flags.archive,
-        netuid=flags.netuid,
-        wallet=flags.wallet,
-        hotkey=flags.hotkey,
-        wallet_path=flags.wallet_path.expanduser(),
-        manifest=flags.manifest,
-        data=flags.data,
-        out=flags.out,
-        checkpoints=flags.checkpoints or str(flags.out),
-        name=flags.name or flags.hotkey,
-        host=flags.host,
-        announce=flags.announce or flags.host,
-        port=flags.port,
-        threads=flags.threads,
-        uplink=uplink,
-        ring=ring,
-        evidence_disk=evidence_disk,
-        link=link,
-    )

@@ -20,6 +20,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from pathlib import Path
 
+from neurons.settings import settings_in
 from scripts.adversaries import program
 from scripts.locks import Lock
 
@@ -117,6 +118,8 @@ def _run(role: str, flags: list[str], log: str, lock: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     held = Lock.take(Path(lock))
+    for name in settings_in(os.environ):
+        del os.environ[name]  # of a neuron that its user may run elsewhere; the flags say what this one is
     threading.Thread(target=_follow_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if role == "chain":

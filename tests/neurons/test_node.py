@@ -82,8 +82,9 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
         assert neuron.endpoint == Endpoint("127.0.0.1", node.axon.port)
         assert '"node_started"' in (config.out / "events" / "miner.jsonl").read_text()
 
+    emulated = config.model_copy(update={"latency": "10ms", "bandwidth": "1gbit", "loss": "0.1%"})
     link = Link(latency_s=0.01, up_bps=1e9, down_bps=1e9, loss=0.001)
-    async with await Node.open(dataclasses.replace(config, link=link), role="miner") as node:
+    async with await Node.open(emulated, role="miner") as node:
         shapers = {node.axon.shaper, node.dendrite.shaper}  # one link for all that a node sends and receives
         assert [shaper.link for shaper in shapers if shaper is not None] == [link]
 
@@ -112,7 +113,7 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
         ]
         for changes, error, words in wrong:
             with pytest.raises(error, match=words) as caught:
-                async with await Node.open(dataclasses.replace(config, **changes), role="miner") as node:
+                async with await Node.open(config.model_copy(update=changes), role="miner") as node:
                     await node.listen()
             assert "\n" not in str(caught.value), changes
 

@@ -361,7 +361,7 @@ def open_corpus(loaded: LoadedManifest, folder: Path) -> Corpus:
 
 def main(argv: list[str], *, role: str, description: str, body: Callable[[Node], Awaitable[None]]) -> int:
     """Run a neuron until it is done or told to stop. 0 done, 1 failed, 130 stopped."""
-    config = parse(argv, os.environ, program=f"python -m neurons.{role}", description=description)
+    config = parse(argv, os.environ, program=f"orion {role}", description=description)
     config.out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 
 RESUME_TAKES = {"command", "resume", "plain"}
 """The only options that go with --resume."""
+
+
+def _add_alive(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    alive = commands.add_parser(
+        "alive",
+        help="ask the node on this machine whether it serves",
+        description="Ask the node on this machine whether it serves: 0 if it does. For health checks.",
+    )
+    alive.add_argument("--config", type=Path, help="the node's settings file")
+    alive.add_argument("--port", default=argparse.SUPPRESS, help="the node's axon port (default: as the node has it)")
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -321,6 +331,9 @@ def parser() -> argparse.ArgumentParser:
     _add_simulate(commands)
     _add_data(commands)
     # Their options are their own: `main` hands them over unparsed.
+    for role, does in (("miner", "hold one stage and train it"), ("validator", "audit, score and set weights")):
+        commands.add_parser(role, help=f"{does} (docs/{role}.md)", add_help=False)
+    _add_alive(commands)
     commands.add_parser("config", help="show a neuron's settings and where each comes from", add_help=False)
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
@@ -342,54 +355,60 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _run(argv: list[str]) -> int:  # noqa: PLR0911 - one per command
-    if argv[:1] in (["chain"], ["config"]):
+def _run(argv: list[str]) -> int:
+    if argv and argv[0] in ("chain", "config", "miner", "validator"):
         return _own_flags(argv[0], argv[1:])
     flags = parser().parse_args(argv)
-    if flags.command == "export":
-        from scripts.export import export_run  # noqa: PLC0415 - heavy, and only for this command
+    return _COMMANDS[flags.command](flags)
 
-        return export_run(
-            run=flags.run, out=flags.out, number=flags.round, tokenizer=flags.tokenizer, shard_gb=flags.shard_gb
-        )
-    if flags.command == "generate":
-        from scripts.generate import generate  # noqa: PLC0415 - heavy, and only for this command
 
-        return generate(
-            folder=flags.folder,
-            prompt=flags.prompt,
-            tokens=flags.tokens,
-            temperature=flags.temperature,
-            seed=flags.seed,
-        )
-    if flags.command == "roster":
-        from scripts.roster import show_roster  # noqa: PLC0415 - heavy, and only for this command
+def _export(flags: argparse.Namespace) -> int:
+    from scripts.export import export_run  # noqa: PLC0415 - heavy, and only for this command
 
-        return show_roster(
-            at=flags.at,
-            run=flags.run,
-            network=flags.network,
-            manifest=flags.manifest,
-            netuid=flags.netuid,
-            archive=flags.archive,
-        )
-    if flags.command == "score":
-        return _explain(flags)
-    if flags.command == "plan":
-        from scripts.plan.report import show_plan  # noqa: PLC0415 - only for this command
+    return export_run(
+        run=flags.run, out=flags.out, number=flags.round, tokenizer=flags.tokenizer, shard_gb=flags.shard_gb
+    )
 
-        return show_plan(plan_options(vars(flags)), as_json=flags.json)
-    if flags.command == "simulate":
-        return _simulate(flags)
-    if flags.command == "data":
-        return _data(flags)
-    if flags.command == "calibrate":
-        from scripts.calibrate import calibrate  # noqa: PLC0415 - heavy, and only for this command
 
-        return calibrate(
-            model=flags.model, stages=flags.stages, microbatches=flags.microbatches, seed=flags.seed, out=flags.out
-        )
-    return _localnet(flags)
+def _generate(flags: argparse.Namespace) -> int:
+    from scripts.generate import generate  # noqa: PLC0415 - heavy, and only for this command
+
+    return generate(
+        folder=flags.folder, prompt=flags.prompt, tokens=flags.tokens, temperature=flags.temperature, seed=flags.seed
+    )
+
+
+def _roster(flags: argparse.Namespace) -> int:
+    from scripts.roster import show_roster  # noqa: PLC0415 - heavy, and only for this command
+
+    return show_roster(
+        at=flags.at,
+        run=flags.run,
+        network=flags.network,
+        manifest=flags.manifest,
+        netuid=flags.netuid,
+        archive=flags.archive,
+    )
+
+
+def _alive(flags: argparse.Namespace) -> int:
+    from scripts.alive import is_alive  # noqa: PLC0415 - only for this command
+
+    return is_alive(vars(flags), os.environ)
+
+
+def _plan(flags: argparse.Namespace) -> int:
+    from scripts.plan.report import show_plan  # noqa: PLC0415 - only for this command
+
+    return show_plan(plan_options(vars(flags)), as_json=flags.json)
+
+
+def _calibrate(flags: argparse.Namespace) -> int:
+    from scripts.calibrate import calibrate  # noqa: PLC0415 - heavy, and only for this command
+
+    return calibrate(
+        model=flags.model, stages=flags.stages, microbatches=flags.microbatches, seed=flags.seed, out=flags.out
+    )
 
 
 def _own_flags(command: str, argv: list[str]) -> int:
@@ -397,9 +416,21 @@ def _own_flags(command: str, argv: list[str]) -> int:
         from scripts.settings import main as config  # noqa: PLC0415 - only for this command
 
         return config(argv, os.environ)
+    if command in ("miner", "validator"):
+        return _neuron(command)(argv)
     from subnet.localchain.__main__ import main as chain  # noqa: PLC0415 - heavy, and only for this command
 
     return chain(argv, prog="orion chain")
+
+
+def _neuron(role: str) -> Callable[[list[str]], int]:
+    if role == "miner":
+        from neurons.miner import run as miner  # noqa: PLC0415 - heavy, and only for this command
+
+        return miner
+    from neurons.validator import run as validator  # noqa: PLC0415 - heavy, and only for this command
+
+    return validator
 
 
 def plan_options(given: Mapping[str, object]) -> PlanOptions:
@@ -499,6 +530,20 @@ def _localnet(flags: argparse.Namespace) -> int:
         adversaries=adversaries,
     )
     return localnet(options, out=flags.out, plain=flags.plain, data=flags.data)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "localnet": _localnet,
+    "export": _export,
+    "generate": _generate,
+    "roster": _roster,
+    "score": _explain,
+    "calibrate": _calibrate,
+    "plan": _plan,
+    "simulate": _simulate,
+    "data": _data,
+    "alive": _alive,
+}
 
 
 if __name__ == "__main__":

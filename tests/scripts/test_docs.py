@@ -1,0 +1,48 @@
+"""Every `orion` command that a page shows is one that the program takes."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from neurons.config import NeuronConfig
+from neurons.settings import add_flags
+from scripts.cli import parser
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SETTLED = ("chain", "config")
+"""Commands whose pages have tests of their own (`test_btcli`, `test_settings`)."""
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of code blocks that begin with `orion`, without what follows ` #`, put together where they go on."""
+    text = page.read_text().replace("\\\n", " ")
+    fenced = re.findall(r"```[^\n]*\n(.*?)```", text, re.DOTALL)
+    lines = [line.strip() for block in fenced for line in block.splitlines()]
+    lines += [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    found = (re.split(r"\s#|[|&>]", line)[0].strip() for line in lines if re.match(r"(ORION_\w+=\S+ )*orion ", line))
+    return [re.sub(r"^(ORION_\w+=\S+ )*", "", line) for line in found if "…" not in line and "..." not in line]
+
+
+def test_pages_show_commands() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 40
+    assert commands(ROOT / "docs" / "miner.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_one(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in commands(page):
+        _, command, *words = shlex.split(line)
+        try:
+            if command in ("miner", "validator"):
+                flags = argparse.ArgumentParser(prog=line, allow_abbrev=False)
+                add_flags(flags, NeuronConfig)
+                flags.parse_args([word.replace("$", "") for word in words])
+            elif command not in SETTLED:
+                parser().parse_args([command, *(word if word != "BLOCK" else "9" for word in words)])
+        except SystemExit as stopped:
+            if stopped.code != 0:
+                pytest.fail(f"{page.name}: {line}: {capsys.readouterr().err}")

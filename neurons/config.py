@@ -50,19 +50,25 @@ class NeuronConfig:
 def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     """Flags to a config; usage errors exit with status 2 as argparse words them."""
     parser = argparse.ArgumentParser(prog=program, description=description)
+    add_flags(parser)
+    return read(parser, parser.parse_args(argv))
+
+
+def add_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """All of them. Where they are not `required`, what is left out is None, and `read` cannot be asked."""
     chain = parser.add_argument_group("chain")
     chain.add_argument("--network", default="finney", help="finney, test, or a ws:// endpoint (default: finney)")
     chain.add_argument("--archive", default=None, help="ws:// endpoint of an archive node, for blocks long past")
     chain.add_argument("--netuid", type=int, default=9, help="subnet (default: 9)")
     keys = parser.add_argument_group("keys")
-    keys.add_argument("--wallet", required=True, help="wallet (coldkey) name")
-    keys.add_argument("--hotkey", required=True, help="hotkey name within the wallet")
+    keys.add_argument("--wallet", required=required, help="wallet (coldkey) name")
+    keys.add_argument("--hotkey", required=required, help="hotkey name within the wallet")
     keys.add_argument("--wallet-path", type=Path, default=Path("~/.bittensor/wallets"), help="folder of wallets")
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--manifest", type=Path, required=True, help="the run's manifest.toml, as its authority published it"
+        "--manifest", type=Path, required=required, help="the run's manifest.toml, as its authority published it"
     )
-    run.add_argument("--data", type=Path, required=True, help="folder with the manifest's token shards")
+    run.add_argument("--data", type=Path, required=required, help="folder with the manifest's token shards")
     run.add_argument("--out", type=Path, default=Path("runs/node"), help="folder for events and logs")
     run.add_argument(
         "--checkpoints",
@@ -99,7 +105,10 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
     emulated.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
     emulated.add_argument("--bandwidth", default=None, metavar="200mbit", help="up and down each (default: no limit)")
     emulated.add_argument("--loss", default=None, metavar="0.5%", help="share of packets lost (default: none)")
-    flags = parser.parse_args(argv)
+
+
+def read(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> NeuronConfig:
+    """Parsed flags to a config; usage errors exit with status 2 as argparse words them."""
     try:
         link = Link.parse(latency=flags.latency, bandwidth=flags.bandwidth, loss=flags.loss)
         uplink, ring = parse_bandwidth("uplink", flags.uplink), parse_size("ring", flags.ring)

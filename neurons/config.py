@@ -55,7 +55,8 @@ def parse(argv: list[str], *, program: str, description: str) -> NeuronConfig:
 
 
 def add_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """All of them. Where they are not `required`, what is left out is None, and `read` cannot be asked."""
+    """All of them. Where not `required`, keys, manifest and data may be left out; `read` wants something in their
+    place."""
     chain = parser.add_argument_group("chain")
     chain.add_argument("--network", default="finney", help="finney, test, or a ws:// endpoint (default: finney)")
     chain.add_argument("--archive", default=None, help="ws:// endpoint of an archive node, for blocks long past")

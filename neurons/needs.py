@@ -137,8 +137,8 @@ def shortfall(needs: Needs, found: Room, *, out: str, checkpoints_here: bool) ->
     disk = needs.evidence + (needs.checkpoints if checkpoints_here else 0)
     if disk > found.disk:
         return (
-            f"stage {needs.stage} needs {written(disk)} of disk for evidence and checkpoints, and {written(found.disk)} "
-            f"are free under {out}: make room, give --out another disk, or --checkpoints a store"
+            f"stage {needs.stage} needs {written(disk)} of disk for evidence and checkpoints, and "
+            f"{written(found.disk)} are free under {out}: make room, give --out another disk, or --checkpoints a store"
         )
     return None
 

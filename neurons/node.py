@@ -342,8 +342,8 @@ def _require_files(manifest: Manifest) -> None:
     may, least = open_files()[0], least_files(manifest)
     if may < least:
         raise NodeError(
-            f"{may} files may be open at a time, and connections of this run take up to {least}: run `ulimit -n {least}` "
-            "in the shell that starts the node"
+            f"{may} files may be open at a time, and connections of this run take up to {least}: run "
+            f"`ulimit -n {least}` in the shell that starts the node"
         )
 
 

@@ -320,7 +320,8 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_simulate(commands)
     _add_data(commands)
-    # Its options are the chain's own: `main` hands them over unparsed.
+    # Their options are their own: `main` hands them over unparsed.
+    commands.add_parser("doctor", help="find out whether this machine can mine or validate", add_help=False)
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
 
@@ -342,10 +343,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:  # noqa: PLR0911 - one per command
-    if argv[:1] == ["chain"]:
-        from subnet.localchain.__main__ import main as chain  # noqa: PLC0415 - heavy, and only for this command
-
-        return chain(argv[1:], prog="orion chain")
+    if argv[:1] in (["chain"], ["doctor"]):
+        return _unparsed(argv[0], argv[1:])
     flags = parser().parse_args(argv)
     if flags.command == "export":
         from scripts.export import export_run  # noqa: PLC0415 - heavy, and only for this command
@@ -391,6 +390,16 @@ def _run(argv: list[str]) -> int:  # noqa: PLR0911 - one per command
             model=flags.model, stages=flags.stages, microbatches=flags.microbatches, seed=flags.seed, out=flags.out
         )
     return _localnet(flags)
+
+
+def _unparsed(command: str, argv: list[str]) -> int:
+    if command == "chain":
+        from subnet.localchain.__main__ import main as chain  # noqa: PLC0415 - heavy, and only for this command
+
+        return chain(argv, prog="orion chain")
+    from scripts.doctor.runner import main as doctor  # noqa: PLC0415 - heavy, and only for this command
+
+    return doctor(argv)
 
 
 def plan_options(given: Mapping[str, object]) -> PlanOptions:

@@ -34,6 +34,7 @@ from subnet.chain_errors import (
     NotRegistered,
     WalletError,
     one_line,
+    require_subnet,
     translated,
 )
 from subnet.metagraph import ChainState, Endpoint, Head, Neuron, decode_neuron
@@ -177,7 +178,7 @@ class BittensorChain:
                 lambda: substrate.query("SubtensorModule", "NetworksAdded", [netuid]),
                 attempts=1,
             )
-            _require_subnet(exists, netuid, network)
+            require_subnet(exists, netuid, network)
             chain._block_time = await chain._read("reading the block time", substrate.block_time, attempts=1)
             chain._tempo = await chain._read(
                 "reading the tempo", lambda: substrate.query("SubtensorModule", "Tempo", [netuid]), attempts=1
@@ -581,11 +582,6 @@ class BittensorChain:
                 log.warning("%s, attempt %d of %d", failure, attempt, attempts)
             await asyncio.sleep(self._block_time * _BACKOFF_BLOCKS * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _require_subnet(exists: object, netuid: int, network: str) -> None:
-    if not exists:
-        raise ChainRefused(f"network {network} has no subnet {netuid}; check --netuid and --network")
 
 
 def _included_in(what: str, result: bt.ExtrinsicResult) -> int:

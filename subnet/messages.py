@@ -306,7 +306,7 @@ class CallBack(Synapse):
 class CalledBack(Synapse):
     """What came of it."""
 
-    source: Annotated[str, Field(max_length=64)]
+    source: Annotated[str, Field(pattern=r"^[0-9a-f.:]{2,45}$")]
     """IP address that the request came from."""
     outcome: Outcome | None
     """None where nobody was called, because the address is one of the peer's own network."""

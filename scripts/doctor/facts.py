@@ -6,8 +6,7 @@ import asyncio
 import importlib.metadata
 import platform
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +126,9 @@ def identity(keys: Keys | None, options: DoctorOptions) -> Identity | None:
         return None
 
 
-async def look_at_chain(options: DoctorOptions, signer: Identity | None, *, reads_space: bool) -> Looked:
+async def look_at_chain(
+    options: DoctorOptions, signer: Identity | None, *, reads_space: bool, now_ns: Callable[[], int]
+) -> Looked:
     """Connect, read the newest finalized state, wait for a new block.
 
     reads_space: whether the hotkey's space for records is read too, which needs a hotkey that can sign.
@@ -153,7 +154,7 @@ async def look_at_chain(options: DoctorOptions, signer: Identity | None, *, read
         immunity = await chain.immunity()
         space = None if wallet is None else (await chain.space()).limit
         waiting = clock()
-        ahead = await _new_block(chain)
+        ahead = await _new_block(chain, now_ns)
         return Looked(
             chain=OnChain(
                 seconds=seconds,
@@ -171,14 +172,14 @@ async def look_at_chain(options: DoctorOptions, signer: Identity | None, *, read
         await chain.close()
 
 
-async def _new_block(chain: BittensorChain) -> float | None:
+async def _new_block(chain: BittensorChain, now_ns: Callable[[], int]) -> float | None:
     """Seconds by which this machine's clock is ahead of a new block's time when it is noticed; None if none comes."""
     first, looks = await chain.newest_ms(), int(BLOCK_DEADLINE / LOOK)
     for _ in range(looks):
         await asyncio.sleep(LOOK)
         newest = await chain.newest_ms()
         if newest != first:
-            return time.time() - newest / 1000
+            return now_ns() / 1e9 - newest / 1e3
     return None
 
 

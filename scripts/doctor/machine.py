@@ -222,9 +222,8 @@ def check_files(soft: int, hard: int, *, least: int | None) -> Finding:
     )
 
 
-def check_tcp(tcp: Tcp, *, uplink: float) -> Finding:
-    """Congestion control. `uplink` is in bits per second."""
-    del uplink
+def check_tcp(tcp: Tcp) -> Finding:
+    """Congestion control."""
     if not tcp.default:
         return skipped("tcp", "the kernel's settings cannot be read here (/proc/sys/net/ipv4)")
     if "bbr" in (tcp.default, *tcp.allowed):

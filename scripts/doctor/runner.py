@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from model.layout import Layout
@@ -90,8 +90,11 @@ class Asked:
     """Nobody was asked; empty if somebody was."""
 
 
-async def examine(options: DoctorOptions) -> Report:
-    """All checks. Takes as long as the chain needs for a block and a peer for its call."""
+async def examine(options: DoctorOptions, *, now_ns: Callable[[], int] = time.time_ns) -> Report:
+    """All checks. Takes as long as the chain needs for a block and a peer for its call.
+
+    now_ns: this machine's clock, Unix time in nanoseconds.
+    """
     machine = await asyncio.to_thread(facts.hardware)
     loaded, unreadable = _manifest(options)
     manifest = None if loaded is None else loaded.manifest
@@ -101,11 +104,11 @@ async def examine(options: DoctorOptions) -> Report:
     keys = look_at_keys(options.wallet or "", options.hotkey or "", options.wallet_path) if named else None
     signer = await asyncio.to_thread(facts.identity, keys, options)
     hotkey = None if keys is None else keys.address
-    looked = await facts.look_at_chain(options, signer, reads_space=loaded is not None)
+    looked = await facts.look_at_chain(options, signer, reads_space=loaded is not None, now_ns=now_ns)
     shards = None
     if loaded is not None and options.data is not None:
         shards = await asyncio.to_thread(look_at_shards, loaded, options.data, deep=options.deep)
-    asked = await ask_around(signer, looked.chain, options)
+    asked = await ask_around(signer, looked.chain, options, now_ns)
     disk = await asyncio.to_thread(facts.disk, options.out)
     findings = [
         *_software(),
@@ -156,7 +159,7 @@ def _machine(machine: Hardware, stage: Stage | None, options: DoctorOptions) -> 
         check_card_memory(machine.card, manifest, None if stage is None else stage.on_card),
         memory,
         check_files(*machine.files, least=None if manifest is None else least_files(manifest)),
-        check_tcp(machine.tcp, uplink=options.uplink),
+        check_tcp(machine.tcp),
         check_buffers(machine.tcp, uplink=options.uplink),
     ]
 
@@ -174,11 +177,13 @@ def _chain(looked: Looked, hotkey: str | None, options: DoctorOptions) -> list[F
     ]
 
 
-async def ask_around(signer: Identity | None, chain: OnChain | None, options: DoctorOptions) -> Asked:
+async def ask_around(
+    signer: Identity | None, chain: OnChain | None, options: DoctorOptions, now_ns: Callable[[], int]
+) -> Asked:
     """Bind the port, and ask peers to call back on it if they would."""
     if signer is None:
         return Asked(why="needs a hotkey that can sign (without asking for a password)")
-    async with Listener(signer.hotkey, host=options.host, port=options.port, now_ns=time.time_ns) as port:
+    async with Listener(signer.hotkey, host=options.host, port=options.port, now_ns=now_ns) as port:
         if port.problem and not port.running:
             return Asked(port=port, why="needs the port")
         if chain is None:
@@ -190,7 +195,7 @@ async def ask_around(signer: Identity | None, chain: OnChain | None, options: Do
             return Asked(
                 port=port, why=f"no other neuron of netuid {options.netuid} serves an axon that could be asked"
             )
-        return Asked(port=port, answers=await ask(signer, candidates, port.number, now_ns=time.time_ns))
+        return Asked(port=port, answers=await ask(signer, candidates, port.number, now_ns=now_ns))
 
 
 def _manifest(options: DoctorOptions) -> tuple[LoadedManifest | None, str]:

@@ -20,6 +20,8 @@ from neurons.desks import EvidenceDesk, PushDesk
 from neurons.joining import Joiner
 from neurons.keeper import Keeper, KeptCut
 from neurons.library import Library
+from neurons.machine import room
+from neurons.needs import miner_needs, shortfall
 from neurons.node import Node, NodeError, main
 from neurons.quota import Uplink
 from neurons.ring import least_ring
@@ -178,6 +180,8 @@ class Miner:
         """The machine of a stage; another one's is given up first."""
         if self._machine is None or self._joiner is None or self._machine.stage != stage:
             self._require_ring(stage)
+            if self._machine is None:  # else what the other stage gives back is missing in what is free
+                await asyncio.to_thread(self._require_room, stage)
             if self._machine is not None:
                 await self._machine.settle_all()
                 await self._machine.shut_down()
@@ -200,6 +204,19 @@ class Miner:
                 f"--ring {written(ring)} is too small to answer for the work of stage {stage}, which takes "
                 f"{written(least)} at least: raise it"
             )
+
+    def _require_room(self, stage: int) -> None:
+        """Of memory and disk, before anything of the stage is built."""
+        node, out = self._node, self._node.config.out
+        try:
+            found = room(out)
+        except OSError as error:
+            raise NodeError(f"--out {out} cannot be used ({error.strerror}): give another folder") from error
+        # Miners compute on the CPU: a card in the machine holds nothing of the stage.
+        needs = miner_needs(node.loaded.manifest, node.plans[stage], node.layouts[stage], card=None)
+        lacks = shortfall(needs, found, out=str(out), checkpoints_here="://" not in node.config.checkpoints)
+        if lacks is not None:
+            raise NodeError(lacks)
 
     def _give_up(self, number: int, version: int) -> None:
         self._node.telemetry.emit(WindowGivenUp(round=number, version=version, ring=self._node.config.ring))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 import logging
 import os
 import signal
@@ -29,13 +30,16 @@ from model.data import Corpus, DataError, ShardEntry
 from model.layout import Layout
 from model.split import StagePlan, split
 from neurons.bootstrap import BootstrapError, RosterDesk, join_history
+from neurons.callback import CallbackDesk
 from neurons.config import NeuronConfig, parse
 from neurons.history import History, HistoryError
+from neurons.machine import open_files
+from neurons.needs import least_files
 from neurons.telemetry import NodeFailed, NodeStarted, RecordPublished, Telemetry
 from subnet.chain import BittensorChain, Chain, ChainError
 from subnet.identity import Identity, IdentityError
-from subnet.manifest import LoadedManifest, ManifestError, check_announced, check_space, load_manifest
-from subnet.messages import RosterRequest, Shapes
+from subnet.manifest import LoadedManifest, Manifest, ManifestError, check_announced, check_space, load_manifest
+from subnet.messages import CallBack, RosterRequest, Shapes
 from subnet.metagraph import ChainState, Endpoint
 from subnet.swarm import snapshot
 from subnet.swarm.record import Record
@@ -54,7 +58,8 @@ CONNECT_TIMEOUT = 30.0
 CHAIN_STALL = 600.0
 """Seconds without any new block after which a node gives up on its chain."""
 
-ROSTER_ROUTE = RosterRequest.route
+OPEN_ROUTES = frozenset({RosterRequest.route, CallBack.route})
+"""Of use before one is in a roster."""
 PUSH_ROUTES = frozenset({"forward", "backward", "input", "notice"})
 
 
@@ -93,11 +98,14 @@ class Neighbourhood:
 
     def allow(self, hotkey: str, route: str) -> None:
         """Pushes come from who counts; the rest is fetched by whoever is in the roster and by permitted validators, the
-        roster itself by anyone registered."""
+        roster itself, and a call back, by anyone registered."""
+        opens = route in OPEN_ROUTES and hotkey in self.registered
         if self.roster is None:
+            if opens:
+                return
             raise Busy("the first roster is not known here yet", "push again after the pause", retry_after=0.2)
         fetches = route not in PUSH_ROUTES and (hotkey in self.validators or self.roster.state_of(hotkey) is not None)
-        if hotkey in self.roster.members or fetches or (route == ROSTER_ROUTE and hotkey in self.registered):
+        if hotkey in self.roster.members or fetches or opens:
             return
         raise UnknownHotkey(
             f"{hotkey[:60]} may not use {route} in round {self.roster.round}",
@@ -132,6 +140,7 @@ class Node:
         self.history = History(self.loaded, self.state)
         self._rosters = RosterDesk(self.loaded.run_id)
         self._rosters.open(self.axon)
+        CallbackDesk(self.config.announce).open(self.axon)
 
     @classmethod
     async def open(cls, config: NeuronConfig, *, role: str) -> Node:
@@ -165,7 +174,10 @@ class Node:
                     "would be lost under a node's record: give --hotkey another one"
                 )
             neighbours = Neighbourhood()
+            neighbours.relocate(state)
             shaper = None if config.link is None else open_link(config.link, identity.hotkey)
+            _require_files(manifest)
+            _require_address(config)
             axon = Axon(
                 Admission(identity.hotkey, allow=neighbours.allow, now_ns=time.time_ns),
                 host=config.host,
@@ -325,6 +337,26 @@ class Node:
     @property
     def _rosters_folder(self) -> Path:
         return self.config.out / "rosters" / self.loaded.run_id.hex() / self.config.name
+
+
+def _require_files(manifest: Manifest) -> None:
+    may, least = open_files()[0], least_files(manifest)
+    if may < least:
+        raise NodeError(
+            f"{may} files may be open at a time, and connections of this run take up to {least}: run "
+            f"`ulimit -n {least}` in the shell that starts the node"
+        )
+
+
+def _require_address(config: NeuronConfig) -> None:
+    """One that can be published: `--host` alone may be all addresses."""
+    try:
+        if ipaddress.ip_address(config.announce).is_unspecified:
+            raise NodeError(
+                f"--announce {config.announce} is no address that others could reach: give this machine's public one"
+            )
+    except ValueError as error:
+        raise NodeError(f"--announce {config.announce!r} is no IPv4 or IPv6 address: give it in digits") from error
 
 
 def seed_of(block_hash: str, purpose: str) -> bytes:

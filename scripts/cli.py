@@ -334,6 +334,7 @@ def parser() -> argparse.ArgumentParser:
     for role, does in (("miner", "hold one stage and train it"), ("validator", "audit, score and set weights")):
         commands.add_parser(role, help=f"{does} (docs/{role}.md)", add_help=False)
     _add_alive(commands)
+    commands.add_parser("doctor", help="find out whether this machine can mine or validate", add_help=False)
     commands.add_parser("config", help="show a neuron's settings and where each comes from", add_help=False)
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
     return root
@@ -356,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if argv and argv[0] in ("chain", "config", "miner", "validator"):
+    if argv and argv[0] in ("chain", "config", "doctor", "miner", "validator"):
         return _own_flags(argv[0], argv[1:])
     flags = parser().parse_args(argv)
     return _COMMANDS[flags.command](flags)
@@ -416,6 +417,10 @@ def _own_flags(command: str, argv: list[str]) -> int:
         from scripts.settings import main as config  # noqa: PLC0415 - only for this command
 
         return config(argv, os.environ)
+    if command == "doctor":
+        from scripts.doctor.runner import main as doctor  # noqa: PLC0415 - heavy, and only for this command
+
+        return doctor(argv, os.environ)
     if command in ("miner", "validator"):
         return _neuron(command)(argv)
     from subnet.localchain.__main__ import main as chain  # noqa: PLC0415 - heavy, and only for this command

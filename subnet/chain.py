@@ -26,6 +26,7 @@ from typing import Protocol, TypeVar, cast
 import bittensor as bt
 from bittensor.settings import default_archive_endpoints, default_fallback_endpoints, resolve_endpoint
 
+from subnet import era
 from subnet.chain_errors import (
     ChainError,
     ChainRefused,
@@ -33,6 +34,7 @@ from subnet.chain_errors import (
     NotRegistered,
     WalletError,
     one_line,
+    require_subnet,
     translated,
 )
 from subnet.metagraph import ChainState, Endpoint, Head, Neuron, decode_neuron
@@ -60,9 +62,6 @@ log = logging.getLogger("orion.subnet.chain")
 
 U16_MAX = 65_535
 
-_DEFAULT_ERA = 16
-_SHORTEST_ERA = 4
-_LONGEST_ERA = 64
 _ATTEMPTS = 5
 _BACKOFF_BLOCKS = 0.25
 _KEPT_STATES = 4
@@ -179,7 +178,7 @@ class BittensorChain:
                 lambda: substrate.query("SubtensorModule", "NetworksAdded", [netuid]),
                 attempts=1,
             )
-            _require_subnet(exists, netuid, network)
+            require_subnet(exists, netuid, network)
             chain._block_time = await chain._read("reading the block time", substrate.block_time, attempts=1)
             chain._tempo = await chain._read(
                 "reading the tempo", lambda: substrate.query("SubtensorModule", "Tempo", [netuid]), attempts=1
@@ -388,6 +387,20 @@ class BittensorChain:
             raise ChainRefused(f"subnet {self.netuid} never runs an epoch (its tempo is 0); choose another --netuid")
         return int(block)
 
+    async def genesis(self) -> str:
+        """The hash of block 0, which tells one chain from another."""
+        return await self._read("reading the first block", lambda: self._substrate.block_hash(0))
+
+    async def newest_ms(self) -> int:
+        """When the newest block was made, final or not: milliseconds since 1970."""
+        return int(await self._read("reading the time", lambda: self._substrate.query("Timestamp", "Now", [])))
+
+    async def immunity(self) -> int:
+        """For how many blocks a new neuron is not replaced."""
+        read = self._substrate.query
+        what = "reading the immunity period"
+        return int(await self._read(what, lambda: read("SubtensorModule", "ImmunityPeriod", [self.netuid])))
+
     async def beacon(self, when: int) -> bytes | None:
         """drand's randomness for a time: the 32 bytes of the first round at or after `when`, seconds since 1970.
 
@@ -524,12 +537,12 @@ class BittensorChain:
     async def _submit(self, what: str, call: object, until_block: int | None) -> int:
         """Sign `call` with the hotkey and follow it until its block is final. Hold the hotkey's lock."""
         keypair = self._signer(what).hotkey
-        birth, period = self._finalized, _DEFAULT_ERA
+        birth, period = self._finalized, era.DEFAULT
         while True:
             # Valid in blocks [birth, birth + period), where birth is the finalized block at signing; that may have
             # moved on meanwhile, then a shorter era still ends in time.
             if until_block is not None:
-                period = _era_ending_by(until_block, birth, what)
+                period = era.ending_by(until_block, birth, what)
             unsigned = await self._prepare(what, call, keypair.ss58_address, period)
             birth = int(cast("Mapping[str, int]", unsigned.era)["current"])
             last_nonce, last_block = self._last_sent
@@ -542,7 +555,7 @@ class BittensorChain:
                 break
         self._last_sent = (unsigned.nonce, birth + period - 1)
         signature = bytes(keypair.sign(unsigned.payload))
-        blocks = period + 2 * _SHORTEST_ERA  # until the era is over, and finality behind it
+        blocks = period + 2 * era.SHORTEST  # until the era is over, and finality behind it
         deadline = self._timeout + blocks * self._block_time
         try:
             async with asyncio.timeout(deadline):
@@ -569,22 +582,6 @@ class BittensorChain:
                 log.warning("%s, attempt %d of %d", failure, attempt, attempts)
             await asyncio.sleep(self._block_time * _BACKOFF_BLOCKS * 2**attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _require_subnet(exists: object, netuid: int, network: str) -> None:
-    if not exists:
-        raise ChainRefused(f"network {network} has no subnet {netuid}; check --netuid and --network")
-
-
-def _era_ending_by(until: int, birth: int, what: str) -> int:
-    """The longest mortal era (a power of two) that starts with block `birth` and ends with `until` or before."""
-    blocks = until - birth + 1
-    if blocks < _SHORTEST_ERA:
-        raise ChainRefused(
-            f"{what}: block {until} is too near the finalized block {birth} (the shortest era is "
-            f"{_SHORTEST_ERA} blocks); publish earlier"
-        )
-    return int(min(_LONGEST_ERA, 1 << (blocks.bit_length() - 1)))
 
 
 def _included_in(what: str, result: bt.ExtrinsicResult) -> int:

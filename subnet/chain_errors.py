@@ -22,6 +22,10 @@ class ChainRefused(ChainError):  # noqa: N818
     """The chain (or a check made before asking it) said no."""
 
 
+class NoSubnet(ChainRefused):
+    """The chain answers, and has no subnet of that number."""
+
+
 class WalletError(ChainError):
     """A wallet that is missing, unreadable or in the way."""
 
@@ -29,6 +33,12 @@ class WalletError(ChainError):
 def one_line(error: BaseException) -> str:
     """An error's text without its line breaks, or its type where it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def require_subnet(exists: object, netuid: int, network: str) -> None:
+    """Raises `NoSubnet`."""
+    if not exists:
+        raise NoSubnet(f"network {network} has no subnet {netuid}; check --netuid and --network")
 
 
 def translated(what: str, error: Exception, deadline: float) -> ChainError:

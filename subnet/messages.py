@@ -20,6 +20,7 @@ from subnet.manifest import Manifest
 from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
 from subnet.swarm.public import PARTS, Part, pieces_of, span_of
 from subnet.swarm.snapshot import SNAPSHOT_LIMIT
+from subnet.transport.knock import Outcome
 from subnet.transport.synapse import Synapse, TensorSpec
 from subnet.trust.heads import ACK_BYTES, HEAD_BYTES
 from subnet.trust.ledger import CLOSING_BYTES, LEAF_BYTES, MAX_LOSS
@@ -290,6 +291,27 @@ class RosterSnapshot(Synapse):
 
     def specs(self) -> dict[str, TensorSpec]:
         return {"roster": table(1, self.size)}
+
+
+class CallBack(Synapse):
+    """Asks to be called back: does an axon of the caller answer at `port` of the address this request comes from?
+
+    The address is not the caller's to name, so nobody can be made to call a third party.
+    """
+
+    route: ClassVar[str] = "callback"
+    port: Annotated[int, Field(gt=0, lt=2**16)]
+
+
+class CalledBack(Synapse):
+    """What came of it."""
+
+    source: Annotated[str, Field(pattern=r"^[0-9a-f.:]{2,45}$")]
+    """IP address that the request came from."""
+    outcome: Outcome | None
+    """None where nobody was called, because the address is one of the peer's own network."""
+    seconds: Annotated[float, Field(ge=0, lt=3600)]
+    """Until it came to that."""
 
 
 class Tensors(Synapse):

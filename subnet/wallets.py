@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from bittensor.keyfiles import Keyfile, KeyfileError, Keypair
@@ -37,6 +39,57 @@ def load_wallet(name: str, hotkey: str, path: Path = DEFAULT_PATH) -> Wallet:
             f"hotkey file {file} cannot be used: {' '.join(str(error).split())}; check its password"
         ) from error
     return wallet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """What lies on disk of a wallet. Nothing secret."""
+
+    file: str
+    """Of the hotkey."""
+    others: tuple[str, ...]
+    """Hotkeys of the same wallet."""
+    present: bool
+    encrypted: bool
+    password: str
+    """Environment variable that a password for it is taken from."""
+    password_set: bool
+    address: str | None
+    """The hotkey's ss58, None where it cannot be told without a password or from a damaged file."""
+    problem: str = ""
+    """Why the hotkey cannot be used."""
+    coldkey: str = ""
+    """File of the coldkey's private key, empty if it is not on this machine."""
+    coldkey_encrypted: bool = False
+
+
+def look_at_keys(name: str, hotkey: str, path: Path = DEFAULT_PATH) -> Keys:
+    """What a wallet consists of on this machine. Asks for no password, decrypts nothing."""
+    root = path.expanduser()
+    wallet = Wallet(name, hotkey, str(root))
+    key, cold = wallet.hotkey_file, wallet.coldkey_file
+    encrypted, address, problem = False, None, ""
+    try:
+        encrypted = key.exists_on_device() and key.is_encrypted()
+        if encrypted and wallet.hotkeypub_file.exists_on_device():
+            address = wallet.hotkeypub_file.get_keypair().ss58_address
+        elif key.exists_on_device() and not encrypted:
+            address = key.get_keypair().ss58_address
+    except (OSError, ValueError, KeyfileError) as error:
+        problem = " ".join(str(error).split())
+    folder = root / name / "hotkeys"
+    return Keys(
+        file=key.path,
+        others=tuple(sorted(item.name for item in folder.glob("*") if not item.name.endswith("pub.txt"))),
+        present=key.exists_on_device(),
+        encrypted=encrypted,
+        password=key.env_var_name(),
+        password_set=bool(os.environ.get(key.env_var_name())),
+        address=address,
+        problem=problem,
+        coldkey=cold.path if cold.exists_on_device() else "",
+        coldkey_encrypted=cold.is_encrypted(),
+    )
 
 
 def create_wallet(

@@ -62,7 +62,8 @@ _ACCEPT_PAUSE: Final = 1.0
 class _Route:
     name: str
     max_bytes: int
-    answer: Callable[[Ticket, memoryview], Awaitable[list[memoryview]]]
+    answer: Callable[[Ticket, memoryview, str], Awaitable[list[memoryview]]]
+    """Admitted request, its body and the IP address it came from to the reply."""
 
 
 @dataclass(slots=True)
@@ -156,9 +157,9 @@ class Axon:
                 raise ValueError(f"max_bytes is missing for {kind.__name__}, whose specs depend on its fields")
             max_bytes = synapse.max_blob_bytes(specs)
 
-        async def answer(ticket: Ticket, body: memoryview) -> list[memoryview]:
+        async def answer(ticket: Ticket, body: memoryview, source: str) -> list[memoryview]:
             fields, tensors = synapse.decode(kind, body, specs)
-            received = Received(tensors, payload=ticket.digests.payload)
+            received = Received(tensors, payload=ticket.digests.payload, source=source)
             return synapse.encode(*await handler(ticket.caller, fields, received))
 
         self._routes[kind.route] = _Route(kind.route, max_bytes, answer)
@@ -251,7 +252,7 @@ class Axon:
                 head.fields, route=route.name, path=head.target, max_bytes=route.max_bytes
             ) as ticket:
                 body = await self._receive(request, ticket)
-                parts = await self._answer(route, ticket, body)
+                parts = await self._answer(route, ticket, body, connection.source)
                 up = None if self.shaper is None else self.shaper.towards(ticket.caller).up
                 return await self._respond(connection, 200, parts, kind=_BINARY, keep=head.keeps, up=up) and head.keeps
         except Refused as refusal:
@@ -272,7 +273,7 @@ class Axon:
         """The body, in one buffer, proven to be the one that was signed."""
         body = self._memory.take(ticket.length)
         if ticket.place is not None:
-            if self.shaper is not None or not is_beside(request.connection.peer.rpartition(":")[0]):
+            if self.shaper is not None or not is_beside(request.connection.source):
                 raise Elsewhere(f"{request.connection.peer} is not beside this axon", "send the body")
             read = ticket.place.read
             found = await asyncio.to_thread(read, body) if ticket.length >= synapse.OFF_LOOP else read(body)
@@ -315,9 +316,9 @@ class Axon:
             seen(body[filled : filled + got])
             filled += got
 
-    async def _answer(self, route: _Route, ticket: Ticket, body: memoryview) -> list[memoryview]:
+    async def _answer(self, route: _Route, ticket: Ticket, body: memoryview, source: str) -> list[memoryview]:
         try:
-            return await route.answer(ticket, body)
+            return await route.answer(ticket, body, source)
         except Refused:
             raise
         except Exception:  # noqa: BLE001  (the border: whatever a handler does, the node stays up)

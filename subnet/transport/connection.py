@@ -56,6 +56,11 @@ class Connection:
         self.connected = True
 
     @property
+    def source(self) -> str:
+        """IP address of the other end, of a connection that was accepted."""
+        return self.peer.rpartition(":")[0]
+
+    @property
     def quiet(self) -> bool:
         """Open, with nothing to read: ready for another request."""
         if self._ahead or self._sock.fileno() < 0:

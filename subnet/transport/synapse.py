@@ -58,10 +58,15 @@ S = TypeVar("S", bound=Synapse)
 class Received(dict[str, torch.Tensor]):
     """The tensors of a request whose bytes are proven to be the signed ones."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], *, payload: bytes) -> None:
-        """`payload` is the BLAKE3 of all their bytes, end to end: where there is one tensor, that one's."""
+    def __init__(self, tensors: Mapping[str, torch.Tensor], *, payload: bytes, source: str = "") -> None:
+        """
+        Args:
+            payload: the BLAKE3 of all their bytes, end to end: where there is one tensor, that one's.
+            source: IP address that the request came from; empty where it came over no network.
+        """
         super().__init__(tensors)
         self.payload = payload
+        self.source = source
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 from model.data import DataError
+from neurons import miner, node
 from neurons.config import NeuronConfig
+from neurons.keeper import Keeper
+from neurons.machine import Room
+from neurons.miner import Miner
+from neurons.needs import least_files
 from neurons.node import Neighbourhood, Node, NodeError, main
+from neurons.vault import Vault
 from subnet.chain import BittensorChain, ChainError, ChainRefused, ChainUnreachable
 from subnet.localchain.genesis import OWNER_COLDKEY_URI, OWNER_HOTKEY_URI, ChainConfig
 from subnet.localchain.node import LocalChain
@@ -110,6 +116,8 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
             ({"netuid": 77}, ChainRefused, "--netuid"),
             ({"network": "ws://127.0.0.1:9"}, ChainUnreachable, "--network"),
             ({"port": taken.getsockname()[1]}, PortTaken, str(taken.getsockname()[1])),
+            ({"announce": "0.0.0.0"}, NodeError, "--announce 0.0.0.0 is no address that others could reach"),  # noqa: S104
+            ({"announce": "miner.example"}, NodeError, "--announce 'miner.example' is no IPv4 or IPv6 address"),
         ]
         for changes, error, words in wrong:
             with pytest.raises(error, match=words) as caught:
@@ -120,6 +128,28 @@ async def test_a_node_starts_and_every_wrong_setting_is_named(chain_url: str, tm
     (tmp_path / "data" / "tokens.bin").write_bytes(b"\0" * 80_000)
     with pytest.raises(DataError, match=r"tokens\.bin"):
         await Node.open(config, role="miner")
+
+
+async def test_a_node_refuses_too_few_files(chain_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, loaded = await publish_run(chain_url, tmp_path)
+    monkeypatch.setattr(node, "open_files", lambda: (100, 4096))
+    with pytest.raises(NodeError, match=f"100 files may be open .* run `ulimit -n {least_files(loaded.manifest)}`"):
+        await Node.open(config, role="miner")
+
+
+async def test_a_miner_refuses_a_stage_for_which_it_has_no_room(
+    chain_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = await publish_run(chain_url, tmp_path)
+    for lacks, words in (
+        (Room(memory=10**6, disk=10**12, files=10**5), "of host memory"),
+        (Room(memory=10**12, disk=10**3, files=10**5), "--out another disk"),
+    ):
+        monkeypatch.setattr(miner, "room", lambda _out, found=lacks: found)
+        async with await Node.open(config, role="miner") as opened:
+            vault = await Vault.open(config.checkpoints, manifest_hash=opened.loaded.digest.hex())
+            with pytest.raises(NodeError, match=words):
+                await Miner(opened, Keeper(opened, vault))._take_stage(0)
 
 
 def test_pushes_are_for_who_counts_fetches_for_who_is_known() -> None:

@@ -325,11 +325,13 @@ def _add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     dashboard = commands.add_parser(
         "dashboard",
         help="show a run, or a node, as a web page",
-        description="Serve one web page that shows a run from its event logs: as it goes on, or any moment of it again. "
-        "It reads and never acts. docs/dashboard.md says what each panel shows.",
+        description="Serve one web page that shows a run from its event logs: as it goes on, or any moment of it "
+        "again. It reads and never acts. docs/dashboard.md says what each panel shows.",
     )
     dashboard.add_argument("--run", type=Path, required=True, metavar="DIR", help="--out folder of a run or of a node")
-    dashboard.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1, this machine only)")
+    dashboard.add_argument(
+        "--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1, this machine only)"
+    )
     dashboard.add_argument("--port", type=_port, default=8765, help="port, 0 for any that is free (default: 8765)")
 
 
@@ -369,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _run(argv: list[str]) -> int:  # noqa: PLR0911 - one per command
+def _run(argv: list[str]) -> int:  # noqa: C901, PLR0911 - one per command
     if argv[:1] == ["chain"]:
         from subnet.localchain.__main__ import main as chain  # noqa: PLC0415 - heavy, and only for this command
 

@@ -30,7 +30,7 @@ from neurons.telemetry import (
 )
 
 Topic = Literal["churn", "trust", "training", "chain"]
-Weight = Literal["info", "warning", "fault"]
+Weight = Literal["info", "warning", "alarm"]
 Called = Callable[[str], str]
 """The node name of a hotkey."""
 
@@ -91,11 +91,11 @@ def _churn(event: Event, called: Called) -> tuple[Weight, str] | None:  # noqa: 
             again = f"computed {shadow.units} units of {called(shadow.sibling)} again"
             if shadow.passed:
                 return "info", f"{again}: they agree"
-            return "fault", f"{again}: they differ by {shadow.error:g}"
+            return "alarm", f"{again}: they differ by {shadow.error:g}"
         case NodeFinished(rounds=rounds):
             return "info", f"is done after {rounds} rounds"
         case NodeFailed(message=message):
-            return "fault", f"gave up: {message}"
+            return "alarm", f"gave up: {message}"
         case Intervention(action="resume", round=number):
             return "info", f"the run goes on in round {number}"
         case Intervention() as struck if struck.action in _STRUCK:
@@ -123,14 +123,14 @@ def _training(event: Event) -> tuple[Weight, str] | None:
 def _trust(event: Event, called: Called) -> tuple[Weight, str] | None:  # noqa: PLR0911 - one case per kind of event
     match event:
         case MergeFault() as fault:
-            return "fault", f"finds {called(fault.hotkey)} {fault.fault} in merge {fault.round}: {fault.reason}"
+            return "alarm", f"finds {called(fault.hotkey)} {fault.fault} in merge {fault.round}: {fault.reason}"
         case Quarantined() as held:
             return "warning", f"sets aside sample {held.sample} from {called(held.hotkey)}: {held.reason}"
         case Convicted() as verdict:
             span = f"in round {verdict.round} until round {verdict.until}"
-            return "fault", f"convicts {called(verdict.hotkey)} {span}: {verdict.reason}"
+            return "alarm", f"convicts {called(verdict.hotkey)} {span}: {verdict.reason}"
         case AuditBroken() as broken:
-            return "fault", f"audit of {called(broken.hotkey)} in round {broken.round} broke off: {broken.reason}"
+            return "alarm", f"audit of {called(broken.hotkey)} in round {broken.round} broke off: {broken.reason}"
         case ReportRead(refused=refused) as read if refused:
             return "warning", f"report of {called(read.validator)} for round {read.round} not read: {refused}"
         case EvidenceLost() as lost:

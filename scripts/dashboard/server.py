@@ -164,7 +164,7 @@ class Dashboard:
                 if newer.done():
                     frame = newer.result()
                     await response.write(sent.changes(frame))
-                else:
+                elif not closing.done():
                     await response.write(b": still here\n\n")
             finally:
                 newer.cancel()

@@ -247,7 +247,8 @@ def _curves(story: Story, facts: Facts | None, now: float) -> Curves:
 
 def _rounds(story: Story) -> Rounds:
     tally = story.tally
-    numbers = sorted({*tally.rounds, *tally.validation, *story.beginnings}, reverse=True)
+    merged = {number for number, _ in story.merges}
+    numbers = sorted({*tally.rounds, *tally.validation, *story.beginnings, *merged}, reverse=True)
     return Rounds([_round(story, number) for number in numbers[:ROUNDS]], max(0, len(numbers) - ROUNDS))
 
 

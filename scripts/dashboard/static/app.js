@@ -16,6 +16,7 @@ let stream = null;
 let asked = null;
 let bounds = { begin: null, end: null };
 let alarms = null;
+let isLost = false;
 
 // -- showing ----------------------------------------------------------------------------------------------------------
 
@@ -31,7 +32,7 @@ function show(changed) {
   if (!state.run) return;
   const has = (...names) => names.some((name) => changed.includes(name));
   const begin = state.run.begin ?? bounds.begin ?? 0;
-  if (has("run")) { showRun(state.run, replaying()); showTime(); }
+  if (has("run")) { showStanding(); showTime(); }
   if (has("totals")) showTotals(state.totals);
   if (has("grid")) {
     const miners = [...state.grid.stages.flatMap((stage) => stage.miners), ...state.grid.away];
@@ -48,6 +49,12 @@ function show(changed) {
   if (has("log")) showLog(state.log, byId("topic").value, begin);
   if (has("grid", "totals")) announceAlarms();
   document.body.dataset.shown = String(state.run.at);
+}
+
+function showStanding() {
+  if (!state.run || isLost) return;
+  showRun(state.run, replaying());
+  showFreshness(state.run, replaying(), Date.now() / 1000);
 }
 
 function take(text) {
@@ -88,7 +95,6 @@ function listen(address) {
   });
 }
 
-let isLost = false;
 function lost(now) {
   if (now === isLost) return;
   isLost = now;
@@ -97,7 +103,7 @@ function lost(now) {
   if (now) {
     say(byId("status"), "✕ no connection");
     byId("status").dataset.status = "lost";
-  } else if (state.run) showRun(state.run, replaying());
+  } else showStanding();
 }
 
 function live() {
@@ -137,7 +143,7 @@ async function goTo(seconds) {
 function showMode() {
   say(byId("play"), mode === "playing" ? "❙❙ Pause" : "▶ Play");
   byId("latest").setAttribute("aria-pressed", String(mode === "live"));
-  if (state.run) showRun(state.run, replaying());
+  showStanding();
   showTime();
 }
 

@@ -6,7 +6,7 @@ const STATES = {
   training: ["▶", "good"], merging: ["⇄", "busy"], merged: ["✓", "good"], benched: ["⏸", "warn"],
   out: ["–", "quiet"], left: ["←", "quiet"], frozen: ["❙❙", "warn"], dead: ["✕", "bad"],
 };
-const LEVELS = { info: ["·", "quiet"], warning: ["!", "warn"], fault: ["✕", "bad"] };
+const LEVELS = { info: ["·", "quiet"], warning: ["!", "warn"], alarm: ["✕", "bad"] };
 
 export function showRun(run, replaying) {
   document.title = `Orion · ${run.folder}`;
@@ -19,19 +19,27 @@ export function showRun(run, replaying) {
   say(chip, `${symbol} ${word}`);
   chip.dataset.status = kind;
   say(byId("round"), run.round < 0 ? "no round yet" : run.rounds === null ? `round ${run.round}`
-    : `round ${run.round} of 0–${run.rounds - 1}`);
+    : `round ${run.round}, the last is ${run.rounds - 1}`);
   say(byId("elapsed"), run.begin === null ? "" : `${span(run.at - run.begin)} elapsed`);
   const problem = byId("problem");
   problem.hidden = run.problem === "";
   say(problem, run.problem);
 }
 
+const SILENT = 60; // seconds without an event after which a run that has not ended is not called live
+
 /** The age of the last event, while a run goes on. */
 export function showFreshness(run, replaying, now) {
   const age = run.end === null || replaying || run.status !== "running" ? null : now - run.end;
   const place = byId("freshness");
+  const chip = byId("status");
+  if (age !== null && chip.dataset.status !== "lost") {
+    const silent = age > SILENT;
+    say(chip, silent ? "! silent" : "● live");
+    chip.dataset.status = silent ? "silent" : "running";
+  }
   say(place, age === null ? "" : age < 3 ? "events now" : `last event ${span(age)} ago`);
-  place.classList.toggle("stale", age !== null && age > 30);
+  place.classList.toggle("stale", age !== null && age > SILENT);
 }
 
 export function showTotals(totals) {
@@ -62,7 +70,9 @@ export function showTotals(totals) {
 
 // -- swarm ------------------------------------------------------------------------------------------------------------
 
+const WORK = { working: ["▶", "busy"], done: ["✓", "good"], failed: ["✕", "bad"] };
 const cells = new Map();
+const validators = el("section", { class: "stage" }, el("h3", {}, "validators"), el("ul"));
 
 /** The grid. A cell is a button and stays the same element, so that focus stays where it is. */
 export function showGrid(grid, chosen, choose) {
@@ -72,8 +82,8 @@ export function showGrid(grid, chosen, choose) {
     const buttons = stage.miners.map((miner) => cell(miner, chosen, choose, present));
     return [`stage ${stage.index}`, stage.role === "body" ? "" : stage.role, buttons];
   });
-  if (place.children.length !== columns.length) {
-    place.replaceChildren(...columns.map(() => el("section", { class: "stage" }, el("h3"), el("ul"))));
+  if (place.children.length !== columns.length + 1) {
+    place.replaceChildren(...columns.map(() => el("section", { class: "stage" }, el("h3"), el("ul"))), validators);
   }
   columns.forEach(([title, role, buttons], index) => {
     const [head, list] = place.children[index].children;
@@ -90,10 +100,11 @@ export function showGrid(grid, chosen, choose) {
   if (byId("away").children.length) fill(byId("away").querySelector("ul"), away);
   byId("away").hidden = away.length === 0;
   for (const [name, button] of cells) if (!present.has(name)) { button.remove(); cells.delete(name); }
-  byId("validators").replaceChildren(...grid.validators.map((one) => el("span", {}, `${one.name} `,
-    one.state === "failed" ? mark("bad", "✕", `failed: ${one.failure}`)
-      : one.state === "done" ? mark("good", "✓", "done") : mark("busy", "▶", "working"))));
-  if (!grid.stages.length && !grid.away.length) place.replaceChildren(el("p", { class: "empty" }, "No miner has begun yet."));
+  validators.lastChild.replaceChildren(...grid.validators.map((one) => el("li", { class: `card ${WORK[one.state][1]}` },
+    el("span", { class: "row" }, el("strong", {}, one.name), mark(WORK[one.state][1], WORK[one.state][0], one.state)),
+    el("span", { class: "row quiet" }, el("span", {}, `${whole(one.units)} units replayed`),
+      el("span", {}, `${whole(one.convictions)} verdicts`)),
+    one.failure ? el("span", { class: "quiet" }, one.failure) : "")));
 }
 
 function fill(list, buttons) {
@@ -127,8 +138,8 @@ function cell(miner, chosen, choose, present) {
     el("span", { class: "row" }, mark(kind, symbol, miner.failure ? "failed" : miner.state), merged(miner.merge)),
     el("span", { class: "row quiet" }, el("span", {}, `${whole(miner.units)} units`), el("span", {}, `${whole(miner.steps)} steps`)),
     el("span", { class: "row quiet" },
-      el("span", {}, audits ? `${whole(miner.passed)}/${whole(audits)} audited` : "not audited"),
-      el("span", {}, miner.weight === null ? "" : percent(miner.weight))),
+      el("span", {}, audits ? `audits ${whole(miner.passed)}/${whole(audits)}` : "not audited"),
+      el("span", {}, miner.weight === null ? "" : `weight ${percent(miner.weight)}`)),
     verdictOf(miner, convicted),
   );
   return button;

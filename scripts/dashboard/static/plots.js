@@ -61,7 +61,7 @@ const xText = (value) => (value === null ? "–" : axisKind === "time" ? span(va
 const loss = new Plot(byId("loss-plot"), () => ({
   ...common(),
   scales: { x: { time: false } },
-  axes: [axis(xText, { space: 60 }), axis((value) => fixed(value, 1), { size: 40 })],
+  axes: [axis(xText, { space: 60, size: 32 }), axis((value) => fixed(value, 1), { size: 40 })],
   series: [
     { label: axisKind === "time" ? "elapsed" : axisKind, value: (_plot, value) => xText(value) },
     { label: "training", stroke: colour("--line-a"), width: 1.5, spanGaps: true, points: { show: false },
@@ -75,7 +75,7 @@ let rateUnit = "tokens/s";
 const rate = new Plot(byId("rate-plot"), () => ({
   ...common(),
   scales: { x: { time: false }, y: { range: (_plot, _low, high) => [0, high > 0 ? high * 1.1 : 1] } },
-  axes: [axis(span, { space: 60 }), axis((value) => scaled(value), { size: 56 })],
+  axes: [axis(span, { space: 60, size: 32 }), axis((value) => scaled(value), { size: 56 })],
   series: [
     { label: "elapsed", value: (_plot, value) => span(value) },
     { label: rateUnit, stroke: colour("--line-a"), width: 1.5, fill: colour("--fill-a"), points: { show: false },

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cli import main
+from scripts.cli import RESUME_TAKES, main, parser
 from scripts.dashboard.command import Beside, is_loopback
 from scripts.dashboard.errors import DashboardError
 
@@ -62,6 +62,12 @@ def test_wrong_usage_is_2(flags: list[str], capsys: pytest.CaptureFixture[str]) 
         main(["dashboard", *flags])
     assert ended.value.code == 2
     assert capsys.readouterr().err
+
+
+def test_a_localnet_shows_itself_where_asked() -> None:
+    for flags, port in (([], None), (["--dashboard"], 8765), (["--dashboard", "0"], 0), (["--resume", "x"], None)):
+        assert parser().parse_args(["localnet", *flags]).dashboard == port
+    assert "dashboard" in RESUME_TAKES
 
 
 def test_beside_another_program_it_ends_when_told(recorded: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
@@ -33,13 +33,15 @@ async def page(tmp_path: Path) -> AsyncIterator[Page]:
         yield tab
 
 
-async def test_it_shows_what_the_server_says(recorded: Path, served: Served, page: Page) -> None:
+async def test_it_shows_what_the_server_says(
+    recorded: Path, served: Served, page: Page, record_property: Callable[[str, object], None]
+) -> None:
     async with served(recorded) as address:
         async with aiohttp.ClientSession(address) as session, session.get("/state") as answer:
             state = await answer.json()
         await page.open(f"{address}/", width=1280)
         paint = await page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
-        print(f"first contentful paint after {paint} ms")
+        record_property("first contentful paint, milliseconds", paint)
         figures = await page.evaluate(
             "Object.fromEntries([...document.querySelectorAll('.figure')].map((one) => [one.id, one.textContent]))"
         )
@@ -90,7 +92,7 @@ async def test_a_chosen_miner_shows_its_terms(recorded: Path, served: Served, pa
         terms = dict(await page.evaluate(f"({CELLS})('score')"))
         assert terms["not paid"] == "2 no receipt"
         assert terms["verified FLOPs"] == "30.0 G"
-        assert terms["× correctness"] == "✕ 0.00"
+        assert terms["\N{MULTIPLICATION SIGN} correctness"] == "✕ 0.00"
         assert terms["= weight"] == "0.00 %"
         assert await page.evaluate("document.getElementById('miner').value") == "miner-3"
         assert (
@@ -120,8 +122,10 @@ async def test_a_keyboard_reaches_every_control(recorded: Path, served: Served, 
             order.append(int(await page.evaluate("document.activeElement.dataset.order ?? -1")))
         assert order == list(range(count))
         unnamed = await page.evaluate(
-            """[...document.querySelectorAll('[data-order]')].filter((one) => !(one.textContent.trim() || one.labels?.length
-              || one.getAttribute('aria-label') || one.getAttribute('aria-labelledby'))).map((one) => one.outerHTML)"""
+            """[...document.querySelectorAll('[data-order]')]
+              .filter((one) => !one.textContent.trim() && !one.labels?.length && !one.ariaLabel
+                && !one.hasAttribute('aria-labelledby'))
+              .map((one) => one.outerHTML)"""
         )
         assert unnamed == []
 

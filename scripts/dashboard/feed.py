@@ -20,6 +20,8 @@ from scripts.tally import LogFollower, Tally
 
 LOOK = 0.5
 """Seconds between two looks at the logs."""
+AT_ONCE = 20_000
+"""Events between two frames, about a second's work: the logs of a long run are shown as they are read."""
 EVENTS = "events"
 
 
@@ -56,21 +58,21 @@ class Teller:
         self._ahead: tuple[str, Stamped] | None = None
         self.story = Story(Tally(0))
 
-    def tell(self, until: float | None = None) -> bool:
-        """Fold in what has been written, up to events of the time `until`; whether there was any.
+    def tell(self, until: float | None = None, *, most: int | None = None) -> int:
+        """Fold in what has been written, up to events of the time `until` and at most so many; how many there were.
 
         Raises `DashboardError`, or `OSError` for a log that cannot be read just now.
         """
         if self._facts is None and (facts := read_facts(self._run)) is not None:
             self._facts = facts
             self.story.tally.tokens_per_microbatch = facts.tokens_per_microbatch
-        told = False
-        while (entry := self._next()) is not None:
+        told = 0
+        while told != most and (entry := self._next()) is not None:
             if until is not None and entry[1].time > until:
                 self._ahead = entry
                 break
             self.story.add(*entry)
-            told = True
+            told += 1
         return told
 
     def _next(self) -> tuple[str, Stamped] | None:
@@ -114,9 +116,9 @@ class Feed:
         self.frame = self._teller.frame()
 
     async def first(self) -> None:
-        """Read what is there. Raises `DashboardError`."""
+        """Read what is there, or the beginning of much. Raises `DashboardError`."""
         try:
-            told = await asyncio.to_thread(self._teller.tell)
+            told = await asyncio.to_thread(self._teller.tell, most=AT_ONCE)
         except OSError as error:
             raise DashboardError(f"{_unread(error)}: make it readable") from error
         if told:
@@ -124,12 +126,13 @@ class Feed:
 
     async def follow(self) -> None:
         """Look again and again, until cancelled or logs turn out to be none that can be read: the frame says so."""
-        hopeless = False
+        told, hopeless = 0, False
         while not hopeless:
-            await asyncio.sleep(LOOK)
-            told, problem = False, ""
+            if told < AT_ONCE:
+                await asyncio.sleep(LOOK)
+            told, problem = 0, ""
             try:
-                told = await asyncio.to_thread(self._teller.tell)
+                told = await asyncio.to_thread(self._teller.tell, most=AT_ONCE)
             except OSError as error:  # it may be readable again at the next look
                 problem = _unread(error)
             except DashboardError as error:

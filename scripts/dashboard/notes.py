@@ -8,13 +8,17 @@ from typing import Literal
 
 from neurons.telemetry import (
     AuditBroken,
+    Checked,
     Convicted,
     Downloaded,
     Event,
     EvidenceLost,
     Intervention,
+    LocalStep,
     Merged,
     MergeFault,
+    MicrobatchDone,
+    MicrobatchStarted,
     NodeFailed,
     NodeFinished,
     NodeStarted,
@@ -47,6 +51,10 @@ _MARKED: dict[str, Weight] = {"benched": "warning", "out": "warning"}
 """States that somebody should look at."""
 
 
+_COMMON = frozenset({LocalStep, MicrobatchStarted, MicrobatchDone, Checked})
+"""Nine of ten events, and none that is said."""
+
+
 @dataclass(frozen=True, slots=True)
 class Note:
     """One line of the log."""
@@ -63,6 +71,8 @@ class Note:
 def note(name: str, stamped: Stamped, called: Called) -> Note | None:
     """What the log says of an event of the node `name`; None for one that is too common to be said."""
     event = stamped.event
+    if type(event) in _COMMON:
+        return None
     topic: Topic
     for topic, said in (
         ("churn", _churn(event, called)),

@@ -48,18 +48,23 @@ export function span(seconds) {
 }
 
 /**
- * A table. `columns` are [heading, kind] with kind "text", "number" or "name"; `rows` are lists of strings or nodes,
- * the first cell of each is its heading.
+ * A table. `columns` are [heading, kind] with kind "text", "number", "name", "prose", "sign" or "bar"; `rows` are lists
+ * of strings or nodes, the first cell of each is its heading. Roles are spelt out because a small screen shows rows of
+ * prose as blocks, and a browser no longer takes what is laid out so for a table.
  */
 export function table(caption, columns, rows) {
-  const head = columns.map(([heading, kind]) => el("th", { scope: "col", class: kind }, heading));
+  const prose = columns.some(([, kind]) => kind === "prose");
+  const head = columns.map(([heading, kind]) => el("th", { scope: "col", class: kind, role: "columnheader" }, heading));
   const body = rows.map((row) =>
-    el("tr", {}, ...row.map((cell, index) =>
-      index === 0
-        ? el("th", { scope: "row", class: columns[0][1] }, cell)
-        : el("td", { class: columns[index][1] }, cell))));
-  return el("table", {}, el("caption", { class: "unseen" }, caption), el("thead", {}, el("tr", {}, ...head)),
-    el("tbody", {}, ...body));
+    el("tr", { role: "row" }, ...row.map((cell, index) => {
+      const [heading, kind] = columns[index];
+      const label = prose && kind === "number" ? heading : null;
+      return index === 0 ? el("th", { scope: "row", class: kind, role: "rowheader", "data-label": label }, cell)
+        : el("td", { class: kind, role: "cell", "data-label": label }, cell);
+    })));
+  return el("table", { role: "table", class: prose ? "stacks" : null }, el("caption", { class: "unseen" }, caption),
+    el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...head)),
+    el("tbody", { role: "rowgroup" }, ...body));
 }
 
 /** A word with its mark: never a colour alone. */

@@ -48,17 +48,18 @@ export function showTotals(totals) {
     .filter(([, count]) => count).map(([word, count]) => `${count} ${word}`).join(", ");
   const audited = totals.audits_passed + totals.audits_failed;
   const rows = [
-    ["loss", "Training loss", fixed(totals.loss, 3), "latest microbatches"],
+    ["loss", "Training loss", fixed(totals.loss, 3), "latest few"],
     ["validation", "Validation loss", fixed(totals.validation, 4),
       totals.validation_round === null ? "not measured yet" : `before round ${totals.validation_round}`],
     ["tokens", "Tokens", whole(totals.tokens), `${whole(totals.microbatches)} microbatches`],
     ["rate", "Tokens/s", whole(totals.tokens_per_second), "whole run"],
-    ["lost", "Lost", whole(totals.lost), `microbatches; ${whole(totals.in_flight)} in flight`, totals.lost > 0],
-    ["audits", "Audited units", `${whole(totals.audits_passed)}/${whole(audited)}`,
-      totals.audits_failed ? `✕ ${whole(totals.audits_failed)} failed` : "passed", totals.audits_failed > 0],
-    ["convicted", "Convicted", whole(totals.convicted), totals.convicted ? "✕ earn nothing now" : "miners",
+    ["lost", "Lost", whole(totals.lost), `${whole(totals.in_flight)} in flight`, totals.lost > 0],
+    ["audits", "Audited units", audited ? `${whole(totals.audits_passed)}/${whole(audited)}` : NONE,
+      totals.audits_failed ? `✕ ${whole(totals.audits_failed)} failed` : audited ? "passed" : "none yet",
+      totals.audits_failed > 0],
+    ["convicted", "Convicted", whole(totals.convicted), totals.convicted ? "✕ earn nothing" : "miners",
       totals.convicted > 0],
-    ["weights-set", "Weights set", whole(totals.weights_set), "times, all validators"],
+    ["weights-set", "Weights set", whole(totals.weights_set), "by all validators"],
     ["sent", "Sent", bytes(totals.forward_bytes + totals.backward_bytes + totals.merge_bytes),
       `${bytes(totals.merge_bytes)} in merges`],
     ["churn", "Gradients lost", whole(totals.gradients_lost), churn || "no churn", totals.gradients_lost > 0],
@@ -100,6 +101,7 @@ export function showGrid(grid, chosen, choose) {
   if (byId("away").children.length) fill(byId("away").querySelector("ul"), away);
   byId("away").hidden = away.length === 0;
   for (const [name, button] of cells) if (!present.has(name)) { button.remove(); cells.delete(name); }
+  validators.hidden = grid.validators.length === 0;
   validators.lastChild.replaceChildren(...grid.validators.map((one) => el("li", { class: `card ${WORK[one.state][1]}` },
     el("span", { class: "row" }, el("strong", {}, one.name), mark(WORK[one.state][1], WORK[one.state][0], one.state)),
     el("span", { class: "row quiet" }, el("span", {}, `${whole(one.units)} units replayed`),
@@ -308,7 +310,7 @@ export function showWeights(weights) {
 export function showLog(log, topic, begin) {
   const notes = log.notes.filter((note) => topic === "" || note.topic === topic).reverse();
   byId("log").replaceChildren(notes.length ? table("Log, newest first",
-    [["time", "number"], ["", "sign"], ["node", "name"], ["what happened", "prose"]],
+    [["time", "text"], ["", "sign"], ["node", "name"], ["what happened", "prose"]],
     notes.map((note) => {
       const [symbol, kind] = LEVELS[note.weight];
       return [span(note.time - begin), note.weight === "info" ? el("span", { class: "quiet", "aria-hidden": "true" }, symbol)

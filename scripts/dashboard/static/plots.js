@@ -17,7 +17,12 @@ class Plot {
   }
 
   show(data) {
-    this.data = data;
+    this.data = data[0].length ? data : null;
+    if (this.data === null) {
+      this.plot?.destroy();
+      this.plot = null;
+      return;
+    }
     if (this.plot === null) this.redraw();
     else this.plot.setData(data);
   }

@@ -85,6 +85,19 @@ async def test_a_feed_waits_for_its_run_and_goes_on_with_it(tmp_path: Path, monk
         following.cancel()
 
 
+async def test_much_is_shown_as_it_is_read(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "AT_ONCE", 10)
+    feed = Feed(recorded)
+    await feed.first()
+    assert b'"tokens":0,' in feed.frame.sections["totals"]
+    following = asyncio.create_task(feed.follow())
+    frames = [feed.frame]
+    while b'"status":"finished"' not in frames[-1].sections["run"]:
+        frames.append(await feed.after(frames[-1]))
+    following.cancel()
+    assert len(frames) == -(-len(small()) // 10)
+
+
 def test_a_story_told_to_a_moment_goes_on_from_there(recorded: Path) -> None:
     teller = Teller(recorded)
     teller.tell(BEGIN + 10.0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from scripts.plan.options import PlanOptions
 
-RESUME_TAKES = {"command", "resume", "plain"}
+RESUME_TAKES = {"command", "resume", "plain", "dashboard"}
 """The only options that go with --resume."""
 
 
@@ -314,6 +314,35 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     network.add_argument("--bandwidth", default=None, metavar="200mbit", help="of every node (default: no limit)")
     network.add_argument("--loss", default=None, metavar="0.5%", help="share of packets lost (default: none)")
     localnet.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
+    localnet.add_argument(
+        "--dashboard",
+        type=_port,
+        nargs="?",
+        const=8765,
+        default=None,
+        metavar="PORT",
+        help="show the run as a web page on this machine while it goes on (port: 8765, 0 for any that is free)",
+    )
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is outside 0 to 65535: choose one inside")
+    return int(text)
+
+
+def _add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    dashboard = commands.add_parser(
+        "dashboard",
+        help="show a run, or a node, as a web page",
+        description="Serve one web page that shows a run from its event logs: as it goes on, or any moment of it "
+        "again. It reads and never acts. docs/dashboard.md says what each panel shows.",
+    )
+    dashboard.add_argument("--run", type=Path, required=True, metavar="DIR", help="--out folder of a run or of a node")
+    dashboard.add_argument(
+        "--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1, this machine only)"
+    )
+    dashboard.add_argument("--port", type=_port, default=8765, help="port, 0 for any that is free (default: 8765)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -322,6 +351,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_localnet(commands)
+    _add_dashboard(commands)
     _add_export(commands)
     _add_generate(commands)
     _add_roster(commands)
@@ -361,6 +391,12 @@ def _run(argv: list[str]) -> int:
         return _own_flags(argv[0], argv[1:])
     flags = parser().parse_args(argv)
     return _COMMANDS[flags.command](flags)
+
+
+def _dashboard(flags: argparse.Namespace) -> int:
+    from scripts.dashboard.command import dashboard  # noqa: PLC0415 - heavy, and only for this command
+
+    return dashboard(flags.run, host=flags.host, port=flags.port)
 
 
 def _export(flags: argparse.Namespace) -> int:
@@ -509,7 +545,7 @@ def _localnet(flags: argparse.Namespace) -> int:
                 f"orion localnet: --resume takes its options from the run's folder: leave out {given}", file=sys.stderr
             )
             return 2
-        return resume(flags.resume, plain=flags.plain)
+        return resume(flags.resume, plain=flags.plain, dashboard=flags.dashboard)
     try:
         faults = parse_faults({action: getattr(flags, action) for action in ACTIONS})
         adversaries = tuple(Adversary.parse(text) for text in flags.adversary)
@@ -534,11 +570,12 @@ def _localnet(flags: argparse.Namespace) -> int:
         faults=faults,
         adversaries=adversaries,
     )
-    return localnet(options, out=flags.out, plain=flags.plain, data=flags.data)
+    return localnet(options, out=flags.out, plain=flags.plain, data=flags.data, dashboard=flags.dashboard)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "localnet": _localnet,
+    "dashboard": _dashboard,
     "export": _export,
     "generate": _generate,
     "roster": _roster,

@@ -30,6 +30,7 @@ from scripts.summary import summary, write_summary
 from scripts.tally import LogFollower, Tally
 
 if TYPE_CHECKING:
+    from scripts.dashboard.command import Beside
     from scripts.data.local import RunData
 
 NETUID = 9
@@ -42,9 +43,11 @@ GRACE = 120.0
 VALIDATOR_STAKE = 10_000.0
 
 
-def localnet(options: LocalnetOptions, *, out: Path | None, plain: bool, data: Path | None = None) -> int:
+def localnet(
+    options: LocalnetOptions, *, out: Path | None, plain: bool, data: Path | None = None, dashboard: int | None = None
+) -> int:
     """Run a swarm on the prepared shards in `data`, or the standard library; 0 if every node finished and every
-    validator set weights, 1 if not, 130 when it was stopped."""
+    validator set weights, 1 if not, 130 when it was stopped. `dashboard` is the port of a page that shows it."""
 
     def new() -> _Run:
         folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -54,10 +57,10 @@ def localnet(options: LocalnetOptions, *, out: Path | None, plain: bool, data: P
         claim_folder(folder)
         return _Run(options, folder, claim_run(folder), plain=plain, data=data)
 
-    return _managed(new)
+    return _managed(new, dashboard)
 
 
-def resume(folder: Path, *, plain: bool) -> int:
+def resume(folder: Path, *, plain: bool, dashboard: int | None = None) -> int:
     """Go on with the run in `folder`, whose processes have all died; the status is that of `localnet`."""
 
     def old() -> _Run:
@@ -66,10 +69,10 @@ def resume(folder: Path, *, plain: bool) -> int:
         run = read_run(folder)  # again: it may have been completed before the lock was ours
         return _Run(run.options(), folder, lock, plain=plain, saved=run)
 
-    return _managed(old)
+    return _managed(old, dashboard)
 
 
-def _managed(make: Callable[[], _Run]) -> int:
+def _managed(make: Callable[[], _Run], dashboard: int | None) -> int:
     console = Console(soft_wrap=True, markup=False)
     try:
         run = make()
@@ -84,6 +87,8 @@ def _managed(make: Callable[[], _Run]) -> int:
 
     previous = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
+        if dashboard is not None:
+            run.show_page(dashboard)
         return run.whole()
     except LocalnetError as error:
         if not run.interrupted:
@@ -117,6 +122,7 @@ class _Run:
         self.started_at = self.began_at if saved is None else saved.started_at
         self.lock = lock
         self.chain: NodeProcess | None = None
+        self.page: Beside | None = None
         self.interrupted = False
         self.reported = False
         self.churn: Churn | None = None
@@ -129,6 +135,17 @@ class _Run:
     @property
     def nodes(self) -> list[NodeProcess]:
         return [] if self.churn is None else self.churn.nodes
+
+    def show_page(self, port: int) -> None:
+        """Raises `LocalnetError`."""
+        from scripts.dashboard.command import Beside  # noqa: PLC0415 - only with --dashboard
+        from scripts.dashboard.errors import DashboardError  # noqa: PLC0415
+
+        try:
+            self.page = Beside(self.out, port=port)
+        except DashboardError as error:
+            raise LocalnetError(f"--dashboard: {error}") from error
+        self.console.print(f"{self.page.address} shows the run while it goes on", highlight=False)
 
     def whole(self) -> int:
         start_server()
@@ -446,6 +463,9 @@ class _Run:
             content = self._summary(complete=False)
             self.console.print(_result_lines(content), highlight=False)
             self.console.print(f"stopped early; summary: {self.out / 'summary.json'}", highlight=False)
+        if self.page is not None:
+            self.page.close()
+            self.console.print(f"orion dashboard --run {self.out} shows it again", highlight=False)
         self.lock.release()
         for number, handler in previous.items():
             signal.signal(number, handler)

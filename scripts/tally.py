@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from heapq import merge
 from pathlib import Path
 
 from neurons.telemetry import (
@@ -463,8 +464,20 @@ class Tally:
             self.news.append(f"{event.hotkey} is {event.fault} in the merge of round {event.round}: {event.reason}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One whole line of a log."""
+
+    time: float
+    """Of its event; for a torn one, of the event before."""
+    path: Path
+    end: int
+    """Where the next line begins, in bytes."""
+    stamped: Stamped | None
+
+
 class LogFollower:
-    """Reads what was appended to the event logs of a folder since the last look."""
+    """Reads what was appended to the event logs of a folder since the last look, however much that is."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -473,18 +486,26 @@ class LogFollower:
         """Lines left out because a killed process wrote only a part of them."""
 
     def read(self) -> Iterator[tuple[str, Stamped]]:
-        """(node name, event), oldest first; a line still being written waits for the next look."""
-        found: list[tuple[str, Stamped]] = []
-        for path in sorted(self._folder.glob("*.jsonl")):
-            with path.open("rb") as stream:
-                stream.seek(self._offsets.get(path, 0))
-                data = stream.read()
-            end = data.rfind(b"\n") + 1
-            self._offsets[path] = self._offsets.get(path, 0) + end
-            for line in data[:end].decode(errors="replace").split("\n")[:-1]:
-                stamped = read_event(line)
-                if stamped is None:
-                    self.torn += 1
-                else:
-                    found.append((path.stem, stamped))
-        yield from sorted(found, key=lambda entry: entry[1].time)
+        """(node name, event), oldest first; a line still being written waits for the next look.
+
+        A log is taken to be in the order of its times. What is not taken from the iterator comes at the next look.
+        """
+        logs = [self._lines(path) for path in sorted(self._folder.glob("*.jsonl"))]
+        for line in merge(*logs, key=lambda line: line.time):
+            self._offsets[line.path] = line.end
+            if line.stamped is None:
+                self.torn += 1
+            else:
+                yield line.path.stem, line.stamped
+
+    def _lines(self, path: Path) -> Iterator[_Line]:
+        end, time = self._offsets.get(path, 0), 0.0
+        with path.open("rb") as stream:
+            stream.seek(end)
+            for data in stream:
+                if not data.endswith(b"\n"):
+                    return
+                end += len(data)
+                stamped = read_event(data.decode(errors="replace"))
+                time = time if stamped is None else stamped.time
+                yield _Line(time, path, end, stamped)

@@ -345,6 +345,16 @@ def _add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     dashboard.add_argument("--port", type=_port, default=8765, help="port, 0 for any that is free (default: 8765)")
 
 
+def _add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    monitor = commands.add_parser(
+        "monitor",
+        help="show a run, or a node, in the terminal",
+        description="Show a run or a node from its event logs, as `orion localnet` shows its own, until it is over.",
+    )
+    monitor.add_argument("--run", type=Path, required=True, metavar="DIR", help="--out folder of a run or of a node")
+    monitor.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
+
+
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="orion", description="Train one large language model together, on Bittensor, without an orchestrator."
@@ -352,6 +362,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_localnet(commands)
     _add_dashboard(commands)
+    _add_monitor(commands)
     _add_export(commands)
     _add_generate(commands)
     _add_roster(commands)
@@ -397,6 +408,12 @@ def _dashboard(flags: argparse.Namespace) -> int:
     from scripts.dashboard.command import dashboard  # noqa: PLC0415 - heavy, and only for this command
 
     return dashboard(flags.run, host=flags.host, port=flags.port)
+
+
+def _monitor(flags: argparse.Namespace) -> int:
+    from scripts.monitor import monitor  # noqa: PLC0415 - heavy, and only for this command
+
+    return monitor(flags.run, plain=flags.plain)
 
 
 def _export(flags: argparse.Namespace) -> int:
@@ -576,6 +593,7 @@ def _localnet(flags: argparse.Namespace) -> int:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "localnet": _localnet,
     "dashboard": _dashboard,
+    "monitor": _monitor,
     "export": _export,
     "generate": _generate,
     "roster": _roster,

@@ -33,7 +33,9 @@ NEWS_LINES = 8
 
 
 def grid(tally: Tally, stages: int) -> Table:
-    """Stages across, replicas down; a cell is a miner's state, steps and units."""
+    """Stages across, as many as there are at least, replicas down; a cell is a miner's state, steps and units."""
+    held = [miner.stage + 1 for miner in tally.miners.values() if miner.stage is not None]
+    stages = max([stages, *held])
     table = Table(title=None, expand=False, pad_edge=False)
     columns: list[list[MinerTally]] = [[] for _ in range(stages)]
     for miner in sorted(tally.miners.values(), key=lambda miner: miner.name):

@@ -238,6 +238,12 @@ class Tally:
         return sum(cost.bytes for cost in self.audit_costs.values()) / moved if moved > 0 else None
 
     @property
+    def over(self) -> bool:
+        """Whether every node that ever began is done, failed, or gone."""
+        gone = {miner.name for miner in self.miners.values() if miner.state in {"dead", "left"}}
+        return bool(self.finished) and set(self.hotkeys) <= self.finished | set(self.failures) | gone
+
+    @property
     def recent_loss(self) -> float:
         return sum(loss for _, loss in self.recent) / len(self.recent) if self.recent else float("nan")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from neurons.telemetry import Stamped
 from scripts.dashboard.errors import DashboardError
 from scripts.dashboard.facts import FILE, Facts, read_facts
+from scripts.dashboard.metrics import exposition
 from scripts.dashboard.snapshot import snapshot
 from scripts.dashboard.state import sections
 from scripts.dashboard.story import Story
@@ -34,6 +35,8 @@ class Frame:
     end: float | None
     """Time of the last event."""
     problem: str = ""
+    metrics: bytes = b""
+    """The same for Prometheus."""
 
 
 def check_run(run: Path) -> None:
@@ -104,7 +107,7 @@ class Teller:
             at=at,
             end=end,
         )
-        return Frame(sections(state), state.run.end, problem)
+        return Frame(sections(state), state.run.end, problem, exposition(state))
 
 
 class Feed:

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from scripts.dashboard.errors import DashboardError
 from scripts.dashboard.feed import Feed, Frame, Teller
+from scripts.dashboard.metrics import CONTENT_TYPE
 from scripts.dashboard.state import joined
 
 STATIC: dict[str, str] = {
@@ -75,6 +76,7 @@ class Dashboard:
         application.router.add_get("/static/{name:.+}", self._file)
         application.router.add_get("/state", self._state)
         application.router.add_get("/events", self._events)
+        application.router.add_get("/metrics", self._metrics)
         return application
 
     def close(self) -> None:
@@ -120,6 +122,10 @@ class Dashboard:
         except OSError as error:
             return _refusal(503, f"logs cannot be read ({error.strerror})")
         return web.Response(body=joined(frame.sections), content_type="application/json")
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        """For Prometheus, as of the newest look at the logs."""
+        return web.Response(body=self.feed.frame.metrics, headers={"Content-Type": CONTENT_TYPE})
 
     async def _retold(self, teller: Teller, at: float) -> Frame:
         def retell() -> Frame:

@@ -54,7 +54,7 @@ def snapshot(
 ) -> State:
     """What the page shows. `at` and `end` differ from the story's last event only in a replay."""
     last = story.tally.last_event
-    status: Status = "waiting" if story.begin is None else "finished" if story.over else "running"
+    status: Status = "waiting" if story.begin is None else "finished" if story.tally.over else "running"
     return State(
         run=Run(
             name=folder if facts is None else facts.run.name,
@@ -70,7 +70,7 @@ def snapshot(
         ),
         totals=_totals(story, facts),
         grid=_grid(story),
-        curves=_curves(story, facts, math.inf if story.over else (last or 0.0)),
+        curves=_curves(story, facts, math.inf if story.tally.over else (last or 0.0)),
         rounds=_rounds(story),
         audits=_audits(story),
         scores=_scores(story),

@@ -71,13 +71,6 @@ class Story:
         """The node name of a hotkey, or what it begins with where no log is of it."""
         return next((name for name, known in self.tally.hotkeys.items() if known == hotkey), f"{hotkey[:8]}…")
 
-    @property
-    def over(self) -> bool:
-        """Whether every node that ever began is done, failed, or gone."""
-        gone = {miner.name for miner in self.tally.miners.values() if miner.state in {"dead", "left"}}
-        ended = self.tally.finished | set(self.tally.failures) | gone
-        return bool(self.tally.finished) and set(self.tally.hotkeys) <= ended
-
     def add(self, name: str, stamped: Stamped) -> None:
         """Fold in one event of the node `name`."""
         tally = self.tally

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,6 +72,10 @@ def parse(argv: list[str]) -> DoctorOptions:
         parser.error(f"--stage {flags.stage} is below 0")
     if not 0 <= flags.port <= 65_535:
         parser.error(f"--port {flags.port} is outside 0..65535")
+    try:
+        ipaddress.ip_address(flags.host)
+    except ValueError:
+        parser.error(f"--host {flags.host!r} is no IP address of this machine (leave it out for all)")
     missing = {"wallet": "", "hotkey": "", "manifest": Path(), "data": Path()}
     given = {name: value for name, value in vars(flags).items() if value is not None}
     config = read(parser, argparse.Namespace(**{**vars(flags), **missing, **given}))

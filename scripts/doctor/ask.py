@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from neurons import callback
 from subnet.identity import Identity
@@ -65,7 +66,7 @@ class Listener:
     """`async with Listener(...)`: our port, bound for as long as it takes; it answers nothing but who it is."""
 
     def __init__(self, hotkey: str, *, host: str, port: int, now_ns: Callable[[], int]) -> None:
-        self._hotkey, self._wanted = hotkey, port
+        self._hotkey, self._host, self._wanted = hotkey, host, port
         self._axon = Axon(Admission(hotkey, allow=_nobody, now_ns=now_ns), host=host, port=port)
         self._stack = AsyncExitStack()
 
@@ -73,7 +74,7 @@ class Listener:
         try:
             await self._axon.start()
         except PortTaken as error:
-            here = await knock("127.0.0.1", self._wanted, self._hotkey, deadline=ROUND_TRIP)
+            here = await knock(_inside(self._host), self._wanted, self._hotkey, deadline=ROUND_TRIP)
             return Port(number=self._wanted, problem=str(error), running=here.outcome is Outcome.ANSWERED)
         self._stack.push_async_callback(self._axon.stop)
         return Port(number=self._axon.port)
@@ -96,27 +97,43 @@ async def ask(
     return tuple(answers)
 
 
-async def _ask_one(dendrite: Dendrite, neuron: Neuron, port: int) -> Answer:
+async def look(candidates: Sequence[Neuron]) -> tuple[Answer, ...]:
+    """How far a few peers are; nobody is asked for anything."""
+    return tuple(await asyncio.gather(*(_look_at(neuron) for neuron in candidates[:AT_A_TIME])))
+
+
+async def _look_at(neuron: Neuron) -> Answer:
     endpoint = neuron.endpoint
     if endpoint is None:
         raise ValueError(f"uid {neuron.uid} serves no axon")
     there = await knock(endpoint.ip, endpoint.port, neuron.hotkey, deadline=ROUND_TRIP)
     if there.outcome is not Outcome.ANSWERED:
         return Answer(uid=neuron.uid, ip=endpoint.ip, problem=f"its axon does not answer ({there.outcome})")
+    return Answer(uid=neuron.uid, ip=endpoint.ip, round_trip=there.connect)
+
+
+async def _ask_one(dendrite: Dendrite, neuron: Neuron, port: int) -> Answer:
+    answer = await _look_at(neuron)
+    if neuron.endpoint is None or answer.problem:
+        return answer
     try:
         called, _ = await dendrite.call(
-            endpoint.url, neuron.hotkey, CallBack(port=port), reply=CalledBack, deadline=DEADLINE
+            neuron.endpoint.url, neuron.hotkey, CallBack(port=port), reply=CalledBack, deadline=DEADLINE
         )
     except TransportError as error:
-        return Answer(
-            uid=neuron.uid,
-            ip=endpoint.ip,
-            round_trip=there.connect,
+        return replace(
+            answer,
             problem="its version cannot call back" if isinstance(error, UnknownRoute) else str(error),
             clock=isinstance(error, StaleRequest),
             unknown=isinstance(error, UnknownHotkey),
         )
-    return Answer(uid=neuron.uid, ip=endpoint.ip, round_trip=there.connect, called=called)
+    return replace(answer, called=called)
+
+
+def _inside(host: str) -> str:
+    """Where this machine itself reaches what listens on `host`."""
+    address = ipaddress.ip_address(host)
+    return {4: "127.0.0.1", 6: "::1"}[address.version] if address.is_unspecified else host
 
 
 def _nobody(_hotkey: str, _route: str) -> None:

@@ -24,6 +24,8 @@ from subnet.wallets import Keys, load_wallet
 PACKAGE = "orion-subnet"
 CHAIN_DEADLINE = 15.0
 """Seconds for each request."""
+WHOLE_DEADLINE = 120.0
+"""Seconds for all of them, once connected."""
 BLOCK_DEADLINE = 40.0
 """Seconds for a new block: three of them, on the real chain."""
 LOOK = 0.5
@@ -116,14 +118,14 @@ def disk(out: Path) -> Disk:
         return Disk(out=out, free=0, problem=error.strerror or type(error).__name__)
 
 
-def identity(keys: Keys | None, options: DoctorOptions) -> Identity | None:
-    """What can sign, None if nothing here can without asking for a password."""
+def identity(keys: Keys | None, options: DoctorOptions) -> tuple[Identity | None, str]:
+    """What can sign, None if nothing here can without asking for a password; and why it cannot, where it should."""
     if keys is None or not keys.present or keys.problem or (keys.encrypted and not keys.password_set):
-        return None
+        return None, ""
     try:
-        return Identity(load_wallet(options.wallet or "", options.hotkey or "", options.wallet_path))
-    except (WalletError, IdentityError):
-        return None
+        return Identity(load_wallet(options.wallet or "", options.hotkey or "", options.wallet_path)), ""
+    except (WalletError, IdentityError) as error:
+        return None, str(error)
 
 
 async def look_at_chain(
@@ -147,25 +149,28 @@ async def look_at_chain(
     except ChainError as error:
         return Looked(unreachable=str(error))
     try:
-        head = await chain.finalized()
-        seconds = clock() - began
-        genesis = await chain.genesis()
-        state = await chain.state_at(head.number)
-        immunity = await chain.immunity()
-        space = None if wallet is None else (await chain.space()).limit
-        waiting = clock()
-        ahead = await _new_block(chain, now_ns)
-        return Looked(
-            chain=OnChain(
-                seconds=seconds,
-                genesis=genesis,
-                state=state,
-                immunity=immunity,
-                ahead=ahead,
-                waited=clock() - waiting,
-                space_limit=space,
+        async with asyncio.timeout(WHOLE_DEADLINE):
+            head = await chain.finalized()
+            seconds = clock() - began
+            genesis = await chain.genesis()
+            state = await chain.state_at(head.number)
+            immunity = await chain.immunity()
+            space = None if wallet is None else (await chain.space()).limit
+            waiting = clock()
+            ahead = await _new_block(chain, now_ns)
+            return Looked(
+                chain=OnChain(
+                    seconds=seconds,
+                    genesis=genesis,
+                    state=state,
+                    immunity=immunity,
+                    ahead=ahead,
+                    waited=clock() - waiting,
+                    space_limit=space,
+                )
             )
-        )
+    except TimeoutError:
+        return Looked(unreachable=f"{options.network} did not answer all questions within {WHOLE_DEADLINE:g} s")
     except ChainError as error:
         return Looked(unreachable=str(error))
     finally:

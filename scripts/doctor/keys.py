@@ -9,7 +9,8 @@ from subnet.wallets import Keys
 _NEEDS = "needs --wallet and --hotkey"
 
 
-def check_hotkey(keys: Keys | None, options: DoctorOptions) -> Finding:
+def check_hotkey(keys: Keys | None, options: DoctorOptions, *, unusable: str = "") -> Finding:
+    """`unusable`: why it cannot sign although it can be read."""
     if keys is None:
         return skipped("hotkey", _NEEDS)
     given = options.keys_given
@@ -33,8 +34,11 @@ def check_hotkey(keys: Keys | None, options: DoctorOptions) -> Finding:
         return warn(
             "hotkey",
             f"{keys.file} is encrypted: a node that starts by itself cannot ask for its password",
-            f"export {keys.password} with the password before you start the node",
+            "start it in a terminal and type the password; or write the key unencrypted, from its mnemonic: "
+            f"btcli wallet regen-hotkey {given} --overwrite",
         )
+    if unusable:
+        return fail("hotkey", unusable, f"btcli wallet regen-hotkey {given} --overwrite, or --hotkey with another one")
     return ok("hotkey", f"{keys.address or '?'} ({keys.file}{', encrypted' if keys.encrypted else ''})")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,11 +78,13 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> DoctorOptions:
     try:
         resolved = resolve(NeuronConfig, vars(flags), environ)
         given = resolved.values
-        config = replace(
-            resolved, values={"wallet": "", "hotkey": "", "name": "", "manifest": "", "data": "", **given}
-        ).build()
+        config = replace(resolved, values={**dict.fromkeys(LEFT_OUT, ""), **given}).build()
     except SettingsError as error:
         parser.error(str(error))
+    try:
+        ipaddress.ip_address(config.host)
+    except ValueError:
+        parser.error(f"--host {config.host!r} is no IP address of this machine (leave it out for all)")
     return DoctorOptions(
         role=flags.role,
         network=config.network,

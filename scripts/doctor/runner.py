@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from model.layout import Layout
 from model.split import StagePlan, split
 from neurons.needs import Needs, least_files, miner_needs, stage_on, validator_host
 from scripts.doctor import facts
-from scripts.doctor.ask import Answer, Listener, Port, ask, peers
+from scripts.doctor.ask import Answer, Listener, Port, ask, look, peers
 from scripts.doctor.chain import OnChain, check_chain, check_clock, check_registration, check_subnet
 from scripts.doctor.disk import check_disk
 from scripts.doctor.facts import Hardware, Looked
@@ -41,9 +42,14 @@ from subnet.wallets import look_at_keys
 
 
 def main(argv: list[str], environ: Mapping[str, str]) -> int:
-    """Print the report; 0 if nothing fails, 1 if something does."""
+    """Print the report; 0 if nothing fails, 1 if something does, 130 stopped by Ctrl-C."""
     options = parse(argv, environ)
-    report = asyncio.run(examine(options))
+    if sys.stderr.isatty():
+        print("orion doctor: waits for a block of the chain and for peers, up to a minute", file=sys.stderr)
+    try:
+        report = asyncio.run(examine(options))
+    except KeyboardInterrupt:
+        return 130
     print(json.dumps(report.as_json(), indent=2) if options.as_json else "\n".join(text(report)))
     return report.status
 
@@ -102,7 +108,7 @@ async def examine(options: DoctorOptions, *, now_ns: Callable[[], int] = time.ti
     stage = await asyncio.to_thread(Stage.of, manifest, options.stage, machine) if manifest and inside else None
     named = options.wallet is not None and options.hotkey is not None
     keys = look_at_keys(options.wallet or "", options.hotkey or "", options.wallet_path) if named else None
-    signer = await asyncio.to_thread(facts.identity, keys, options)
+    signer, unusable = await asyncio.to_thread(facts.identity, keys, options)
     hotkey = None if keys is None else keys.address
     looked = await facts.look_at_chain(options, signer, reads_space=loaded is not None, now_ns=now_ns)
     shards = None
@@ -120,7 +126,7 @@ async def examine(options: DoctorOptions, *, now_ns: Callable[[], int] = time.ti
             checkpoints_here="://" not in options.checkpoints,
             role=options.role,
         ),
-        check_hotkey(keys, options),
+        check_hotkey(keys, options, unusable=unusable),
         check_coldkey(keys),
         *_chain(looked, hotkey, options),
         check_manifest(loaded, unreadable, looked.chain, hotkey, options),
@@ -180,22 +186,23 @@ def _chain(looked: Looked, hotkey: str | None, options: DoctorOptions) -> list[F
 async def ask_around(
     signer: Identity | None, chain: OnChain | None, options: DoctorOptions, now_ns: Callable[[], int]
 ) -> Asked:
-    """Bind the port, and ask peers to call back on it if they would."""
+    """Bind the port, and ask peers to call back on it if they would; else see at least how far they are."""
+    own = "" if signer is None else signer.hotkey
+    found = [] if chain is None else peers(chain.state, own)
     if signer is None:
-        return Asked(why="needs a hotkey that can sign (without asking for a password)")
-    async with Listener(signer.hotkey, host=options.host, port=options.port, now_ns=now_ns) as port:
-        if port.problem and not port.running:
-            return Asked(port=port, why="needs the port")
+        return Asked(answers=await look(found), why="needs a hotkey that can sign")
+    async with Listener(own, host=options.host, port=options.port, now_ns=now_ns) as port:
         if chain is None:
-            return Asked(port=port, why="needs the chain, where peers are found")
-        if chain.state.by_hotkey(signer.hotkey) is None:
-            return Asked(port=port, why="needs a registered hotkey: peers answer nobody else")
-        candidates = peers(chain.state, signer.hotkey)
-        if not candidates:
-            return Asked(
-                port=port, why=f"no other neuron of netuid {options.netuid} serves an axon that could be asked"
-            )
-        return Asked(port=port, answers=await ask(signer, candidates, port.number, now_ns=now_ns))
+            why = "needs the chain, where peers are found"
+        elif port.problem and not port.running:
+            why = "needs the port"
+        elif chain.state.by_hotkey(own) is None:
+            why = "needs a registered hotkey: peers answer nobody else"
+        elif not found:
+            why = f"no other neuron of netuid {options.netuid} serves an axon that could be asked"
+        else:
+            return Asked(port=port, answers=await ask(signer, found, port.number, now_ns=now_ns))
+        return Asked(port=port, answers=await look(found), why=why)
 
 
 def _manifest(options: DoctorOptions) -> tuple[LoadedManifest | None, str]:

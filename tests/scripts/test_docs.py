@@ -10,6 +10,7 @@ import pytest
 from neurons.config import NeuronConfig
 from neurons.settings import add_flags
 from scripts.cli import parser
+from scripts.doctor.options import parse as doctor_options
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,7 +34,11 @@ def test_pages_show_commands() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_of_a_page_is_one(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_of_a_page_is_one(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "orion.toml").touch()
+    monkeypatch.chdir(tmp_path)
     for line in commands(page):
         _, command, *words = shlex.split(line)
         try:
@@ -41,6 +46,8 @@ def test_every_command_of_a_page_is_one(page: Path, capsys: pytest.CaptureFixtur
                 flags = argparse.ArgumentParser(prog=line, allow_abbrev=False)
                 add_flags(flags, NeuronConfig)
                 flags.parse_args([word.replace("$", "") for word in words])
+            elif command == "doctor":
+                doctor_options(words, {})
             elif command not in SETTLED:
                 parser().parse_args([command, *(word if word != "BLOCK" else "9" for word in words)])
         except SystemExit as stopped:

@@ -96,6 +96,11 @@ async def test_a_machine_that_can_mine(town: Town) -> None:
         assert found(report, check).word is Word.OK, found(report, check)
     assert found(report, "reachable").found.startswith("yes: uid")
     assert not (town.folder / "new").exists()
+    page = (Path(__file__).parents[3] / "docs" / "doctor.md").read_text()
+    explained = {
+        check for line in page.splitlines() if line.startswith("| ") for check in line.split("|")[1].split(",")
+    }
+    assert {finding.check for finding in report.findings} <= {check.strip() for check in explained}
 
 
 async def test_a_port_that_is_closed_to_peers(town: Town) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.doctor import facts
 from scripts.doctor.ask import Answer, Port
 from scripts.doctor.chain import (
     BEHIND,
@@ -88,11 +89,17 @@ def test_an_encrypted_hotkey_is_named_and_not_asked_for(tmp_path: Path, monkeypa
     assert keys.address == wallet.hotkey.ss58_address  # from its public file
     found = check_hotkey(keys, options())
     assert found.word is Word.WARN
-    assert keys.password in found.fix
-    monkeypatch.setenv(keys.password, "secret")
-    known = check_hotkey(look_at_keys("w", "h", tmp_path), options())
-    assert known.word is Word.OK
-    assert "secret" not in known.found
+    assert "type the password" in found.fix
+    assert facts.identity(keys, options()) == (None, "")
+    monkeypatch.setenv(keys.password, "not what the SDK writes there")
+    given = options("--wallet-path", str(tmp_path))
+    keys = look_at_keys("w", "h", tmp_path)
+    signer, unusable = facts.identity(keys, given)
+    assert signer is None
+    wrong = check_hotkey(keys, given, unusable=unusable)
+    assert wrong.word is Word.FAIL
+    assert "check its password" in wrong.found
+    assert "not what" not in wrong.found + wrong.fix
 
 
 def test_a_damaged_hotkey_is_a_failure(tmp_path: Path) -> None:

@@ -64,7 +64,11 @@ async def serve(run: Path, *, host: str, port: int, ready: Callable[[str], None]
             raise _unbound(host, port, error) from error
         address = runner.addresses[0]
         ready(f"http://{f'[{host}]' if ':' in host else host}:{address[1]}")
-        await stop.wait()
+        stopped = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait({stopped, following}, return_when=asyncio.FIRST_COMPLETED)
+        if following in done:  # logs that cannot be read any more: the page stays and says so
+            following.result()
+        await stopped
     finally:
         board.close()
         following.cancel()
@@ -108,6 +112,9 @@ class Beside:
                 runner.run(serve(run, host=HOST, port=port, ready=self._ready.set_result, stop=self._stop))
             except DashboardError as error:
                 self._ready.set_exception(error)
+            finally:
+                if not self._ready.done():
+                    self._ready.set_exception(DashboardError("the page ended before it was served"))
 
     def close(self) -> None:
         """Streams end, the port is free again."""

@@ -75,7 +75,7 @@ class Dashboard:
         application.router.add_get("/", self._page)
         application.router.add_get("/static/{name:.+}", self._file)
         application.router.add_get("/state", self._state)
-        application.router.add_get("/events", self._events)
+        application.router.add_get("/events", self._events, allow_head=False)
         application.router.add_get("/metrics", self._metrics)
         return application
 

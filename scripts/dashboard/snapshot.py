@@ -120,12 +120,13 @@ def _totals(story: Story, facts: Facts | None) -> Totals:
 
 def _grid(story: Story) -> Grid:
     tally = story.tally
+    tallies = [*tally.miners.values(), *_unseen(story)]
     widths = [len(beginning.replicas) for beginning in story.beginnings.values()]
-    held = [miner.stage + 1 for miner in tally.miners.values() if miner.stage is not None]
+    held = [miner.stage + 1 for miner in tallies if miner.stage is not None]
     count = max([*widths, *held], default=0)
     stages: list[list[Miner]] = [[] for _ in range(count)]
     away = []
-    for tallied in sorted(tally.miners.values(), key=lambda miner: by_number(miner.name)):
+    for tallied in sorted(tallies, key=lambda miner: by_number(miner.name)):
         if story.roles.get(tallied.name, "miner") != "miner":
             continue
         miner = _miner(story, tallied)
@@ -140,6 +141,18 @@ def _grid(story: Story) -> Grid:
             _validator(story, name) for name in sorted(story.roles, key=by_number) if story.roles[name] == "validator"
         ],
     )
+
+
+def _unseen(story: Story) -> list[MinerTally]:
+    """Miners that validators speak of and whose own log is not in the folder, as in that of a single validator."""
+    seen = set(story.tally.hotkeys.values())
+    stages = {hotkey: findings.stage for hotkey, findings in story.findings.items()}
+    stages |= {hotkey: score.stage for hotkey, score in story.tally.scores.items()}
+    return [
+        MinerTally(story.called(hotkey), hotkey, stage, state="unseen")
+        for hotkey, stage in stages.items()
+        if hotkey not in seen
+    ]
 
 
 def by_number(name: str) -> tuple[str, int, str]:
@@ -160,7 +173,7 @@ def _miner(story: Story, miner: MinerTally) -> Miner:
     scores = _latest_scores(story, miner.hotkey)
     uid = scores[0].uid if scores else None
     shares = [] if uid is None else [weights.get(uid, 0.0) for weights in tally.weights.values()]
-    findings = story.findings.get(miner.hotkey, Findings())
+    findings = story.findings.get(miner.hotkey, Findings(miner.stage or 0))
     return Miner(
         name=miner.name,
         hotkey=miner.hotkey,

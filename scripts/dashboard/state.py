@@ -112,7 +112,8 @@ class Miner:
     """None until a validator has scored it."""
     stage: int | None
     state: str
-    """starting, waiting, joining, active, training, merging, merged, benched, out, left, frozen, dead."""
+    """starting, waiting, joining, active, training, merging, merged, benched, out, left, frozen, dead; unseen where its
+    log is not in the folder."""
     steps: int
     units: int
     merge: LastMerge | None

@@ -32,6 +32,8 @@ class Beginning:
 class Findings:
     """Checks of one miner by all validators, findings that came from another's report left out."""
 
+    stage: int
+    """Of the latest."""
     passed: int = 0
     failed: int = 0
     """Of replayed units."""
@@ -106,7 +108,8 @@ class Story:
             self.failures.append((name, event))
         if event.accuser:
             return
-        findings = self.findings.setdefault(event.hotkey, Findings())
+        findings = self.findings.setdefault(event.hotkey, Findings(event.stage))
+        findings.stage = event.stage
         if event.check in UNIT_CHECKS:
             findings.passed += event.passed
             findings.failed += not event.passed

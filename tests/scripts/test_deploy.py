@@ -1,6 +1,8 @@
 """What is handed to containers and supervisors: the image's recipe, the compose file, the units."""
 
 import asyncio
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from scripts.alive import is_alive
 from scripts.cli import parser
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
+from tests.scripts.dashboard.test_metrics import NAMES
 
 ROOT = Path(__file__).parents[2]
 ROLES = ("miner", "validator")
@@ -67,6 +70,26 @@ def test_units_start_a_command_that_there_is(role: str) -> None:
     assert (Path(program).name, command, flags[0]) == ("orion", role, "--config")
     assert flags[2:] == ["--out", f"/var/lib/orion/{role}"]
     assert unit["Service"]["RestartPreventExitStatus"] == "2"
+
+
+def test_the_board_asks_for_metrics_that_there_are() -> None:
+    board = json.loads((ROOT / "docs" / "deploy" / "grafana.json").read_text())
+    asked = set(re.findall(r"orion_\w+", " ".join(t["expr"] for panel in board["panels"] for t in panel["targets"])))
+    assert {name.removesuffix("_total") for name in asked} <= NAMES
+    source = yaml.safe_load((ROOT / "docs" / "deploy" / "grafana-source.yml").read_text())["datasources"][0]
+    assert {panel["datasource"]["uid"] for panel in board["panels"]} == {source["uid"]}
+
+
+def test_what_is_watched_is_served_where_it_is_looked_for() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    flags = parser().parse_args(
+        [word.replace("${WATCH:-/data/run}", "/data/run") for word in services["dashboard"]["command"]]
+    )
+    assert (flags.command, str(flags.run)) == ("dashboard", "/data/run")
+    prometheus = yaml.safe_load((ROOT / "docs" / "deploy" / "prometheus.yml").read_text())
+    assert prometheus["scrape_configs"][0]["static_configs"] == [{"targets": [f"{flags.host}:{flags.port}"]}]
+    mounted = [volume.split(":")[0] for name in ("prometheus", "grafana") for volume in services[name]["volumes"]]
+    assert all((ROOT / path).is_file() for path in mounted)
 
 
 async def test_alive_asks_the_axon(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,6 @@ function listen(address) {
 function lost(now) {
   if (now === isLost) return;
   isLost = now;
-  document.body.classList.toggle("lost", now);
   announce(now ? "The connection to the dashboard is lost. Trying again." : "The connection is back.");
   if (now) {
     say(byId("status"), "✕ no connection");

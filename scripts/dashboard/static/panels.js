@@ -5,7 +5,9 @@ const STATES = {
   starting: ["○", "quiet"], waiting: ["…", "quiet"], joining: ["↗", "busy"], active: ["●", "good"],
   training: ["▶", "good"], merging: ["⇄", "busy"], merged: ["✓", "good"], benched: ["⏸", "warn"],
   out: ["–", "quiet"], left: ["←", "quiet"], frozen: ["❙❙", "warn"], dead: ["✕", "bad"],
+  unseen: ["?", "quiet"],
 };
+const STATE_WORDS = { unseen: "its log is not here" };
 const LEVELS = { info: ["·", "quiet"], warning: ["!", "warn"], alarm: ["✕", "bad"] };
 
 export function showRun(run, replaying) {
@@ -137,8 +139,10 @@ function cell(miner, chosen, choose, present) {
   button.replaceChildren(
     el("span", { class: "row" }, el("strong", {}, miner.name),
       el("span", { class: "quiet" }, miner.uid === null ? "no uid yet" : `uid ${miner.uid}`)),
-    el("span", { class: "row" }, mark(kind, symbol, miner.failure ? "failed" : miner.state), merged(miner.merge)),
-    el("span", { class: "row quiet" }, el("span", {}, `${whole(miner.units)} units`), el("span", {}, `${whole(miner.steps)} steps`)),
+    el("span", { class: "row" }, mark(kind, symbol, miner.failure ? "failed" : STATE_WORDS[miner.state] ?? miner.state),
+      miner.state === "unseen" ? "" : merged(miner.merge)),
+    miner.state === "unseen" ? "" : el("span", { class: "row quiet" }, el("span", {}, `${whole(miner.units)} units`),
+      el("span", {}, `${whole(miner.steps)} steps`)),
     el("span", { class: "row quiet" },
       el("span", {}, audits ? `audits ${whole(miner.passed)}/${whole(audits)}` : "not audited"),
       el("span", {}, miner.weight === null ? "" : `weight ${percent(miner.weight)}`)),

@@ -92,7 +92,8 @@ const rate = new Plot(byId("rate-plot"), () => ({
 export function showPlots(curves, run, kind) {
   if (typeof uPlot === "undefined") return;
   const size = curves.tokens_per_microbatch;
-  const wanted = kind === "time" ? "time" : size === null ? "microbatches" : "tokens";
+  const timed = kind === "time" || !curves.loss.length; // a validator's own folder has no microbatches to count
+  const wanted = timed ? "time" : size === null ? "microbatches" : "tokens";
   const changed = wanted !== axisKind;
   axisKind = wanted;
   begin = run.begin ?? 0;

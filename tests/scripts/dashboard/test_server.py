@@ -72,6 +72,8 @@ async def test_no_method_but_reading(recorded: Path, served: Served) -> None:
                 async with session.request(method, path) as answer:
                     assert answer.status == 405, (method, path)
                     assert "Content-Security-Policy" in answer.headers
+        async with session.head("/events") as answer:  # it would have no end
+            assert answer.status == 405
         async with session.get("/stop") as answer:
             assert answer.status == 404
 

@@ -12,7 +12,7 @@ from scripts.dashboard.facts import read_facts
 from scripts.dashboard.feed import Teller
 from scripts.dashboard.snapshot import by_number, snapshot
 from scripts.dashboard.state import State, joined, sections
-from tests.scripts.dashboard.recording import BEGIN, MARKUP, TOKENS, hotkey, write
+from tests.scripts.dashboard.recording import BEGIN, MARKUP, TOKENS, hotkey, small, write
 
 
 def shown(run: Path, until: float | None = None) -> State:
@@ -140,6 +140,19 @@ def test_without_a_manifest_tokens_are_not_guessed(tmp_path: Path) -> None:
     assert [miner.state for miner in state.grid.away] == ["benched"]
     assert state.run.name == "small-run"
     assert json.loads(joined(sections(state)))["totals"]["loss"] is None  # browsers know no NaN
+
+
+def test_a_validators_own_folder_shows_the_miners_it_speaks_of(tmp_path: Path) -> None:
+    write(tmp_path, [event for event in small() if event[1] == "validator-0"])
+    state = shown(tmp_path)
+    assert [[(miner.name, miner.state) for miner in stage.miners] for stage in state.grid.stages] == [
+        [("5miner-0…", "unseen")],
+        [("5miner-3…", "unseen")],
+    ]
+    (cheat,) = state.grid.stages[1].miners
+    assert cheat.sentence is not None
+    assert (cheat.uid, cheat.failed, cheat.weight) == (4, 1, 0.0)
+    assert [score.miner for score in state.scores.scores] == ["5miner-0…", "5miner-3…"]
 
 
 def test_names_are_ordered_as_people_count() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.memory import DoesNotFitError
 from scripts.bench.learning.rows import Form, Row
-from scripts.bench.learning.tables import Results, Summary, control, summaries
+from scripts.bench.learning.tables import Results, Summary, control, paired, summaries
 from scripts.plan.options import PlanError, PlanOptions, Run, read
 from scripts.plan.speed import plan_speed
 from subnet.swarm.pace import PaceError
@@ -64,12 +64,15 @@ def frontier(results: Results, options: PlanOptions, links: Sequence[tuple[str, 
     for up, down in links:
         run = read(replace(options, up=up, down=down))
         for ratio, other in sorted(ratios.items()):
+            both = paired(found[other], found[base])
+            if both is None:
+                continue
             points.append(
                 Point(
                     link=up,
                     ratio=ratio,
                     tokens_per_second=_speed(run, row.form, ratio),
-                    needed=math.exp((found[other].mean - found[base].mean) / worth),
+                    needed=math.exp((both[0] - both[1]) / worth),
                 )
             )
     return points

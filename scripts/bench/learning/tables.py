@@ -16,17 +16,18 @@ Results = Mapping[Row, Curve]
 class Summary:
     """One row over its seeds."""
 
-    losses: tuple[float, ...]
+    losses: Mapping[int, float]
+    """By seed."""
     parameters: int
 
     @property
     def mean(self) -> float:
-        return mean(self.losses)
+        return mean(self.losses.values())
 
     @property
     def spread(self) -> float:
         """Standard deviation over seeds; 0 for one seed."""
-        return stdev(self.losses) if len(self.losses) > 1 else 0.0
+        return stdev(self.losses.values()) if len(self.losses) > 1 else 0.0
 
     def __str__(self) -> str:
         more = f" ± {self.spread:.3f}" if len(self.losses) > 1 else ""
@@ -35,10 +36,13 @@ class Summary:
 
 def summaries(results: Results) -> dict[Row, Summary]:
     """By row with seed 0, whatever its seeds are."""
-    found: dict[Row, list[Curve]] = {}
+    found: dict[Row, dict[int, Curve]] = {}
     for row, curve in results.items():
-        found.setdefault(replace(row, seed=0), []).append(curve)
-    return {row: Summary(tuple(c.final for c in curves), curves[0].parameters) for row, curves in found.items()}
+        found.setdefault(replace(row, seed=0), {})[row.seed] = curve
+    return {
+        row: Summary({seed: curve.final for seed, curve in curves.items()}, next(iter(curves.values())).parameters)
+        for row, curves in found.items()
+    }
 
 
 def control(row: Row) -> Row:
@@ -49,12 +53,22 @@ def control(row: Row) -> Row:
 
 
 def cost(row: Row, found: Mapping[Row, Summary]) -> float | None:
-    """By how much its loss is above its control's, as a share; None where one of them is missing."""
+    """By how much its loss is above its control's, as a share, over the seeds that both have: samples differ more than
+    forms do. None where there are none."""
     return _above(found.get(row), found.get(control(row)))
 
 
+def paired(own: Summary, other: Summary) -> tuple[float, float] | None:
+    """Both means over the seeds that both have; None where there are none."""
+    seeds = own.losses.keys() & other.losses.keys()
+    if not seeds:
+        return None
+    return mean(own.losses[seed] for seed in seeds), mean(other.losses[seed] for seed in seeds)
+
+
 def _above(own: Summary | None, other: Summary | None) -> float | None:
-    return None if own is None or other is None else own.mean / other.mean - 1
+    both = None if own is None or other is None else paired(own, other)
+    return None if both is None else both[0] / both[1] - 1
 
 
 def boundary_table(results: Results, *, boundaries: int, optimizer: str, steps: int) -> list[str]:

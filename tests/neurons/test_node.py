@@ -141,15 +141,17 @@ async def test_a_miner_refuses_a_stage_for_which_it_has_no_room(
     chain_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = await publish_run(chain_url, tmp_path)
-    for lacks, words in (
-        (Room(memory=10**6, disk=10**12, files=10**5), "of host memory"),
-        (Room(memory=10**12, disk=10**3, files=10**5), "--out another disk"),
-    ):
-        monkeypatch.setattr(miner, "room", lambda _out, found=lacks: found)
-        async with await Node.open(config, role="miner") as opened:
-            vault = await Vault.open(config.checkpoints, manifest_hash=opened.loaded.digest.hex())
+    cases = {
+        "of host memory": Room(memory=10**6, disk=10**12, files=10**5),
+        "--out another disk": Room(memory=10**12, disk=10**3, files=10**5),
+    }
+    async with await Node.open(config, role="miner") as opened:
+        vault = await Vault.open(config.checkpoints, manifest_hash=opened.loaded.digest.hex())
+        taker = Miner(opened, Keeper(opened, vault))
+        for words, found in cases.items():
+            monkeypatch.setattr(miner, "room", lambda _out, found=found: found)
             with pytest.raises(NodeError, match=words):
-                await Miner(opened, Keeper(opened, vault))._take_stage(0)
+                await taker._take_stage(0)
 
 
 def test_pushes_are_for_who_counts_fetches_for_who_is_known() -> None:

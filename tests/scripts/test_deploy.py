@@ -16,7 +16,7 @@ import yaml
 from neurons.config import NeuronConfig
 from neurons.settings import PREFIX, resolve
 from scripts.alive import is_alive
-from scripts.cli import parser
+from scripts.flags import parser
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from tests.scripts.dashboard.test_metrics import NAMES

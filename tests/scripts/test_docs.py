@@ -9,8 +9,8 @@ import pytest
 
 from neurons.config import NeuronConfig
 from neurons.settings import add_flags
-from scripts.cli import parser
 from scripts.doctor.options import parse as doctor_options
+from scripts.flags import parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

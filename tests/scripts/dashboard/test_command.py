@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cli import RESUME_TAKES, main, parser
+from scripts.cli import RESUME_TAKES, main
 from scripts.dashboard.command import Beside, is_loopback
 from scripts.dashboard.errors import DashboardError
+from scripts.flags import parser
 
 
 def get(address: str, path: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,30 +15,24 @@ from subnet.quantities import parse_bandwidth, parse_size
 from subnet.transport.shaping import Link, parse_latency, parse_loss
 
 
-def _size(option: str, given: object) -> object:
-    return parse_size(option, given) if isinstance(given, str) else given
+def _as(read: Callable[[str, str], float], option: str) -> BeforeValidator:
+    """A quantity, from its text or as a number."""
+
+    def number(given: object) -> object:
+        return read(option, given) if isinstance(given, str) else given
+
+    return BeforeValidator(number)
 
 
-def _bandwidth(option: str, given: object) -> object:
-    return parse_bandwidth(option, given) if isinstance(given, str) else given
+def _text(read: Callable[[str], object]) -> AfterValidator:
+    """A text that can be read, kept as it was given."""
 
+    def checked(given: str | None) -> str | None:
+        if given is not None:
+            read(given)
+        return given
 
-def _latency(given: str | None) -> str | None:
-    if given is not None:
-        parse_latency(given)
-    return given
-
-
-def _limit(given: str | None) -> str | None:
-    if given is not None:
-        parse_bandwidth("bandwidth", given)
-    return given
-
-
-def _loss(given: str | None) -> str | None:
-    if given is not None:
-        parse_loss(given)
-    return given
+    return AfterValidator(checked)
 
 
 class NeuronConfig(BaseModel):
@@ -68,7 +62,7 @@ class NeuronConfig(BaseModel):
     port: Annotated[int, Field(ge=0, le=65_535), Setting("network", "axon port, 0 for any free one")] = 8091
     uplink: Annotated[
         float,
-        BeforeValidator(partial(_bandwidth, "uplink")),
+        _as(parse_bandwidth, "uplink"),
         Setting(
             "network",
             "what this machine can send; a miner's evidence takes at most a tenth of it",
@@ -79,26 +73,28 @@ class NeuronConfig(BaseModel):
     threads: Annotated[int, Field(ge=0), Setting("machine", "torch threads, 0 for torch's own choice")] = 0
     ring: Annotated[
         int,
-        BeforeValidator(partial(_size, "ring")),
+        _as(parse_size, "ring"),
         Setting(
             "machine", "a miner's host memory for states and tensors that audits may ask for", "16gb", default="16gb"
         ),
     ]
     evidence_disk: Annotated[
         int,
-        BeforeValidator(partial(_size, "evidence-disk")),
+        _as(parse_size, "evidence-disk"),
         Setting(
             "machine", "a miner's disk, under --out, for what audits have picked of that", "100gb", default="100gb"
         ),
     ]
     latency: Annotated[
-        str | None, AfterValidator(_latency), Setting("emulated link (for tests)", "one way, for every message", "50ms")
+        str | None, _text(parse_latency), Setting("emulated link (for tests)", "one way, for every message", "50ms")
     ] = None
     bandwidth: Annotated[
-        str | None, AfterValidator(_limit), Setting("emulated link (for tests)", "up and down each", "200mbit")
+        str | None,
+        _text(partial(parse_bandwidth, "bandwidth")),
+        Setting("emulated link (for tests)", "up and down each", "200mbit"),
     ] = None
     loss: Annotated[
-        str | None, AfterValidator(_loss), Setting("emulated link (for tests)", "share of packets lost", "0.5%")
+        str | None, _text(parse_loss), Setting("emulated link (for tests)", "share of packets lost", "0.5%")
     ] = None
 
     @property

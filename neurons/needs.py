@@ -20,6 +20,7 @@ from neurons.ring import least_ring, picked_bytes
 from subnet.manifest import Manifest
 from subnet.messages import Shapes
 from subnet.quantities import written
+from subnet.transport.dendrite import STREAMS
 from subnet.trust.quota import MOST_VALIDATORS, ROUNDS_KEPT, Sizes
 
 HOST_VALUE = 4
@@ -28,8 +29,6 @@ PROCESS = 500_000_000
 """Of a node that holds nothing yet: interpreter, torch, SDK."""
 CHECKPOINTS = 3
 """Rounds that are kept of a stage's public state, and of what a replica alone has."""
-STREAMS = 8
-"""Connections to one neighbour, each way."""
 FILES_ALONE = 128
 """Open files of a node without neighbours: libraries, shards, logs, the chain."""
 

@@ -23,9 +23,10 @@ def monitor(run: Path, *, plain: bool) -> int:
     try:
         check_run(run)
         follower, tally, begin = LogFollower(run / EVENTS), Tally(0), 0.0
+        facts = None
         with View(console, title=run.resolve().name, stages=0, plain=plain) as view:
             while True:
-                facts = read_facts(run)
+                facts = facts or read_facts(run)
                 tally.tokens_per_microbatch = 0 if facts is None else facts.tokens_per_microbatch
                 for name, stamped in follower.read():
                     begin = begin or stamped.time

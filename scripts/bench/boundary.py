@@ -36,7 +36,7 @@ from scripts.bench.learning.rows import BATCH, Row
 from scripts.bench.learning.tables import Scale, pages
 from scripts.bench.learning.training import Curve, train
 from scripts.cli import plan_options
-from scripts.data.local import fitting, prepared
+from scripts.data.local import fitting
 from scripts.localnet import cache_folder
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "boundary.jsonl"
@@ -84,7 +84,7 @@ def corpus_of(row: Row, folder: Path | None = None) -> Corpus:
             raise GridError(f"row learns from data {row.data}: say with --data where it lies")
         files = standard_library_corpus(cache_folder(), vocab=config.vocab)
         return Corpus.open(files.folder, files.entries, seed=0, batch=BATCH, tokens=config.context, vocab=config.vocab)
-    found = prepared(folder, row.model, batch=BATCH, validation_batches=1)
+    found = fitting(folder, row.model)
     if fingerprint(found.entries) != row.data:
         raise GridError(f"{folder} holds data {fingerprint(found.entries)}, the row asks for {row.data}: check --data")
     return Corpus.open(

@@ -13,9 +13,8 @@ from pathlib import Path
 from neurons.telemetry import Stamped
 from scripts.dashboard.errors import DashboardError
 from scripts.dashboard.facts import FILE, Facts, read_facts
-from scripts.dashboard.metrics import exposition
 from scripts.dashboard.snapshot import snapshot
-from scripts.dashboard.state import sections
+from scripts.dashboard.state import State, sections
 from scripts.dashboard.story import Story
 from scripts.tally import LogFollower, Tally
 
@@ -34,9 +33,9 @@ class Frame:
     """JSON by name (`scripts.dashboard.state`)."""
     end: float | None
     """Time of the last event."""
+    state: State
+    """The same as values."""
     problem: str = ""
-    metrics: bytes = b""
-    """The same for Prometheus."""
 
 
 def check_run(run: Path) -> None:
@@ -107,7 +106,7 @@ class Teller:
             at=at,
             end=end,
         )
-        return Frame(sections(state), state.run.end, problem, exposition(state))
+        return Frame(sections(state), state.run.end, state, problem)
 
 
 class Feed:

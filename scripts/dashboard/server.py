@@ -16,7 +16,7 @@ from aiohttp import web
 
 from scripts.dashboard.errors import DashboardError
 from scripts.dashboard.feed import Feed, Frame, Teller
-from scripts.dashboard.metrics import CONTENT_TYPE
+from scripts.dashboard.metrics import CONTENT_TYPE, exposition
 from scripts.dashboard.state import joined
 
 STATIC: dict[str, str] = {
@@ -125,7 +125,8 @@ class Dashboard:
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         """For Prometheus, as of the newest look at the logs."""
-        return web.Response(body=self.feed.frame.metrics, headers={"Content-Type": CONTENT_TYPE})
+        text = await asyncio.to_thread(exposition, self.feed.frame.state)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
     async def _retold(self, teller: Teller, at: float) -> Frame:
         def retell() -> Frame:

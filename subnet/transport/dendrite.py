@@ -33,6 +33,8 @@ from subnet.transport.synapse import S, Specs, Synapse
 NO_TENSORS: Final[Mapping[str, torch.Tensor]] = MappingProxyType({})
 NO_SPECS: Final[Specs] = MappingProxyType({})
 
+STREAMS: Final = 8
+"""Connections per neighbour, and calls in flight to it, unless told otherwise."""
 _ERROR_LIMIT: Final = 8 * 1024
 
 
@@ -67,7 +69,7 @@ class Dendrite:
         signer: Signer,
         *,
         now_ns: Callable[[], int],
-        streams: int = 8,
+        streams: int = STREAMS,
         idle_s: float = 90.0,
         beside: bool = True,
         shaper: Shaper | None = None,

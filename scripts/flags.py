@@ -281,6 +281,12 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         choices=("adamw", "nadam", "muon"),
         help="of every local step, at the preset's rate (default: the preset's)",
     )
+    localnet.add_argument(
+        "--accumulation",
+        type=int,
+        default=2,
+        help="microbatches in a local step (default: 2); more train faster and learn less from each",
+    )
     churn = localnet.add_argument_group("churn on demand")
     for action, form, text in (
         ("kill", "WHO@ROUND", "kill -9 of a miner"),

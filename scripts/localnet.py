@@ -263,6 +263,7 @@ class _Run:
                 overlap=options.overlap,
                 codec=options.codec,
                 optimizer=options.optimizer,
+                accumulation=options.accumulation,
             )
             loaded = manifest.write(self.out / "manifest.toml")
             self.tally = Tally(manifest.tokens_per_microbatch)

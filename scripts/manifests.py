@@ -70,6 +70,7 @@ def local_manifest(
     overlap: bool,
     codec: Codec,
     optimizer: Kind | None = None,
+    accumulation: int = ACCUMULATION,
 ) -> Manifest:
     """A manifest for a swarm on one machine.
 
@@ -95,7 +96,7 @@ def local_manifest(
             validation_batches=VALIDATION_BATCHES,
             shards=[ShardSection(name=entry.name, sha256=entry.sha256, dtype=entry.dtype) for entry in data.entries],
         ),
-        optimizer=OptimizerSection.of(inner, accumulation=ACCUMULATION, outer=MEAN),
+        optimizer=OptimizerSection.of(inner, accumulation=accumulation, outer=MEAN),
         merge=MergeSection(codec=codec, decay=DECAY, clip=CLIP),
         round=marks,
         audit=AuditSection(

@@ -34,6 +34,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "rounds": (1, 1_000_000),
     "round_seconds": (10, 86_400),
     "block_time": (0.05, 12),
+    "accumulation": (1, 64),
 }
 NETWORK = ("latency", "bandwidth", "loss")
 
@@ -59,6 +60,8 @@ class LocalnetOptions:
     codec: Codec = "topk2bit"
     optimizer: Optimizer | None = None
     """None: the preset's."""
+    accumulation: int = 2
+    """Microbatches in a local step."""
     latency: str | None = None
     bandwidth: str | None = None
     loss: str | None = None

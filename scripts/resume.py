@@ -49,6 +49,7 @@ class RunFile(BaseModel):
     overlap: bool
     codec: Codec
     optimizer: Optimizer | None
+    accumulation: int
     latency: str | None
     bandwidth: str | None
     loss: str | None

@@ -36,7 +36,7 @@ from model.accounting import stage_flops, stage_parameters
 from model.config import preset
 from model.split import split
 from scripts.bench.report import report
-from scripts.bench.standin.launch import free_ports, run
+from scripts.bench.standin.launch import HURRY, free_ports, run
 from scripts.bench.standin.measured import Measured, Node
 from scripts.bench.standin.spec import Boundary, Kill, Place, Spec, Steady
 from subnet.transport.shaping import Link
@@ -76,6 +76,8 @@ SPARE = 0.2
 """Share of the machine's cores that a swarm must leave idle."""
 LATEST = 0.05
 """Share by which compute may be held longer than asked for: more is what waiting for a core costs."""
+LIVES = 4
+"""Times its computing that the last microbatch may take to come back: what is in flight waits for what is before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +223,8 @@ async def measure(size: Size, out: Path, *, seed: int) -> dict[str, Figures]:
     rows = {}
     for row in ROWS:
         spec = spec_of(size, row, seed=seed)
-        rows[row.name] = figures_of(row, spec, await run(spec, out, groups))
+        drain = LIVES * (sum(spec.forward) + sum(spec.backward))
+        rows[row.name] = figures_of(row, spec, await run(spec, out, groups, patience=HURRY + drain))
         print(rows[row.name], file=sys.stderr)
     return rows
 

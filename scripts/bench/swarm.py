@@ -32,6 +32,8 @@ from scripts.manifests import local_manifest
 from subnet.manifest import Manifest
 
 WARM_UP = 4
+SWARM = ("stages", "replicas", "rounds", "accumulation")
+"""What the swarm is told."""
 
 
 def single_process(manifest: Manifest, corpus: Corpus, *, seconds: float, threads: int) -> float:
@@ -80,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--accumulation", type=int, default=2, help="microbatches in a local step of both (default: 2)")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     data = standard_library(cache_folder(), "nano")
@@ -97,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         overlap=False,
         codec="topk2bit",
         data=data,
+        accumulation=options.accumulation,
     )
     corpus = Corpus.open(
         data.folder,
@@ -110,15 +114,13 @@ def main(argv: list[str] | None = None) -> int:
     cores = len(os.sched_getaffinity(0))
     threads = sorted({1, cores})
     before = {n: single_process(manifest, corpus, seconds=options.seconds, threads=n) for n in threads}
-    flags = [f"--{name}={getattr(options, name)}" for name in ("stages", "replicas", "rounds")]
+    flags = [f"--{name}={getattr(options, name)}" for name in SWARM]
     swarm = run_swarm(options.out / "localnet", flags)
     after = {n: single_process(manifest, corpus, seconds=options.seconds, threads=n) for n in threads}
     single = max((before[n] + after[n]) / 2 for n in threads)
     figures = {
         "torch": torch.__version__,
-        "stages": options.stages,
-        "replicas": options.replicas,
-        "rounds": options.rounds,
+        **{name: getattr(options, name) for name in SWARM},
         "single_process_tokens_per_second": round(single, 1),
         "single_process_by_threads": {n: [round(before[n], 1), round(after[n], 1)] for n in threads},
         "swarm_tokens_per_second": swarm["tokens_per_second"],

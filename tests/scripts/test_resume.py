@@ -30,6 +30,7 @@ OPTIONS = LocalnetOptions(
     overlap=False,
     codec="int8",
     optimizer="muon",
+    accumulation=4,
     latency="50ms",
     adversaries=(Adversary("noise", 3),),
     faults=parse_faults({"kill": ["miner:3@round1+0.95", "stage:0@round2"], "join": ["1@round2"]}),

@@ -52,6 +52,8 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """For a person, in the largest unit of which there are two or more: 1.5 s, 90 s, 12 min, 3.5 h, 4.0 days."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 7_200:

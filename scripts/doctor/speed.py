@@ -30,6 +30,8 @@ DEADLINE = 40.0
 """Seconds for a transfer: what an axon needs at its minimum rate, 1 Mbit/s."""
 WARM = 5.0
 """A transfer that took longer says enough: no second one over the warm connection."""
+ENOUGH = 0.8
+"""Of what is declared: so short a transfer understates a line."""
 LEAST = 1e-4
 """Seconds below which nothing is measured."""
 
@@ -146,6 +148,6 @@ def check_bandwidth(
         if min(up, down) < crossing.rate:
             line = f"a line with {crossing.rate / 1e6:,.0f} Mbit/s each way or more, or a run with a narrower boundary"
             return warn("bandwidth", f"{found}, so the line would hold it up", line)
-    if up < options.uplink:
+    if up < ENOUGH * options.uplink:
         return warn("bandwidth", f"{found}; --uplink says {options.uplink / 1e6:g}", f"--uplink {int(up / 1e6)}mbit")
     return ok("bandwidth", found)

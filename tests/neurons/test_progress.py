@@ -35,7 +35,7 @@ def test_a_stall_brings_the_rate_to_nothing_within_the_window() -> None:
 
 def test_the_end_is_told_with_the_mean_of_what_came() -> None:
     assert Pace(0.0, 50 * MB).at(25.0, 100 * MB, 100 * MB).text() == "100.0 MB in 25 s, 2.0 MB/s"
-    assert Pace(0.0, 100 * MB).at(0.0, 100 * MB, 100 * MB).text() == "100.0 MB in 0.0 s"
+    assert Pace(0.0, 100 * MB).at(0.0, 100 * MB, 100 * MB).text() == "100.0 MB in 0 ms"
 
 
 def test_it_is_told_every_so_often_and_at_the_end() -> None:

@@ -15,7 +15,7 @@ def test_sizes_read_well(count: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.4, "9.4 s"), (119, "119 s"), (3_600, "60 min"), (7_200, "2.0 h"), (864_000, "10.0 days")],
+    [(0.04, "40 ms"), (9.4, "9.4 s"), (119, "119 s"), (3_600, "60 min"), (7_200, "2.0 h"), (864_000, "10.0 days")],
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text

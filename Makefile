@@ -24,11 +24,12 @@ $(READY): pyproject.toml constraints.txt
 localnet: $(READY)
 	@$(VENV)/bin/orion localnet $(ARGS)
 
-# Two at a time, then by themselves those that fill the machine. With ARGS just what they name.
+# Two at a time, then by themselves those that fill the machine, for which the other files need not be imported again.
+# With ARGS just what they name.
 test: $(READY)
 ifeq ($(strip $(ARGS)),)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not long and not alone"
-	$(VENV)/bin/python -m pytest -m "alone and not long"
+	$(VENV)/bin/python -m pytest -m "alone and not long" $$(grep -rl 'mark\.alone' --include='test_*.py' tests)
 else
 	$(VENV)/bin/python -m pytest $(ARGS)
 endif

@@ -9,7 +9,7 @@ one rename.
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
@@ -85,8 +85,16 @@ class Exported:
     shards: int
 
 
-def export(source: ExportSource, out: Path, *, shard_bytes: int = SHARD_BYTES) -> Exported:
+def export(
+    source: ExportSource,
+    out: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    tell: Callable[[int, int], None] = lambda _written, _total: None,
+) -> Exported:
     """Writes the folder `out`, which must not exist or be empty; a shard exceeds `shard_bytes` only for one tensor.
+
+    Before the first shard and after each `tell` hears how many bytes of weights are written, and of how many.
 
     Raises `ExportError` (see its kinds) or `checkpoint.CheckpointError`; `out` is then as it was.
     """
@@ -104,7 +112,11 @@ def export(source: ExportSource, out: Path, *, shard_bytes: int = SHARD_BYTES) -
             folder = Path(temporary) / "folder"
             folder.mkdir()
             stages = (_tensors(source, plan, path) for plan, path in zip(plans, source.checkpoints, strict=True))
-            size, shards = _write_weights(folder, chain.from_iterable(stages), shard_bytes)
+            parameters = total_parameters(config, len(plans))
+            total = parameters * torch.float32.itemsize
+            tensors = chain.from_iterable(stages)
+            tell(0, total)
+            size, shards = _write_weights(folder, tensors, shard_bytes, lambda written: tell(written, total))
             ids = {"bos_token_id": end, "eos_token_id": end}
             _write_json(folder / "config.json", _config(source, plans, plain=plain) | ids)
             _write_json(folder / "generation_config.json", {"do_sample": False} | ids | {"pad_token_id": end})
@@ -112,7 +124,6 @@ def export(source: ExportSource, out: Path, *, shard_bytes: int = SHARD_BYTES) -
             if not plain:
                 for name in CODE:
                     (folder / name).write_text(files("model.hf").joinpath(name).read_text())
-            parameters = total_parameters(config, len(plans))
             (folder / "README.md").write_text(_card(source, parameters, plain=plain))
             folder.rename(out)
     except (OSError, SafetensorError) as error:
@@ -142,7 +153,9 @@ def _tensors(source: ExportSource, plan: StagePlan, path: Path) -> Iterator[tupl
     yield from ((hf_name(name), found[name]) for name in needed)
 
 
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> tuple[int, int]:
+def _write_weights(
+    folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int, tell: Callable[[int], None]
+) -> tuple[int, int]:
     """Shards of at most `limit` bytes in the order given, and an index if there are several; bytes and shards."""
     parts: list[list[str]] = []
     held: dict[str, Tensor] = {}
@@ -154,6 +167,7 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: i
         part.chmod(0o644)  # safetensors' own files are for their owner alone
         parts.append(list(held))
         held.clear()
+        tell(total)
 
     for name, tensor in tensors:
         if held and size + tensor.nbytes > limit:

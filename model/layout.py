@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from math import prod
 
@@ -64,8 +64,7 @@ class Layout:
     @classmethod
     def planned(cls, config: ModelConfig, plan: StagePlan, kind: Kind) -> Layout:
         """Of a stage that is not built: nothing is allocated for its weights."""
-        with torch.device("meta"):
-            return cls.of(Stage(config, plan), kind)
+        return _planned(config, plan, kind)
 
     @cached_property
     def values(self) -> int:
@@ -103,3 +102,9 @@ class Layout:
             if place.adaptive:
                 total = place.second + min(value, place.span.stop) - place.start
         return total
+
+
+@cache  # a plan asks for the same one in every step of its search
+def _planned(config: ModelConfig, plan: StagePlan, kind: Kind) -> Layout:
+    with torch.device("meta"):
+        return Layout.of(Stage(config, plan), kind)

@@ -40,6 +40,9 @@ class Embedding(nn.Module):
 
 def rotary_tables(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
     """Cosines and sines, fp32 (2, context, head_dim), each half repeated (Su et al., arXiv 2104.09864)."""
+    tables = torch.empty(2, config.context, config.head_dim, device=device)
+    if tables.is_meta:  # arithmetic without values would import torch's compiler, for seconds
+        return tables
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     frequency = 1.0 / (config.rope_base ** (half / config.head_dim))
     angle = torch.arange(config.context, dtype=torch.float32, device=device)[:, None] * frequency

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -25,7 +26,9 @@ from itertools import chain
 import torch
 
 from neurons.exchange import PIECES, RECHECK, Courier, Desk, Exchange, together
+from neurons.progress import Meter, Standing, followed
 from neurons.terms import Board, Offload, Outcome, Terms
+from subnet.quantities import size
 from subnet.swarm import content
 from subnet.swarm.butterfly import (
     NO_DIGEST,
@@ -45,6 +48,8 @@ from subnet.swarm.codec import DeltaError, PayloadError
 from subnet.swarm.merge import Merged, Source, accepted, cut_sources, mean, step
 from subnet.swarm.record import Phase, Record
 from subnet.transport.errors import BadReply, TransportError
+
+log = logging.getLogger("orion.neurons.merging")
 
 TAKE_TURNS = 2
 """Rounds of all replicas after which an accepted shard that nobody gives is computed here."""
@@ -114,6 +119,10 @@ class _Merge:
         self._layout = terms.layout()
         self._parts = (range(terms.count),) if terms.gathers else ranges(len(terms.replicas), terms.count)
         """The shards in the flat vector; an all-gather has one."""
+        self._phase = ("until the roots are on chain", terms.marks.cut)
+        """What the merge is at, and the block by which that has to end."""
+        self._pieces = Meter()
+        """Of the shards that are asked of all sources."""
         self._tasks: list[asyncio.Task[None]] = []
         self._whole: set[str] = set()
         """Sources of which all that is wanted is here and valid."""
@@ -125,10 +134,11 @@ class _Merge:
     async def play(self) -> Outcome:
         marks, terms = self._marks, self._terms
         try:
-            root = self._desk.root or bytes(32)
-            await self._publish(lambda record: replace(record, phase=Phase.CUT, root=root), until=marks.cut)
-            sources = cut_sources(terms.replicas, await self._board.records_at(marks.cut), terms.number)
-            return await self._merge(sources)
+            async with followed(self._pieces, self._tell):
+                root = self._desk.root or bytes(32)
+                await self._publish(lambda record: replace(record, phase=Phase.CUT, root=root), until=marks.cut)
+                sources = cut_sources(terms.replicas, await self._board.records_at(marks.cut), terms.number)
+                return await self._merge(sources)
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -136,6 +146,12 @@ class _Merge:
 
     async def _merge(self, sources: Sequence[Source]) -> Outcome:
         raise NotImplementedError
+
+    def _tell(self, standing: Standing) -> None:
+        doing, block = self._phase
+        received = size(sum(self._courier.received.values()))
+        pieces = standing.text(lambda count: f"{count:,.3g} pieces")
+        log.info("round %d, merge: %s (block %d); %s, %s", self._terms.number, doing, block, pieces, received)
 
     async def _publish(self, change: Callable[[Record], Record], *, until: int) -> None:
         if self._record is not None:
@@ -165,16 +181,20 @@ class _Merge:
 
         Returns the fetches, which go on, the listed sources, and the records at HAVE.
         """
+        self._phase = ("fetching what sources cut", self._marks.have)
+        self._pieces.at(0, len(sources) * sum(len(self._layout.shards[shard]) for shard in wanted))
         collecting = {source.hotkey: self._start(self._collect(source, wanted)) for source in sources}
         await self._until(self._marks.have - self._marks.margin, collecting.values())
         have = sum(1 << source.index for source in sources if source.hotkey in self._whole)
         await self._publish(lambda record: replace(record, phase=Phase.HAVE, have=have), until=self._marks.have)
         records = await self._board.records_at(self._marks.have)
+        self._phase = ("fetching and merging", self._marks.merge)
         return collecting, accepted(sources, records, self._terms.number), records
 
     async def _collect(self, source: Source, wanted: Sequence[int]) -> None:
         async def valid(shard: int) -> bool:
             await self._fetch(source, shard)
+            self._pieces.done += len(self._layout.shards[shard])
             return await self._offload(lambda: self._norm(source, shard) is not None)
 
         if all(await together(valid(shard) for shard in wanted)):
@@ -318,6 +338,7 @@ class _Butterfly(_Merge):
         said = b"".join(digests)
         await self._publish(lambda record: replace(record, shards=said), until=marks.merge)
         self._judged = verdicts(plan, await self._board.records_at(marks.merge), terms.number)
+        self._phase = ("getting what was merged", marks.end)
         self._truth.update((shard, digest) for shard in shards if (digest := self._judged[shard].accepted) is not None)
         judging = self._judging()
         settling = [self._start(self._settle(shard, taking.get(shard))) for shard in self._truth]

@@ -35,11 +35,12 @@ from neurons.config import NeuronConfig, parse
 from neurons.history import History, HistoryError
 from neurons.machine import open_files
 from neurons.needs import least_files
+from neurons.speed import SpeedDesk
 from neurons.telemetry import NodeFailed, NodeStarted, RecordPublished, Telemetry
 from subnet.chain import BittensorChain, Chain, ChainError
 from subnet.identity import Identity, IdentityError
 from subnet.manifest import LoadedManifest, Manifest, ManifestError, check_announced, check_space, load_manifest
-from subnet.messages import CallBack, RosterRequest, Shapes
+from subnet.messages import CallBack, RosterRequest, Shapes, Speed
 from subnet.metagraph import ChainState, Endpoint
 from subnet.swarm import snapshot
 from subnet.swarm.record import Record
@@ -58,7 +59,7 @@ CONNECT_TIMEOUT = 30.0
 CHAIN_STALL = 600.0
 """Seconds without any new block after which a node gives up on its chain."""
 
-OPEN_ROUTES = frozenset({RosterRequest.route, CallBack.route})
+OPEN_ROUTES = frozenset({RosterRequest.route, CallBack.route, Speed.route})
 """Of use before one is in a roster."""
 PUSH_ROUTES = frozenset({"forward", "backward", "input", "notice"})
 
@@ -97,8 +98,8 @@ class Neighbourhood:
         self.registered = frozenset(neuron.hotkey for neuron in state.neurons)
 
     def allow(self, hotkey: str, route: str) -> None:
-        """Pushes come from who counts; the rest is fetched by whoever is in the roster and by permitted validators, the
-        roster itself, and a call back, by anyone registered."""
+        """Pushes come from who counts; the rest is fetched by whoever is in the roster and by permitted validators; the
+        roster itself, a call back and a measurement, by anyone registered."""
         opens = route in OPEN_ROUTES and hotkey in self.registered
         if self.roster is None:
             if opens:
@@ -141,6 +142,7 @@ class Node:
         self._rosters = RosterDesk(self.loaded.run_id)
         self._rosters.open(self.axon)
         CallbackDesk(self.config.announce).open(self.axon)
+        SpeedDesk().open(self.axon)
 
     @classmethod
     async def open(cls, config: NeuronConfig, *, role: str) -> Node:

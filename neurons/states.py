@@ -9,9 +9,11 @@ from pathlib import Path
 
 from neurons.download import Download, DownloadError, download
 from neurons.node import Node
+from neurons.progress import Meter, Standing, followed
+from neurons.telemetry import Downloading
 from subnet.swarm.codec import codec_of
 from subnet.swarm.merge import Merged
-from subnet.swarm.public import counts_of
+from subnet.swarm.public import VALUE_BYTES, counts_of
 from subnet.swarm.record import Record
 from subnet.swarm.roster import NO_WEIGHTS, Roster, records_of
 
@@ -74,17 +76,35 @@ async def take(node: Node, stage: int, claim: Claim, *, folder: Path | None = No
 
     With a folder, what arrived before a kill is not fetched again.
     """
+    counts = counts_of(node.parameters[stage], codec_of(node.loaded.manifest.merge.codec))
+    total, meter = VALUE_BYTES * sum(counts.values()), Meter()
+
+    def tell(standing: Standing) -> None:
+        log.info("stage %d, state after %d rounds: %s", stage, claim.held, standing.text())
+        if standing.done < total:
+            node.telemetry.emit(
+                Downloading(
+                    held=claim.held,
+                    stage=stage,
+                    bytes=int(standing.done),
+                    total=total,
+                    rate=round(standing.rate or 0.0),
+                )
+            )
+
     try:
-        return await download(
-            node.dendrite,
-            node.neighbours.endpoint,
-            sources=claim.holders,
-            run=node.loaded.run_id,
-            held=claim.held,
-            agreed=claim.weights,
-            counts=counts_of(node.parameters[stage], codec_of(node.loaded.manifest.merge.codec)),
-            folder=folder,
-        )
+        async with followed(meter, tell):
+            return await download(
+                node.dendrite,
+                node.neighbours.endpoint,
+                sources=claim.holders,
+                run=node.loaded.run_id,
+                held=claim.held,
+                agreed=claim.weights,
+                counts=counts,
+                folder=folder,
+                progress=lambda here, pieces: meter.at(total * here // pieces, total),
+            )
     except DownloadError as error:
         log.warning("stage %d: %s", stage, error)
         return None

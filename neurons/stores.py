@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import CheckpointCorruptError, CheckpointInfo, CheckpointMissingError, Encoded
+from neurons.progress import EVERY, Meter, Standing, followed
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore  # exists only for type checkers
@@ -205,14 +206,15 @@ class Bucket:
                 return
             part = max(PART, -(-encoded.size // MOST_PARTS))
             # The iterator runs on obstore's threads; an error it raises aborts the upload.
-            await obstore.put_async(
-                self._store,
-                name,
-                encoded.pieces(),
-                use_multipart=True,
-                chunk_size=part,
-                max_concurrency=UPLOADS,
-            )
+            async with _told(self.place(name), encoded.size) as meter:
+                await obstore.put_async(
+                    self._store,
+                    name,
+                    _counted(encoded.pieces(), meter),
+                    use_multipart=True,
+                    chunk_size=part,
+                    max_concurrency=UPLOADS,
+                )
 
     async def names(self, folder: str) -> list[str]:
         async with _bounded(self.place(folder), self._deadline):
@@ -233,12 +235,14 @@ class Bucket:
             result = await obstore.get_async(self._store, name)
             stream = aiter(result.stream(PART))
         size, data = result.meta["size"], bytearray()
-        while True:
-            async with _bounded(place, self._deadline):
-                piece = await anext(stream, None)
-            if piece is None or len(data) > size:
-                break
-            data += piece
+        async with _told(place, size) as meter:
+            while True:
+                async with _bounded(place, self._deadline):
+                    piece = await anext(stream, None)
+                if piece is None or len(data) > size:
+                    break
+                data += piece
+                meter.done = len(data)
         if len(data) != size:
             raise CheckpointCorruptError(
                 f"checkpoint {place} came as {len(data)} bytes where the store promised {size}: use an older one"
@@ -254,6 +258,25 @@ class Bucket:
 
     async def clean(self, folder: str) -> int:  # noqa: ARG002 (nobody sees a killed upload; docs/checkpoints.md)
         return 0
+
+
+@asynccontextmanager
+async def _told(place: str, size: int) -> AsyncIterator[Meter]:
+    """Logs how far a transfer of `size` bytes is, if it takes long."""
+    meter = Meter(total=size)
+
+    def tell(standing: Standing) -> None:
+        if standing.seconds >= EVERY:
+            log.info("%s: %s", place, standing.text())
+
+    async with followed(meter, tell):
+        yield meter
+
+
+def _counted(pieces: Iterator[bytes | memoryview], meter: Meter) -> Iterator[bytes | memoryview]:
+    for piece in pieces:
+        yield piece
+        meter.done += len(piece)
 
 
 @asynccontextmanager

@@ -46,6 +46,19 @@ class StateChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Downloading:
+    """The public state of a stage is on its way: that with `held` rounds merged into it."""
+
+    held: int
+    stage: int
+    bytes: int
+    """That are here, with what an earlier try left on disk."""
+    total: int
+    rate: float
+    """Bytes per second, of late."""
+
+
+@dataclass(frozen=True, slots=True)
 class Downloaded:
     """The public state of a stage is here and checked: that with `held` rounds merged into it."""
 
@@ -392,6 +405,7 @@ Event = (
     NodeStarted
     | RoundStarted
     | StateChanged
+    | Downloading
     | Downloaded
     | LocalStep
     | MicrobatchStarted

@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from model.checkpoint import CheckpointError
 from model.config import ConfigError
 from model.corpus import find_tokenizer
@@ -18,6 +20,7 @@ from model.export import ExportError, ExportSource, export
 from neurons.telemetry import Validated, read_events
 from neurons.vault import stage_file
 from scripts.localnet import cache_folder
+from scripts.progress import ProgressView
 from subnet.manifest import LoadedManifest, ManifestError, load_manifest
 
 GIGABYTE = 1_000_000_000
@@ -30,7 +33,8 @@ def export_run(*, run: Path, out: Path, number: int | None, tokenizer: Path | No
     try:
         loaded = load_manifest(run / "manifest.toml")
         source = _source(run, loaded, number, tokenizer)
-        exported = export(source, out, shard_bytes=int(shard_gb * GIGABYTE))
+        with ProgressView(Console(stderr=True, soft_wrap=True, markup=False, highlight=False)) as view:
+            exported = export(source, out, shard_bytes=int(shard_gb * GIGABYTE), tell=view.show)
     except (ManifestError, ConfigError, DataError, CheckpointError, ExportError) as error:
         print(f"orion export: {error}", file=sys.stderr)
         return 1

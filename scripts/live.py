@@ -11,7 +11,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from neurons.telemetry import Downloading
 from scripts.tally import MinerTally, Tally
+from subnet.quantities import duration, size
 
 _COLOURS = {
     "starting": "dim",
@@ -30,6 +32,7 @@ _COLOURS = {
 AWAY = frozenset({"waiting", "benched", "out", "left"})
 """States of miners that hold no stage, or hold it no more."""
 NEWS_LINES = 8
+LINE_SECONDS = 5.0
 
 
 def grid(tally: Tally, stages: int) -> Table:
@@ -52,8 +55,17 @@ def grid(tally: Tally, stages: int) -> Table:
 def _cell(miner: MinerTally) -> Text:
     text = Text(miner.name, style="bold")
     text.append(f" {miner.state}", style=_COLOURS.get(miner.state, ""))
-    text.append(f"\n{miner.steps} steps  {miner.units} units", style="dim")
+    if miner.fetching is None:
+        text.append(f"\n{miner.steps} steps  {miner.units} units", style="dim")
+    else:
+        text.append(f"\n{fetched(miner.fetching)}", style="dim")
     return text
+
+
+def fetched(load: Downloading) -> str:
+    """How far a stage's state is."""
+    left = f", {duration((load.total - load.bytes) / load.rate)} left" if load.rate else ""
+    return f"{load.bytes / load.total:.0%} of {size(load.total)}, {size(load.rate)}/s{left}"
 
 
 def away(tally: Tally) -> Text:
@@ -135,8 +147,14 @@ class View:
         tally.news.clear()
         if self._live is not None:
             self._live.update(self._panel(tally, elapsed))
-        elif elapsed - self._last_line >= 5.0 and tally.completed:
-            self._last_line = elapsed
+            return
+        loads = {miner.name: miner.fetching for miner in tally.miners.values() if miner.fetching is not None}
+        if elapsed - self._last_line < LINE_SECONDS or not (tally.completed or loads):
+            return
+        self._last_line = elapsed
+        for name, load in loads.items():
+            self._console.print(f"{elapsed:6.1f} s  {name} fetches its state: {fetched(load)}", highlight=False)
+        if tally.completed:
             self._console.print(
                 f"{elapsed:6.1f} s  round {tally.round}  loss {tally.recent_loss:.3f}  "
                 f"{tally.tokens:,} tokens  {tally.tokens_per_second:,.0f} tokens/s  {tally.lost} lost",

@@ -17,6 +17,7 @@ from neurons.telemetry import (
     Checked,
     Convicted,
     Downloaded,
+    Downloading,
     Intervention,
     LocalStep,
     Merged,
@@ -86,6 +87,8 @@ class MinerTally:
     began: dict[int, float] = field(default_factory=dict)
     """When its training of a round that has not closed began."""
     downloads: list[Downloaded] = field(default_factory=list)
+    fetching: Downloading | None = None
+    """How far the state is that it fetches now."""
     joining: bool = False
     """Whether it has to become active yet."""
     was_active: bool = False
@@ -259,8 +262,11 @@ class Tally:
                 self._round_started(name, stamped.time, event)
             case StateChanged() as event:
                 self._state_changed(name, event)
+            case Downloading() as event:
+                self.miner(name).fetching = event
             case Downloaded() as event:
                 self.miner(name).downloads.append(event)
+                self.miner(name).fetching = None
                 self.news.append(
                     f"{name} has stage {event.stage} with {event.held} rounds in it: {event.bytes / 1e6:,.1f} MB "
                     f"from {event.sources} source(s) in {event.seconds:.1f} s"
@@ -327,7 +333,7 @@ class Tally:
         self._drop_unmerged(miner)
         miner.traffic_before, miner.traffic_now = miner.traffic, NO_TRAFFIC
         miner.began.clear()
-        miner.joining = False
+        miner.joining, miner.fetching = False, None
         self.churn.restarted += miner.starts > 0
         miner.starts += 1
         miner.hotkey, miner.state = event.hotkey, "waiting"
@@ -378,7 +384,7 @@ class Tally:
             if event.fault.startswith("--restart"):
                 self.returning.add(event.node)
             miner = self.miner(event.node)
-            miner.state = "dead"
+            miner.state, miner.fetching = "dead", None
             self._drop_unmerged(miner)
 
     def _drop_unmerged(self, miner: MinerTally) -> None:
@@ -449,7 +455,7 @@ class Tally:
 
     def _merged(self, name: str, time: float, event: Merged) -> None:
         miner = self.miner(name)
-        miner.weights = event.weights
+        miner.weights, miner.fetching = event.weights, None
         if miner.state == "merging":
             miner.state = "merged"
         if event.included and not event.void:  # else its contribution carries over

@@ -314,6 +314,30 @@ class CalledBack(Synapse):
     """Until it came to that."""
 
 
+SPEED_BYTES = 4 << 20
+"""Each way at most: half a second at 80 Mbit/s."""
+
+
+class Speed(Synapse):
+    """A transfer that is only to be timed: tensor `data`, uint8 (1, up), and as much as `down` back."""
+
+    route: ClassVar[str] = "speed"
+    up: Annotated[int, Field(ge=0, le=SPEED_BYTES)]
+    down: Annotated[int, Field(ge=0, le=SPEED_BYTES)]
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {"data": table(1, self.up)}
+
+
+class Sped(Synapse):
+    """Tensor `data`, uint8 (1, down)."""
+
+    down: Annotated[int, Field(ge=0, le=SPEED_BYTES)]
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return {"data": table(1, self.down)}
+
+
 class Tensors(Synapse):
     """The answer to a fetch of tensors."""
 

@@ -39,3 +39,23 @@ def written(size: int) -> str:
     """A size as `parse_size` reads it, rounded up to a tenth of its unit."""
     unit = next((unit for unit in reversed(_SIZES) if size >= _SIZES[unit]), "kb")
     return f"{-(-size * 10 // _SIZES[unit]) / 10:g}{unit}"
+
+
+def size(count: float) -> str:
+    """Bytes for a person, in units of 1,000: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1_000 or unit == "TB":
+            break
+        count /= 1_000
+    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """For a person, in the largest unit of which there are two or more: 1.5 s, 90 s, 12 min, 3.5 h, 4.0 days."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7_200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:,.1f} days"

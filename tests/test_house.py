@@ -1,6 +1,7 @@
 """The house: four floors, imports only downward, rooms of a size one can survey."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,21 @@ LINES = 600
 MODULES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Names of the modules a file imports, wherever in the file."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-    return names
+    return frozenset(names)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -36,7 +43,7 @@ def test_imports_point_downward(path: Path) -> None:
 def test_rooms_are_surveyable(path: Path) -> None:
     lines = path.read_text().count("\n")
     assert lines <= LINES, f"{path.name} has {lines} lines: is it two rooms?"
-    assert ast.get_docstring(ast.parse(path.read_text())), f"{path.name} has no docstring"
+    assert ast.get_docstring(parsed(path)), f"{path.name} has no docstring"
 
 
 def test_model_knows_no_network_and_no_chain() -> None:
@@ -57,6 +64,5 @@ def test_one_file_talks_to_the_chain_client() -> None:
 def test_nothing_is_unpickled(path: Path) -> None:
     names = imported(path)
     assert not names & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-    tree = ast.parse(path.read_text())
-    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    calls = {ast.unparse(node.func) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)}
     assert not calls & {"torch.load", "torch.save", "eval", "exec"}

@@ -8,11 +8,6 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
 from scripts.bench.frontier import DELTA, Setting, chance
 from scripts.bench.sentencing import PLANNED, Scale
 from scripts.manifests import CLIP, TOLERANCE
@@ -77,7 +72,10 @@ class Target:
 
 def draw(path: Path, curves: Curves) -> None:
     """One panel per direction, one line per kind; a dot where the threshold is the manifest's."""
-    figure, panels = plt.subplots(1, len(curves), figsize=(13, 7), sharey=True)
+    from matplotlib.figure import Figure  # noqa: PLC0415 - heavy, and only for a picture
+
+    figure = Figure(figsize=(13, 7))
+    panels = figure.subplots(1, len(curves), sharey=True)
     styles = cycle([(f"C{index}", line) for line in ("-", "--") for index in range(10)])
     given = {name: next(styles) for name in sorted({kind for lines in curves.values() for kind in lines})}
     for panel, (way, lines) in zip(panels, curves.items(), strict=True):
@@ -100,7 +98,6 @@ def draw(path: Path, curves: Curves) -> None:
     )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def markdown(

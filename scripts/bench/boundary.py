@@ -19,12 +19,13 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
 
 from model.config import ConfigError, preset
 from model.corpus import standard_library_corpus
@@ -38,6 +39,7 @@ from scripts.bench.learning.training import Curve, train
 from scripts.cli import plan_options
 from scripts.data.local import fitting
 from scripts.localnet import cache_folder
+from scripts.progress import ProgressView
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "boundary.jsonl"
 GRIDS = Path(__file__).parent / "learning"
@@ -171,11 +173,30 @@ def _all(rows: Sequence[Row], options: argparse.Namespace) -> int:
     if options.data is not None:
         common += ["--data", str(options.data)]
 
-    def one(row: Row) -> int:
-        return subprocess.run([*common, "--model", row.model, "--row", *row.name.split()], check=False).returncode
+    def one(row: Row) -> tuple[Row, subprocess.CompletedProcess[str]]:
+        command = [*common, "--model", row.model, "--row", *row.name.split()]
+        return row, subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        return max(pool.map(one, rows), default=0)
+    total, done, status = sum(row.flops for row in rows), 0, 0
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    with ThreadPoolExecutor(options.jobs) as pool, ProgressView(console, unit=flops, every=0.0) as view:
+        trained = [pool.submit(one, row) for row in rows]
+        view.show(0, total, f"0 of {len(rows)} rows")
+        for count, future in enumerate(as_completed(trained), 1):
+            row, child = future.result()
+            print(child.stdout, end="", flush=True)
+            done, status = done + row.flops, max(status, child.returncode)
+            view.show(done, total, f"{count} of {len(rows)} rows")
+    return status
+
+
+def flops(count: float) -> str:
+    """For a person."""
+    for unit in ("M", "G", "T", "P"):
+        count /= 1_000_000 if unit == "M" else 1_000
+        if count < 1_000 or unit == "P":
+            break
+    return f"{count:,.1f} {unit}FLOP"
 
 
 if __name__ == "__main__":

@@ -182,6 +182,7 @@ def _miner(story: Story, miner: MinerTally) -> Miner:
         state=miner.state,
         steps=miner.steps,
         units=miner.units,
+        fetching=miner.fetching,
         merge=None if merged is None else LastMerge(merged.round, merged.included, merged.void),
         sentence=_sentence([verdict for verdict in tally.convictions if verdict.hotkey == miner.hotkey], tally.round),
         starts=miner.starts,

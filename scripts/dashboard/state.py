@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from neurons.telemetry import Downloading
 from scripts.dashboard.notes import Note
 
 Status = Literal["waiting", "running", "finished"]
@@ -116,6 +117,8 @@ class Miner:
     log is not in the folder."""
     steps: int
     units: int
+    fetching: Downloading | None
+    """How far the state is that it fetches, if it does."""
     merge: LastMerge | None
     sentence: Sentence | None
     starts: int

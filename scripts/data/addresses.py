@@ -20,7 +20,7 @@ from model.corpora.source import LocalSource, Source
 from model.data import DataError
 from neurons.stores import StoreUrlError, connect
 from scripts.data.options import DataOptionError
-from scripts.data.progress import size
+from subnet.quantities import size
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta  # exist only for type checkers

@@ -8,14 +8,14 @@ from rich.console import Console
 
 from model.config import ModelConfig
 from model.corpora.folder import DataManifest, Plan, Recipe, SourceEntry
-from model.corpora.prepare import LOCKS, check_folder, cut, prepare
+from model.corpora.prepare import LOCKS, Advance, check_folder, cut, prepare
 from model.corpora.tokenise import DocumentTokenizer
 from model.data import DataError
 from scripts.data.addresses import find_sources
 from scripts.data.options import DataOptionError, PrepareOptions
-from scripts.data.progress import PrepareView
 from scripts.data.report import print_summary
 from scripts.locks import Lock, StillRunning
+from scripts.progress import ProgressView
 
 BLOCK_BYTES = 1 << 20
 """Some sixteen blocks from all over the sources are in one window."""
@@ -74,10 +74,13 @@ def _prepared(options: PrepareOptions, *, plain: bool) -> DataManifest:
     blocks = cut(recipe, sources)
     lock = Lock.take(options.out / LOCKS / "prepare")
     try:
-        with PrepareView(console, plain=plain) as view:
-            return prepare(
-                options.out, plan, sources, blocks, tokenizer, tell=view.show, skip_broken=options.skip_broken
-            )
+        with ProgressView(console, plain=plain) as view:
+
+            def tell(advance: Advance) -> None:
+                note = f"{advance.documents:,} documents  {advance.tokens:,} tokens"
+                view.show(advance.read, advance.total, note)
+
+            return prepare(options.out, plan, sources, blocks, tokenizer, tell=tell, skip_broken=options.skip_broken)
     finally:
         lock.release()
 

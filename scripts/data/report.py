@@ -11,8 +11,8 @@ import tomli_w
 
 from model.corpora.folder import MANIFEST, DataManifest, read_manifest, verify, verify_tokenizer
 from model.data import DataError
-from scripts.data.progress import size
 from subnet.manifest import DataSection, ShardSection
+from subnet.quantities import size
 
 
 def show_data(folder: Path, *, as_json: bool) -> int:

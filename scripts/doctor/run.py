@@ -114,15 +114,6 @@ def check_uplink(options: DoctorOptions, *, least: float) -> Finding:
     return ok("uplink", found)
 
 
-def check_bandwidth() -> Finding:
-    """Never measured: it would take a route for large bodies that is open to strangers."""
-    return skipped(
-        "bandwidth",
-        "not measured: nodes take no test transfers from who is in no roster",
-        "measure it with any speed test, and give --uplink what that says",
-    )
-
-
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size if path.is_file() else 0

@@ -34,7 +34,8 @@ from scripts.doctor.machine import (
 from scripts.doctor.options import DoctorOptions, parse
 from scripts.doctor.reach import check_address, check_port, check_reach, check_round_trip
 from scripts.doctor.report import Finding, Report, ok, text
-from scripts.doctor.run import check_bandwidth, check_data, check_manifest, check_uplink, look_at_shards
+from scripts.doctor.run import check_data, check_manifest, check_uplink, look_at_shards
+from scripts.doctor.speed import Crossing, Measured, check_bandwidth, measure
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest, Manifest, ManifestError, load_manifest
 from subnet.trust.quota import LEAST_UPLINK
@@ -92,6 +93,7 @@ class Asked:
 
     port: Port | None = None
     answers: Sequence[Answer] = ()
+    measured: Sequence[Measured] = ()
     why: str = ""
     """Nobody was asked; empty if somebody was."""
 
@@ -136,7 +138,7 @@ async def examine(options: DoctorOptions, *, now_ns: Callable[[], int] = time.ti
         check_reach(asked.answers, asked.why, asked.port, options),
         check_round_trip(asked.answers, asked.why),
         check_uplink(options, least=LEAST_UPLINK),
-        check_bandwidth(),
+        check_bandwidth(asked.measured, asked.why, _crossing(stage, machine), options),
     ]
     return Report(options.role, _where(manifest, options), tuple(findings))
 
@@ -201,7 +203,10 @@ async def ask_around(
         elif not found:
             why = f"no other neuron of netuid {options.netuid} serves an axon that could be asked"
         else:
-            return Asked(port=port, answers=await ask(signer, found, port.number, now_ns=now_ns))
+            answers = await ask(signer, found, port.number, now_ns=now_ns)
+            trips = {answer.uid: answer.round_trip for answer in answers if answer.round_trip is not None}
+            near = [(neuron, trips[neuron.uid]) for neuron in found if neuron.uid in trips]
+            return Asked(port=port, answers=answers, measured=await measure(signer, near, now_ns=now_ns))
         return Asked(port=port, answers=await look(found), why=why)
 
 
@@ -212,6 +217,10 @@ def _manifest(options: DoctorOptions) -> tuple[LoadedManifest | None, str]:
         return load_manifest(options.manifest), ""
     except ManifestError as error:
         return None, str(error)
+
+
+def _crossing(stage: Stage | None, machine: Hardware) -> Crossing | None:
+    return None if stage is None else Crossing.of(stage.manifest, stage.work, machine.card, machine.cores)
 
 
 def _where(manifest: Manifest | None, options: DoctorOptions) -> str:

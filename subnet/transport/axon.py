@@ -62,6 +62,8 @@ _ACCEPT_PAUSE: Final = 1.0
 class _Route:
     name: str
     max_bytes: int
+    gate: Callable[[str], None]
+    """Asked with the caller's hotkey, which is proven, before the body is read; may refuse."""
     answer: Callable[[Ticket, memoryview, str], Awaitable[list[memoryview]]]
     """Admitted request, its body and the IP address it came from to the reply."""
 
@@ -143,12 +145,14 @@ class Axon:
         *,
         specs: Specs | Callable[[S], Specs],
         max_bytes: int | None = None,
+        gate: Callable[[str], None] = lambda _caller: None,
     ) -> None:
         """Route every synapse of this kind to a handler.
 
         Args:
             specs: exactly the tensors a request carries, fixed or a function of its fields (may refuse).
             max_bytes: largest body. Follows from fixed specs; must be given where specs depend on the fields.
+            gate: asked with the caller's hotkey once that is proven and before the body is read; may refuse.
         """
         if not kind.route or kind.route in self._routes:
             raise ValueError(f"{kind.__name__}.route is {kind.route!r}; give every served kind a route of its own")
@@ -162,7 +166,7 @@ class Axon:
             received = Received(tensors, payload=ticket.digests.payload, source=source)
             return synapse.encode(*await handler(ticket.caller, fields, received))
 
-        self._routes[kind.route] = _Route(kind.route, max_bytes, answer)
+        self._routes[kind.route] = _Route(kind.route, max_bytes, gate, answer)
 
     async def start(self) -> None:
         """Listen.
@@ -251,6 +255,7 @@ class Axon:
             with self._admission.admit(
                 head.fields, route=route.name, path=head.target, max_bytes=route.max_bytes
             ) as ticket:
+                route.gate(ticket.caller)
                 body = await self._receive(request, ticket)
                 parts = await self._answer(route, ticket, body, connection.source)
                 up = None if self.shaper is None else self.shaper.towards(ticket.caller).up

@@ -99,7 +99,7 @@ class NotPicked(Refused):
 
 
 class OverQuota(Refused):
-    """The caller has had what it may have of a round; asking again cannot help."""
+    """The caller has had what it may have, of a round or of a time; asking again at once cannot help."""
 
     status, code = 403, "over_quota"
 

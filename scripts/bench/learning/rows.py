@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
-from model.accounting import total_parameters
+from model.accounting import total_parameters, training_flops_per_token
 from model.config import BoundaryConfig, BoundaryForm, ConfigError, ModelConfig, preset
 from model.optimizer import BETAS, NANO_RATES, Kind, OptimizerConfig
 from scripts.bench.learning.wire import BITS, channels
@@ -107,6 +107,13 @@ class Row:
     @property
     def stages(self) -> int:
         return self.boundaries + 1
+
+    @property
+    def flops(self) -> int:
+        """Of its training, without the optimizer's."""
+        config = self.config()
+        tokens = self.steps * self.accumulation * BATCH * config.context
+        return tokens * training_flops_per_token(config, stages=self.stages)
 
     def config(self) -> ModelConfig:
         """The model; of forms `subspace` and `wide` with FFNs that give it the parameters of `none` and `none+`."""

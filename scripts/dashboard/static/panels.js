@@ -140,7 +140,7 @@ function cell(miner, chosen, choose, present) {
     el("span", { class: "row" }, el("strong", {}, miner.name),
       el("span", { class: "quiet" }, miner.uid === null ? "no uid yet" : `uid ${miner.uid}`)),
     el("span", { class: "row" }, mark(kind, symbol, miner.failure ? "failed" : STATE_WORDS[miner.state] ?? miner.state),
-      miner.state === "unseen" ? "" : merged(miner.merge)),
+      miner.state === "unseen" ? "" : miner.fetching ? fetched(miner.fetching) : merged(miner.merge)),
     miner.state === "unseen" ? "" : el("span", { class: "row quiet" }, el("span", {}, `${whole(miner.units)} units`),
       el("span", {}, `${whole(miner.steps)} steps`)),
     el("span", { class: "row quiet" },
@@ -149,6 +149,10 @@ function cell(miner, chosen, choose, present) {
     verdictOf(miner, convicted),
   );
   return button;
+}
+
+function fetched(load) {
+  return el("span", { class: "quiet" }, `${percent(load.bytes / load.total, 0)} of ${bytes(load.total)}`);
 }
 
 function merged(merge) {

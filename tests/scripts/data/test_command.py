@@ -210,14 +210,15 @@ def test_a_killed_process_is_followed_by_one_that_ends_with_the_same_bytes(
     program = f"""
 import os, signal, sys
 from scripts.cli import main
-from scripts.data import prepare, progress
+from scripts.data import prepare
+from scripts.progress import ProgressView
 prepare.BLOCK_BYTES, prepare.WINDOW = 2_000, 4_000
-shown = progress.PrepareView.show
-def show(view, advance):
-    shown(view, advance)
-    if advance.documents > 50:
+shown = ProgressView.show
+def show(view, done, total, note):
+    shown(view, done, total, note)
+    if int(note.split()[0]) > 50:
         os.kill(os.getpid(), signal.SIGKILL)
-progress.PrepareView.show = show
+ProgressView.show = show
 main(["data", "prepare", "--from", {str(folder / "src")!r}, "--tokenizer", {str(folder / "tokenizer.json")!r},
       "--out", {str(folder / "out")!r}, "--held-out", "0.2", "--shard-tokens", "3000"])
 """

@@ -95,6 +95,7 @@ async def test_a_machine_that_can_mine(town: Town) -> None:
     for check in ("address", "reachable", "round trip"):
         assert found(report, check).word is Word.OK, found(report, check)
     assert found(report, "reachable").found.startswith("yes: uid")
+    assert "Mbit/s up and" in found(report, "bandwidth").found
     assert not (town.folder / "new").exists()
     page = (Path(__file__).parents[3] / "docs" / "doctor.md").read_text()
     explained = {

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from model.devices import DEVICES
+from model.split import split
+from neurons.machine import Card
 from scripts.doctor import facts
 from scripts.doctor.ask import Answer, Port
 from scripts.doctor.chain import (
@@ -18,10 +21,12 @@ from scripts.doctor.chain import (
     check_subnet,
 )
 from scripts.doctor.keys import check_coldkey, check_hotkey
+from scripts.doctor.machine import Work
 from scripts.doctor.options import DoctorOptions, parse
 from scripts.doctor.reach import check_address, check_port, check_reach, check_round_trip
 from scripts.doctor.report import Finding, Report, Word, fail, ok, skipped, text, warn
-from scripts.doctor.run import Shards, check_bandwidth, check_data, check_manifest, check_uplink, look_at_shards
+from scripts.doctor.run import Shards, check_data, check_manifest, check_uplink, look_at_shards
+from scripts.doctor.speed import Crossing, Measured, check_bandwidth
 from subnet.manifest import Announcement, LoadedManifest, load_manifest
 from subnet.messages import CalledBack
 from subnet.transport.knock import Outcome
@@ -238,7 +243,6 @@ def test_an_uplink_below_what_validators_count_on() -> None:
     assert check_uplink(options("--uplink", "200mbit"), least=80e6).word is Word.OK
     assert check_uplink(options("--uplink", "50mbit"), least=80e6).word is Word.FAIL
     assert check_uplink(options("--uplink", "50mbit", "--role", "validator"), least=80e6).word is Word.OK
-    assert check_bandwidth().word is Word.SKIPPED
 
 
 # -- reach ------------------------------------------------------------------------------------------------------------
@@ -318,6 +322,42 @@ def test_round_trips() -> None:
 
 
 # -- all of it --------------------------------------------------------------------------------------------------------
+
+
+def test_bandwidth_is_held_against_what_a_stage_moves_and_what_is_declared() -> None:
+    fast, slow = Measured(uid=3, up=200e6, down=400e6), Measured(uid=5, up=90e6, down=300e6)
+    crossing = Crossing(bytes=2_000_000, seconds=0.2)
+    enough = check_bandwidth([slow, fast], "", crossing, options("--uplink", "150mbit"))
+    assert enough.word is Word.OK
+    assert enough.found == (
+        "200.0 Mbit/s up and 400.0 down, with uid 5, 3 in 4.2 MB each way; a stage here moves 2.0 MB each way per "
+        "microbatch of 0.2 s: 80.0 Mbit/s"
+    )
+    narrow = check_bandwidth([fast], "", Crossing(bytes=2_000_000, seconds=0.05), options("--uplink", "150mbit"))
+    assert (narrow.word, narrow.fix[:28]) == (Word.WARN, "a line with 320 Mbit/s each ")
+    declared = check_bandwidth([slow], "", None, options("--uplink", "150mbit"))
+    assert (declared.word, declared.fix) == (Word.WARN, "--uplink 90mbit")
+
+
+def test_bandwidth_that_nobody_measured_says_why() -> None:
+    assert check_bandwidth([], "needs the chain", None, options()).found == "needs the chain"
+    refused = check_bandwidth([Measured(uid=3, problem="over_quota: later")], "", None, options())
+    assert (refused.word, refused.found) == (Word.SKIPPED, "no peer measured (uid 3: over_quota: later)")
+
+
+def test_what_a_stage_moves_follows_from_the_manifest_and_the_machine(tmp_path: Path) -> None:
+    run = manifest(tiny(), tokens_file(tmp_path), stages=2)
+    plans = split(run.model.config(), run.swarm.stages)
+    work = Work.of(run, plans[0])
+    one, two = (Crossing.of(run, work, None, cores) for cores in (1, 2))
+    assert one is not None
+    assert two is not None
+    assert two.rate == pytest.approx(2 * one.rate)
+    card = Card(name="NVIDIA H100 80GB HBM3", capability=(9, 0), memory=80 * 10**9, free=80 * 10**9)
+    quick = Crossing.of(run, work, card, 1)
+    assert quick is not None
+    assert quick.seconds == work.unit_flops / DEVICES["h100"].flops
+    assert Crossing.of(run, work, replace(card, name="NVIDIA T4"), 1) is None
 
 
 def test_a_report_is_numbered_marked_and_summed_up() -> None:

@@ -25,7 +25,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-ROW = Row(form="t", ratio=16, hidden=64, optimizer="adamw", steps=27, accumulation=2)
+ROW = Row(form="t", ratio=16, model="pico", hidden=64, optimizer="adamw", steps=27, accumulation=2)
 
 
 @pytest.fixture(scope="module")

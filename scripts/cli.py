@@ -217,6 +217,7 @@ def _localnet(flags: argparse.Namespace) -> int:
         overlap=not flags.no_overlap,
         codec=flags.codec or CODECS.get(flags.model, DEFAULT_CODEC),
         optimizer=flags.optimizer,
+        device=flags.device,
         latency=flags.latency,
         bandwidth=flags.bandwidth,
         loss=flags.loss,

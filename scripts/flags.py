@@ -281,6 +281,9 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         choices=("adamw", "nadam", "muon"),
         help="of every local step, at the preset's rate (default: the preset's)",
     )
+    localnet.add_argument(
+        "--device", default="cpu", help="where miners compute: auto, cpu, cuda, or cuda:N for card N (default: cpu)"
+    )
     churn = localnet.add_argument_group("churn on demand")
     for action, form, text in (
         ("kill", "WHO@ROUND", "kill -9 of a miner"),

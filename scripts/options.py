@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from neurons.config import parse_device
 from scripts.adversaries import Adversary, Casting
 from scripts.faults import Fault, check_faults, joiners
 from subnet.quantities import QuantityError
@@ -59,6 +60,8 @@ class LocalnetOptions:
     codec: Codec = "topk2bit"
     optimizer: Optimizer | None = None
     """None: the preset's."""
+    device: str = "cpu"
+    """Where miners compute."""
     latency: str | None = None
     bandwidth: str | None = None
     loss: str | None = None
@@ -107,6 +110,10 @@ def check_options(options: LocalnetOptions) -> None:
         value = getattr(options, name)
         if not least <= value <= most or math.isnan(value):
             raise LocalnetError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}: choose one inside")
+    try:
+        parse_device(options.device)
+    except ValueError as error:
+        raise LocalnetError(f"--device '{options.device}' will not do: {error}") from None
     miners = options.first_miners + options.joiners
     if miners + options.validators > MOST_NODES:
         raise LocalnetError(

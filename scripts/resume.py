@@ -49,6 +49,7 @@ class RunFile(BaseModel):
     overlap: bool
     codec: Codec
     optimizer: Optimizer | None
+    device: str = "cpu"
     latency: str | None
     bandwidth: str | None
     loss: str | None

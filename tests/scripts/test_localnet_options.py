@@ -32,6 +32,8 @@ def localnet(out: Path, *flags: str) -> int:
         (["--freeze", "stage:0@round1:x"], 1, ":SECONDS"),
         (["--codec", "zip"], 2, "invalid choice"),
         (["--optimizer", "sgd"], 2, "invalid choice"),
+        (["--device", "gpu"], 1, "--device 'gpu' will not do"),
+        (["--device", "cuda:99"], 1, "--device cuda:99: torch sees"),
         (["--latency", "50"], 1, "--latency '50' is not of the form 50ms"),
         (["--bandwidth", "fast"], 1, "200mbit"),
         (["--loss", "0.5"], 1, "0.5%"),

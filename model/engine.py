@@ -7,11 +7,16 @@ was made with are still in place: after a step a kept graph would mix old activa
 silently corrupt gradients, so each step drops all graphs and later backwards recompute at the current
 weights. Kept, selective (`recompute.py`) and rebuilt graphs give the same bits. Everything is synchronous and
 tied to no thread; callers serialise their calls.
+
+What finds no memory is done again with less of it (`relief.py`). autograd adds a unit's gradients to the accumulated
+ones parameter by parameter, each whole or not at all, so a backward that died midway is made again for the parameters
+that had not got theirs: the sum is that of a run which never was short.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +32,11 @@ from model.optimizer import (
     takes_muon,
 )
 from model.recompute import Recompute, runner
+from model.relief import Holding, Relief, brief, out_of_memory, release
 from model.split import StagePlan
-from model.stage import Stage, assign_flat
+from model.stage import Stage, assign_flat, on_host
+
+T = TypeVar("T")
 
 
 class EngineError(RuntimeError):
@@ -53,6 +61,11 @@ class NonFiniteError(EngineError):
 
 class StateError(EngineError):
     """A saved state that does not fit this stage and optimizer."""
+
+
+class OutOfRoomError(EngineError):
+    """No memory is left on the device, and nothing that could be given up. The engine is of no use any more: what was
+    being added to weights or gradients may be there in part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,15 +121,20 @@ class StageEngine:
         self.plan = plan
         self.layout = Layout.of(stage, optimizer_config.kind)
         self.accumulation = accumulation
-        self.recompute = recompute
         self.capacity = capacity
-        self._graphs = 0 if recompute is Recompute.FULL else capacity if graphs is None else graphs
+        held = 0 if recompute is Recompute.FULL else capacity if graphs is None else graphs
+        self.holding = Holding(recompute, held)
+        """What is held of open units now."""
+        self.relieved: Callable[[Relief], None] = _unheard
+        """Told, on the thread that computes, of each step down for want of memory."""
+        self._compiled = compiled
         stage.run_block = runner(recompute, compiled=compiled)
         self._version = 0
         self._steps = 0
         self._used = False
         self._units: dict[Hashable, _Unit] = {}
         self._accumulated = 0
+        self._parameters = tuple(stage.parameters())
         self._config = optimizer_config
         self._optimizer = build_optimizer(optimizer_config, stage, plan)
         self._clip = clip_bound(optimizer_config, sum(p.numel() for p in stage.parameters()), n_total_params)
@@ -124,7 +142,7 @@ class StageEngine:
     @property
     def device(self) -> torch.device:
         """Where the stage is, and with it inputs, gradients and results."""
-        return next(self.stage.parameters()).device
+        return self.stage.device
 
     @property
     def version(self) -> int:
@@ -163,14 +181,16 @@ class StageEngine:
                 "wait for a backward or raise capacity"
             )
         self._used = True
-        if not self._holds():
-            out = replay_forward(self.stage, x, tokens)
-            self._units[key] = _Unit(x, tokens)
-            return out
-        leaf = _leaf(x)
-        y: Tensor = self.stage(leaf, tokens)
-        self._units[key] = _Unit(x, tokens, leaf, y)
-        return y.detach()
+
+        def work() -> tuple[_Unit, Tensor]:
+            if not self._holds():
+                return _Unit(x, tokens), replay_forward(self.stage, x, tokens)
+            leaf = _leaf(x)
+            y: Tensor = self.stage(leaf, tokens)
+            return _Unit(x, tokens, leaf, y), y.detach()
+
+        self._units[key], out = self.with_room(work)
+        return out
 
     def backward(self, key: Hashable, g: Tensor) -> Tensor | None:
         """Adds the unit's weight gradients, given the gradient `g` of its output, and closes the unit.
@@ -189,13 +209,18 @@ class StageEngine:
             raise EngineError(
                 f"gradient of unit {key} is {g.dtype} {tuple(g.shape)}; {self.stage.dtype} {shape} is needed"
             )
-        self._used = True
-        leaf = _leaf(unit.x) if unit.leaf is None else unit.leaf
-        y = self.stage(leaf, unit.tokens) if unit.y is None else unit.y
-        torch.autograd.backward(y, g)
+
+        def graph() -> tuple[Tensor, Tensor]:
+            leaf, y = unit.leaf, unit.y
+            unit.leaf = unit.y = None  # a graph is walked once: a second try makes another
+            if leaf is None or y is None:
+                leaf = _leaf(unit.x)
+                y = self.stage(leaf, unit.tokens)
+            return leaf, y
+
+        dx = self._accumulate(graph, g)
         del self._units[key]
-        self._accumulated += 1
-        return leaf.grad
+        return dx
 
     def tail(
         self, key: Hashable, x: Tensor, targets: Tensor, tokens: Tensor | None = None
@@ -206,14 +231,18 @@ class StageEngine:
         The gradient is that of loss / accumulation, so that a step sees the mean over its units; it is None
         for a solo stage. Raises `NonFiniteError` before any gradient is kept.
         """
-        loss, leaf = _tail_forward(self.stage, x, targets, tokens)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(f"loss of unit {key} is {value}: drop the unit and check its input")
-        self._used = True
-        torch.autograd.backward(loss / self.accumulation)
-        self._accumulated += 1
-        return value, leaf.grad
+        value = math.nan
+
+        def graph() -> tuple[Tensor, Tensor]:
+            nonlocal value
+            loss, leaf = _tail_forward(self.stage, x, targets, tokens)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise NonFiniteError(f"loss of unit {key} is {value}: drop the unit and check its input")
+            return leaf, loss / self.accumulation
+
+        dx = self._accumulate(graph, None)
+        return value, dx
 
     def drop(self, key: Hashable) -> None:
         """Forgets an open unit. Raises `UnknownUnitError`."""
@@ -241,9 +270,14 @@ class StageEngine:
             return StepReport(version=self._version, lr=lr, grad_norm=norm, clipped=False, finite=False)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
+        self._drop_graphs()  # they end with these weights, and what the step computes with needs their room
+        try:
+            self._optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise self.spent(brief(error)) from None
         self.discard_gradients()
-        self._drop_graphs()
         self._steps += 1
         self._version += 1
         self._used = False
@@ -270,28 +304,38 @@ class StageEngine:
         self._used = False
         return self._version
 
+    def with_room(self, work: Callable[[], T]) -> T:
+        """What `work` returns; where it finds no memory the engine gives up some of what it holds, and `work` runs
+        again from its start. Raises `OutOfRoomError` once there is nothing to give up."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                reason = brief(error)
+            self._step_down(reason)  # out here: the error's traceback holds what was computed so far
+
     def state(self) -> dict[str, Tensor]:
-        """Weights, optimizer state, version and steps as named tensors, sharing memory with the engine."""
+        """Weights, optimizer state, version and steps as named tensors in host memory, which the engine shares if it
+        computes there."""
         tensors = {"version": torch.tensor(self._version), "steps": torch.tensor(self._steps)}
         for name, parameter in self.stage.named_parameters():
-            tensors[f"weights.{name}"] = parameter.detach()
+            tensors[f"weights.{name}"] = parameter.detach().cpu()
             for field, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{field}"] = value
+                tensors[f"optimizer.{name}.{field}"] = value.cpu()
         return tensors
 
     def moments(self) -> Tensor:
         """The optimizer's moments as one fp32 vector in the order of `layout`: first moments of all weights in order of
-        name, then second moments of those that have one; a copy, zeros before the first step."""
+        name, then second moments of those that have one; a copy in host memory, zeros before the first step."""
         named, state = dict(self.stage.named_parameters()), self._optimizer.state
-        parts = [
-            state[named[place.name]][moment].detach().float().reshape(-1)
-            if named[place.name] in state
-            else torch.zeros(len(place.span), device=self.device)
+        return on_host(
+            state[named[place.name]][moment] if named[place.name] in state else torch.zeros(len(place.span))
             for moment in _MOMENTS
             for place in self.layout.places
             if moment == "exp_avg" or place.adaptive
-        ]
-        return torch.cat(parts)
+        )
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over a state made by `state` on the same stage and optimizer; open units and gradients are
@@ -335,11 +379,63 @@ class StageEngine:
     def _holds(self) -> bool:
         """Whether the next unit's graph is held."""
         due = len(self._units) < self.accumulation - self._accumulated
-        return due and sum(unit.y is not None for unit in self._units.values()) < self._graphs
+        return due and sum(unit.y is not None for unit in self._units.values()) < self.holding.graphs
 
     def _drop_graphs(self) -> None:
         for unit in self._units.values():
             unit.leaf = unit.y = None
+
+    def _accumulate(self, graph: Callable[[], tuple[Tensor, Tensor]], g: Tensor | None) -> Tensor | None:
+        """Adds one unit's weight gradients to the accumulated ones; returns the gradient of its input.
+
+        Args:
+            graph: makes (leaf, result); called once for each try.
+            g: gradient of the result, None for 1.
+        """
+        before = [_mark(p) for p in self._parameters]
+
+        def work() -> Tensor | None:
+            leaf, y = graph()
+            self._used = True
+            left = [p for p, mark in zip(self._parameters, before, strict=True) if _mark(p) == mark]
+            if len(left) == len(before):
+                torch.autograd.backward(y, g)
+            elif wanted := left + [leaf] * leaf.requires_grad:
+                torch.autograd.backward(y, g, inputs=wanted)
+            return leaf.grad
+
+        dx = self.with_room(work)
+        self._accumulated += 1
+        return dx
+
+    def _step_down(self, reason: str) -> None:
+        """Hold less from now on, and nothing of what is held now. Raises `OutOfRoomError`."""
+        before, after = self.holding, self.holding.lower()
+        if after is None:
+            raise self.spent(reason)
+        self.holding = after
+        self.stage.run_block = runner(after.recompute, compiled=self._compiled)
+        self._drop_graphs()
+        release(self.device)
+        self.relieved(Relief(str(self.device), before, after, reason))
+
+    def spent(self, reason: str) -> OutOfRoomError:
+        """What ends a stage that can give up nothing more."""
+        where = "machine" if self.device.type == "cpu" else "card"
+        return OutOfRoomError(
+            f"stage {self.plan.index} is out of memory on {self.device} and has nothing left to give up "
+            f"({self.holding}; {reason}): stop other programs there, take a {where} with more memory, or join a run "
+            "with more stages"
+        )
+
+
+def _mark(parameter: Tensor) -> int | None:
+    """Differs before and after a gradient is added, which autograd does in place where there is one already."""
+    return None if parameter.grad is None else parameter.grad._version
+
+
+def _unheard(_relief: Relief) -> None:
+    """Nobody listens."""
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

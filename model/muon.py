@@ -63,14 +63,11 @@ class Muon(torch.optim.Optimizer):
     State by parameter: "exp_avg", the first moment, and for AdamW "exp_avg_sq" and "step", named and shaped as torch's.
     """
 
-    def __init__(
-        self, groups: Iterable[dict[str, object]], lr: float, betas: tuple[float, float], eps: float, *, foreach: bool
-    ) -> None:
-        """`betas[0]` is μ too; `foreach` is AdamW's."""
+    def __init__(self, groups: Iterable[dict[str, object]], lr: float, betas: tuple[float, float], eps: float) -> None:
+        """`betas[0]` is μ too."""
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "matrices": False, "share": 1.0})
         self._betas = betas
         self._eps = eps
-        self._foreach = foreach
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -112,7 +109,7 @@ class Muon(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            foreach=self._foreach,
+            foreach=False,
             fused=False,
             amsgrad=False,
             beta1=self._betas[0],

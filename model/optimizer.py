@@ -107,22 +107,22 @@ class OuterConfig:
 
 
 def build_optimizer(config: OptimizerConfig, stage: Stage, plan: StagePlan) -> torch.optim.Optimizer:
-    """The optimizer of a stage; each kind of parameter is a group."""
+    """The optimizer of a stage; each kind of parameter is a group. It goes through its parameters one by one, so a step
+    takes room for one of them more and not, as torch's own choice on a card, for all."""
     kinds: dict[tuple[float, bool, float], list[Tensor]] = {}
     for name, p in stage.named_parameters():
         moved = takes_muon(config.kind, name, p)
         kinds.setdefault((decay_of(config, p), moved, muon_share(name) if moved else 1.0), []).append(p)
-    foreach = next(stage.parameters()).is_cuda
     betas = (first_momentum(config, plan), config.betas[1])
     if config.kind == "muon":
         marked = [
             {"params": ps, "weight_decay": decay, "matrices": moved, "share": share}
             for (decay, moved, share), ps in kinds.items()
         ]
-        return Muon(marked, config.lr, betas, config.eps, foreach=foreach)
+        return Muon(marked, config.lr, betas, config.eps)
     groups = [{"params": ps, "weight_decay": decay} for (decay, *_), ps in kinds.items()]
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, config.lr, betas, config.eps, foreach=foreach, fused=False)
+        return torch.optim.AdamW(groups, config.lr, betas, config.eps, foreach=False, fused=False)
     return torch.optim.NAdam(
         groups,
         config.lr,
@@ -130,7 +130,7 @@ def build_optimizer(config: OptimizerConfig, stage: Stage, plan: StagePlan) -> t
         config.eps,
         momentum_decay=MOMENTUM_DECAY,
         decoupled_weight_decay=True,
-        foreach=foreach,
+        foreach=False,
     )
 
 

@@ -10,6 +10,7 @@ rebuild its stage without asking anyone.
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -129,6 +130,11 @@ class Stage(nn.Module):
             )
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.rotary.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the matrices and so of the boundary tensors; norm weights are fp32 in any case."""
         return cast("Block", next(iter(self.layers.values()))).attention.q.weight.dtype
@@ -171,8 +177,17 @@ def weights_digest(stage: Stage) -> bytes:
 
 
 def flatten(stage: Stage) -> Tensor:
-    """All parameters as one fp32 vector (n,), in order of name, on the stage's device."""
-    return torch.cat([p.detach().float().reshape(-1) for _, p in sorted(stage.named_parameters())])
+    """All parameters as one fp32 vector (n,), in order of name: a copy in host memory."""
+    return on_host(p for _, p in sorted(stage.named_parameters()))
+
+
+def on_host(tensors: Iterable[Tensor]) -> Tensor:
+    """A copy of these tensors as one fp32 vector (n,) in host memory; their device needs no room for it."""
+    parts = [tensor.detach().reshape(-1) for tensor in tensors]
+    flat = torch.empty(sum(map(len, parts)))
+    for part, place in zip(parts, torch.split(flat, list(map(len, parts))), strict=True):
+        place.copy_(part)
+    return flat
 
 
 def unflatten(stage: Stage, flat: Tensor) -> dict[str, Tensor]:

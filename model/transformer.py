@@ -85,7 +85,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, tables: Tensor) -> Tensor:
         """(B, T, hidden) to (B, T, hidden); `tables` is (2, T, head_dim)."""
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(rotate(q, tables), rotate(k, tables), v, is_causal=True, enable_gqa=True)
+        q, k = rotate(q, tables), rotate(k, tables)
+        if q.is_cuda and q.dtype == torch.float32:
+            # torch's only kernel for this that stores no scores knows no groups.
+            k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return out
 

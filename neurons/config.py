@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,13 @@ def _text(read: Callable[[str], object]) -> AfterValidator:
         return given
 
     return AfterValidator(checked)
+
+
+def parse_device(given: str) -> str:
+    """A device's name; whether there is such a one is seen where it is used. Raises `ValueError`."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", given) is None:
+        raise ValueError("it is none of auto, cpu, cuda, and cuda:N for card N: give one of these")
+    return given
 
 
 class NeuronConfig(BaseModel):
@@ -70,6 +78,11 @@ class NeuronConfig(BaseModel):
             default="200mbit",
         ),
     ]
+    device: Annotated[
+        str,
+        AfterValidator(parse_device),
+        Setting("machine", "where a miner computes: auto (a GPU if torch sees one, else cpu), cpu, cuda, cuda:1"),
+    ] = "auto"
     threads: Annotated[int, Field(ge=0), Setting("machine", "torch threads, 0 for torch's own choice")] = 0
     ring: Annotated[
         int,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from subnet.transport.errors import NotFinite
 from subnet.transport.synapse import OFF_LOOP, require_finite, tensor_bytes
 from subnet.trust.ledger import digest
 
+T = TypeVar("T")
 Boarded = Callable[[], torch.Tensor]
 """Called on the compute thread: the tensor, on the device, in the stage's dtype."""
 
@@ -80,7 +81,15 @@ class Ferry(Protocol):
 def ferry_of(engine: StageEngine, wire: torch.dtype) -> Ferry:
     """For where the engine's stage is."""
     dtype = engine.stage.dtype
-    return CudaFerry(engine.device, dtype, wire) if engine.device.type == "cuda" else HostFerry(dtype, wire)
+    if engine.device.type == "cuda":
+        return CudaFerry(engine.device, dtype, wire, with_room=engine.with_room)
+    return HostFerry(dtype, wire)
+
+
+class WithRoom(Protocol):
+    """`StageEngine.with_room`."""
+
+    def __call__(self, work: Callable[[], T]) -> T: ...
 
 
 class HostFerry:
@@ -122,7 +131,16 @@ class CudaFerry:
     memory needs none, since the host allocator keeps a block until the copies that use it are over.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, wire: torch.dtype) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        wire: torch.dtype,
+        *,
+        with_room: WithRoom = lambda work: work(),
+    ) -> None:
+        """`with_room`, called on the compute thread, makes room on the device for what finds none."""
+        self._with_room = with_room
         self._device = device
         self._dtype = dtype
         self._wire = wire
@@ -132,13 +150,14 @@ class CudaFerry:
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ferry")
 
     def board(self, tensor: torch.Tensor) -> Boarded:
-        with torch.cuda.stream(self._inward):
-            there = tensor.pin_memory().to(self._device, non_blocking=True)
-            if there.is_floating_point():
-                there = there.to(self._dtype)
-            arrived = self._inward.record_event()
+        pinned = tensor.pin_memory()
+        try:
+            coming = self._send(pinned)
+        except torch.OutOfMemoryError:
+            coming = None  # room is made by who computes
 
         def take() -> torch.Tensor:
+            there, arrived = self._with_room(lambda: self._send(pinned)) if coming is None else coming
             compute = torch.cuda.current_stream(self._device)
             compute.wait_event(arrived)
             there.record_stream(compute)
@@ -146,7 +165,17 @@ class CudaFerry:
 
         return take
 
+    def _send(self, pinned: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(self._inward):
+            there = pinned.to(self._device, non_blocking=True)
+            if there.is_floating_point():
+                there = there.to(self._dtype)
+            return there, self._inward.record_event()
+
     def leave(self, tensor: torch.Tensor) -> Departure:
+        return self._with_room(lambda: self._leave(tensor))
+
+    def _leave(self, tensor: torch.Tensor) -> Departure:
         self._outward.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._outward):
             wired = torch.empty(tensor.shape, dtype=self._wire, pin_memory=True)
@@ -171,4 +200,5 @@ class CudaFerry:
     @staticmethod
     def _land(departure: Departure, left: torch.cuda.Event) -> None:
         left.synchronize()
+        departure.wired = departure.wired.clone()  # evidence of it is kept for long, and pinned memory is scarce
         departure.check()

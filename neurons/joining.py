@@ -210,6 +210,7 @@ class Joiner:
             log.info("nothing of %s is compared: %s", sibling, error)
             return []
         findings = await asyncio.to_thread(
+            machine.engine.with_room,
             lambda: replay_units(
                 machine.engine.stage,
                 theta,
@@ -219,7 +220,7 @@ class Joiner:
                 tolerance=lambda _: manifest.audit.tolerance,
                 hotkey=sibling,
                 number=closed.round,
-            )
+            ),
         )
         machine.engine.replace_weights(machine.replica.base)
         return findings

@@ -1,4 +1,4 @@
-"""What this machine has that a node may run out of: memory, a card, room on a disk, open files.
+"""What this machine has that a node computes with or may run out of: memory, a card, room on a disk, open files.
 
 Facts only, read at the moment of asking; what a stage needs of them is `neurons/needs.py`. A container is judged by its
 own limits where the kernel tells them (cgroup v2), not by its host's.
@@ -15,8 +15,14 @@ from pathlib import Path
 
 import torch
 
+from model.relief import brief
+
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+
+
+class DeviceError(Exception):
+    """A device that a node cannot compute on: one line with its name and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +50,45 @@ class Room:
     card: Card | None = None
 
 
-def room(out: Path) -> Room:
-    """Of a node that writes to `out`."""
-    return Room(memory=free_memory(), disk=free_disk(out) + held_bytes(out), files=open_files()[0], card=card())
+def room(out: Path, device: torch.device) -> Room:
+    """Of a node that writes to `out` and computes on `device`."""
+    disk = free_disk(out) + held_bytes(out)
+    return Room(memory=free_memory(), disk=disk, files=open_files()[0], card=card(device))
+
+
+def named_device(asked: str) -> torch.device:
+    """What `--device` stands for on this machine; `auto` is the first card if there is one, else the CPU.
+
+    Raises `DeviceError` for a card that is not there.
+    """
+    count = torch.cuda.device_count()
+    if asked == "cpu" or (asked == "auto" and not count):
+        return torch.device("cpu")
+    number = int(asked.partition(":")[2] or 0)
+    if not count:
+        built = "" if torch.version.cuda else f", and torch {torch.__version__} is built without CUDA"
+        raise DeviceError(
+            f"--device {asked}: torch sees no GPU here{built}: see that nvidia-smi lists one and install a torch built "
+            "for CUDA, or give --device cpu"
+        )
+    if number >= count:
+        raise DeviceError(f"--device {asked}: torch sees {count} here, cuda:0 to cuda:{count - 1}: give one of these")
+    return torch.device("cuda", number)
+
+
+def device_of(asked: str) -> torch.device:
+    """The same, once it has computed something. Raises `DeviceError` also for a card that does not compute."""
+    device = named_device(asked)
+    if device.type == "cpu":
+        return device
+    try:  # an old driver, a card too old for this torch or one that another process holds alone show only now
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:
+        raise DeviceError(
+            f"--device {asked}: {device} does not compute ({brief(error)}): update the driver that nvidia-smi shows, "
+            "give another card, or --device cpu"
+        ) from error
+    return device
 
 
 def free_memory() -> int:
@@ -96,12 +138,12 @@ def open_files() -> tuple[int, int]:
     return (most if soft == resource.RLIM_INFINITY else soft), (most if hard == resource.RLIM_INFINITY else hard)
 
 
-def card() -> Card | None:
-    """The GPU that torch would use first, None if it sees none. Raises `RuntimeError` for one that does not answer."""
-    if not torch.cuda.is_available():
+def card(device: torch.device) -> Card | None:
+    """The GPU that `device` is, None if it is none. Raises `RuntimeError` for one that does not answer."""
+    if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(0)
-    free, memory = torch.cuda.mem_get_info(0)
+    properties = torch.cuda.get_device_properties(device)
+    free, memory = torch.cuda.mem_get_info(device)
     return Card(name=properties.name, capability=(properties.major, properties.minor), memory=memory, free=free)
 
 

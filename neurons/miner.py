@@ -15,6 +15,9 @@ import logging
 import signal
 import sys
 
+import torch
+
+from model.relief import release
 from neurons.archive import Archive
 from neurons.desks import EvidenceDesk, PushDesk
 from neurons.joining import Joiner
@@ -68,7 +71,8 @@ class Miner:
     async def run(self) -> None:
         """From the first roster to the last, or until it has left."""
         node = self._node
-        node.flags |= Device.CPU << DEVICE_SHIFT
+        node.flags |= (Device.CUDA if node.device.type == "cuda" else Device.CPU) << DEVICE_SHIFT
+        torch.set_float32_matmul_precision("highest")  # no TF32 on a card: its class is fp32
         uplink = node.config.uplink
         if uplink < LEAST_UPLINK:
             raise NodeError(
@@ -180,12 +184,9 @@ class Miner:
         """The machine of a stage; another one's is given up first."""
         if self._machine is None or self._joiner is None or self._machine.stage != stage:
             self._require_ring(stage)
-            if self._machine is None:  # else what the other stage gives back is missing in what is free
+            if self._machine is None:  # else the other stage's evidence is missing in what is free
                 await asyncio.to_thread(self._require_room, stage)
-            if self._machine is not None:
-                await self._machine.settle_all()
-                await self._machine.shut_down()
-                self._library.clear()
+            await self._give_up_stage()
             self._machine = self._machine_type(
                 self._node, stage, archive=self._archive, library=self._library, keeper=self._keeper
             )
@@ -195,6 +196,16 @@ class Miner:
                 await self._library.put(self._machine.replica.held, self._machine.replica.public)
             self._pushes.worker = self._machine.worker
         return self._machine, self._joiner
+
+    async def _give_up_stage(self) -> None:
+        """Before another is built, for which the memory is chosen that is free then."""
+        if self._machine is None:
+            return
+        await self._machine.settle_all()
+        await self._machine.shut_down()
+        self._library.clear()
+        self._machine = self._joiner = self._pushes.worker = None
+        release(self._node.device)
 
     def _require_ring(self, stage: int) -> None:
         node, ring = self._node, self._node.config.ring
@@ -209,11 +220,10 @@ class Miner:
         """Of memory and disk, before anything of the stage is built."""
         node, out = self._node, self._node.config.out
         try:
-            found = room(out)
+            found = room(out, node.device)
         except OSError as error:
             raise NodeError(f"--out {out} cannot be used ({error.strerror}): give another folder") from error
-        # Miners compute on the CPU: a card in the machine holds nothing of the stage.
-        needs = miner_needs(node.loaded.manifest, node.plans[stage], node.layouts[stage], card=None)
+        needs = miner_needs(node.loaded.manifest, node.plans[stage], node.layouts[stage], card=found.card)
         lacks = shortfall(needs, found, out=str(out), checkpoints_here="://" not in node.config.checkpoints)
         if lacks is not None:
             raise NodeError(lacks)

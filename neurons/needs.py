@@ -23,8 +23,8 @@ from subnet.quantities import written
 from subnet.transport.dendrite import STREAMS
 from subnet.trust.quota import MOST_VALIDATORS, ROUNDS_KEPT, Sizes
 
-HOST_VALUE = 4
-"""Bytes of a value on a CPU, which computes in fp32."""
+VALUE = 4
+"""Bytes of a value: nodes compute in fp32, on a card too."""
 PROCESS = 500_000_000
 """Of a node that holds nothing yet: interpreter, torch, SDK."""
 CHECKPOINTS = 3
@@ -80,18 +80,40 @@ def miner_needs(manifest: Manifest, plan: StagePlan, layout: Layout, card: Card 
 
 def stage_on(manifest: Manifest, plan: StagePlan, card: Card) -> StageMemory:
     """The stage on a card with what is free of its memory, with the least recompute that fits."""
-    device = _device(card.name, card.free)
-    return least_recompute(
-        manifest.model.config(), plan, device, _units(manifest, 2), open_units=_open_units(manifest, plan)
-    )
+    return _least(manifest, plan, _device(card.name, card.free))
 
 
 def on_host(manifest: Manifest, plan: StagePlan) -> int:
-    """The stage in host memory, recomputing all it can; a CPU needs nothing of what is reserved on a card."""
-    config, units = manifest.model.config(), _units(manifest, HOST_VALUE)
-    none = _device("host", 0)
-    memory = least_recompute(config, plan, none, units, open_units=_open_units(manifest, plan))
-    return memory.total - int(RESERVE)
+    """The stage in host memory, recomputing all it can."""
+    return _in_memory(manifest, plan, 0).total
+
+
+def fitted(manifest: Manifest, plan: StagePlan, layout: Layout, *, memory: int, card: Card | None) -> StageMemory:
+    """How the stage is held with what is free now: on the card, or in host memory beside what evidence takes at least.
+
+    Args:
+        memory: free in the host.
+    """
+    if card is not None:
+        return stage_on(manifest, plan, card)
+    return _in_memory(manifest, plan, max(0, memory - PROCESS - least_ring(manifest, plan, layout)))
+
+
+def _in_memory(manifest: Manifest, plan: StagePlan, free: int) -> StageMemory:
+    """In host memory, where nothing of what is reserved on a card is needed."""
+    found = _least(manifest, plan, _device("host", free + int(RESERVE)))
+    return replace(found, reserve=0, card=free)
+
+
+def _least(manifest: Manifest, plan: StagePlan, card: Device) -> StageMemory:
+    return least_recompute(
+        manifest.model.config(),
+        plan,
+        card,
+        _units(manifest),
+        open_units=_open_units(manifest, plan),
+        most_graphs=manifest.optimizer.accumulation,
+    )
 
 
 def validator_host(manifest: Manifest, plans: tuple[StagePlan, ...]) -> int:
@@ -99,7 +121,7 @@ def validator_host(manifest: Manifest, plans: tuple[StagePlan, ...]) -> int:
     config = manifest.model.config()
     parameters = [stage_parameters(config, plan) for plan in plans]
     moments = max(stage_moments(config, plan, manifest.optimizer.kind) for plan in plans)
-    return PROCESS + HOST_VALUE * (sum(parameters) + 2 * max(parameters) + moments)
+    return PROCESS + VALUE * (sum(parameters) + 2 * max(parameters) + moments)
 
 
 def least_files(manifest: Manifest) -> int:
@@ -142,12 +164,12 @@ def shortfall(needs: Needs, found: Room, *, out: str, checkpoints_here: bool) ->
     return None
 
 
-def _units(manifest: Manifest, value_bytes: int) -> Units:
+def _units(manifest: Manifest) -> Units:
     return Units(
         batch=manifest.data.batch,
         sequence=manifest.data.sequence,
-        value_bytes=value_bytes,
-        moment_bytes=value_bytes,
+        value_bytes=VALUE,
+        moment_bytes=VALUE,
         optimizer=manifest.optimizer.kind,
     )
 

@@ -27,13 +27,14 @@ import torch
 
 from model.config import ConfigError
 from model.data import Corpus, DataError, ShardEntry
+from model.engine import OutOfRoomError
 from model.layout import Layout
 from model.split import StagePlan, split
 from neurons.bootstrap import BootstrapError, RosterDesk, join_history
 from neurons.callback import CallbackDesk
 from neurons.config import NeuronConfig, parse
 from neurons.history import History, HistoryError
-from neurons.machine import open_files
+from neurons.machine import DeviceError, device_of, open_files
 from neurons.needs import least_files
 from neurons.speed import SpeedDesk
 from neurons.telemetry import NodeFailed, NodeStarted, RecordPublished, Telemetry
@@ -129,6 +130,8 @@ class Node:
     dendrite: Dendrite
     telemetry: Telemetry
     _stack: AsyncExitStack
+    device: torch.device = field(default=torch.device("cpu"))
+    """Where it computes."""
     flags: int = 0
     """What all records of this node say, see `subnet.swarm.record.Flags`."""
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -149,6 +152,7 @@ class Node:
         """Check everything, connect, listen. Raises one of the typed errors of what was checked."""
         if config.threads:
             torch.set_num_threads(config.threads)
+        device = device_of(config.device) if role == "miner" else torch.device("cpu")
         loaded = load_manifest(config.manifest)
         manifest = loaded.manifest
         wallet = load_wallet(config.wallet, config.hotkey, config.wallet_path)
@@ -203,6 +207,7 @@ class Node:
                 dendrite=dendrite,
                 telemetry=telemetry,
                 _stack=stack.pop_all(),
+                device=device,
             )
 
     @cached_property
@@ -416,6 +421,8 @@ def main(argv: list[str], *, role: str, description: str, body: Callable[[Node],
         asyncio.run(whole())
     except (
         NodeError,
+        DeviceError,
+        OutOfRoomError,
         ChainError,
         IdentityError,
         ManifestError,

@@ -29,6 +29,7 @@ from neurons.ferry import Departure, Landed, ferry_of
 from neurons.filter import Filter, look
 from neurons.heads import Heads
 from neurons.kept import State
+from neurons.shortage import Shortage
 from neurons.telemetry import LocalStep, Telemetry, TrainingClosed
 from neurons.training import OpenInput, TrainingRound
 from neurons.windows import UNWITNESSED, Change, Changes, Opened, Stepped, Windows, Witness
@@ -101,6 +102,7 @@ class StageWorker:
             spawn=self._spawn,
         )
         self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous, settle=self._ferry.settle)
+        self.shortage = Shortage(engine, telemetry)
         self._round: TrainingRound | None = None
         self._windows: Windows | None = None
         self._changes = Changes()
@@ -591,5 +593,6 @@ class StageWorker:
 
     def _collect(self, tasks: set[asyncio.Task[None]], done: asyncio.Task[None]) -> None:
         tasks.discard(done)
-        if not done.cancelled() and done.exception() is not None:
-            log.error("a unit at stage %d was lost: %s", self.plan.index, done.exception(), exc_info=done.exception())
+        error = None if done.cancelled() else done.exception()
+        if error is not None and not self.shortage.ends(error):
+            log.error("a unit at stage %d was lost: %s", self.plan.index, error, exc_info=error)

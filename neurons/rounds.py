@@ -20,7 +20,7 @@ import torch
 
 from model.accounting import total_parameters
 from model.engine import StageEngine
-from model.recompute import Recompute
+from model.relief import Holding
 from model.stage import build_stage, flatten, unflatten
 from neurons.archive import Archive, RoundArchive
 from neurons.download import forget
@@ -29,18 +29,21 @@ from neurons.journal import Journal
 from neurons.keeper import Keeper, KeptCut
 from neurons.kept import Vector
 from neurons.library import Library
+from neurons.machine import card, free_memory
 from neurons.merging import merge
+from neurons.needs import fitted
 from neurons.node import CHAIN_STALL, Node
 from neurons.pipeline import StageWorker
 from neurons.replica import Replica
 from neurons.ring import capacity_of
 from neurons.slots import keep_picked
 from neurons.states import after_merge, said_beyond
-from neurons.telemetry import CheckpointWritten, EvidenceHeld, MergeFault, RoundStarted, Traffic
+from neurons.telemetry import CheckpointWritten, EvidenceHeld, MergeFault, RoundStarted, StageFitted, Traffic
 from neurons.telemetry import Merged as MergedEvent
 from neurons.terms import Marks, Outcome, Terms
 from neurons.wire import DendriteExchange
 from subnet.chain import ChainError
+from subnet.quantities import written
 from subnet.swarm.butterfly import ButterflyError
 from subnet.swarm.codec import DeltaError, Feedback, codec_of, no_residual, reach
 from subnet.swarm.merge import Merged
@@ -247,7 +250,7 @@ class RoundMachine:
             self.worker.closes(await self._time_of(close))
             drive = asyncio.gather(self.worker.drive(), self._foretell(close))
         try:
-            await node.wait(close)
+            await self.worker.shortage.until(node.wait(close))
         finally:
             self.worker.stop()
             following.cancel()
@@ -480,14 +483,29 @@ def build_worker(
     """A stage's worker, with the weights every replica starts from. Both parts are built as their classes are."""
     manifest = node.loaded.manifest
     config = manifest.model.config()
-    plan = node.plans[stage]
+    plan, layout = node.plans[stage], node.layouts[stage]
+    memory = fitted(manifest, plan, layout, memory=free_memory(), card=card(node.device))
+    held = Holding(memory.recompute, memory.graphs)
+    what = "stage %d computes on %s: %s, the least recompute that fits; it takes %s of %s free"
+    log.info(what, stage, node.device, held, written(memory.total), written(memory.card))
+    node.telemetry.emit(
+        StageFitted(
+            stage=stage,
+            device=str(node.device),
+            recompute=memory.recompute.value,
+            graphs=memory.graphs,
+            needed=memory.total,
+            free=memory.card,
+        )
+    )
     built = engine(
-        build_stage(config, plan, manifest.run.seed),
+        build_stage(config, plan, manifest.run.seed, device=node.device),
         manifest.optimizer.inner(),
         plan,
         n_total_params=total_parameters(config, plan.count),
         accumulation=manifest.optimizer.accumulation,
-        recompute=Recompute.KEEP,
+        recompute=held.recompute,
+        graphs=held.graphs,
         capacity=capacity_of(plan),
     )
     return worker(

@@ -70,6 +70,30 @@ class Downloaded:
 
 
 @dataclass(frozen=True, slots=True)
+class StageFitted:
+    """A stage is about to be built: where, how much of open units' graphs it holds, and the bytes that this takes of
+    those that are free."""
+
+    stage: int
+    device: str
+    recompute: str
+    graphs: int
+    needed: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class SteppedDown:
+    """The device had no memory left: from now on the stage holds less of open units, and computes more again."""
+
+    stage: int
+    device: str
+    recompute: str
+    graphs: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LocalStep:
     """One optimizer step of this replica."""
 
@@ -407,6 +431,8 @@ Event = (
     | StateChanged
     | Downloading
     | Downloaded
+    | StageFitted
+    | SteppedDown
     | LocalStep
     | MicrobatchStarted
     | MicrobatchDone

@@ -218,6 +218,7 @@ def _localnet(flags: argparse.Namespace) -> int:
         codec=flags.codec or CODECS.get(flags.model, DEFAULT_CODEC),
         optimizer=flags.optimizer,
         accumulation=flags.accumulation,
+        device=flags.device,
         latency=flags.latency,
         bandwidth=flags.bandwidth,
         loss=flags.loss,

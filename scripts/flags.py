@@ -287,6 +287,9 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         default=2,
         help="microbatches in a local step (default: 2); more train faster and learn less from each",
     )
+    localnet.add_argument(
+        "--device", default="cpu", help="where miners compute: auto, cpu, cuda, or cuda:N for card N (default: cpu)"
+    )
     churn = localnet.add_argument_group("churn on demand")
     for action, form, text in (
         ("kill", "WHO@ROUND", "kill -9 of a miner"),

@@ -52,6 +52,7 @@ def localnet(
     def new() -> _Run:
         folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         check_options(options)
+        _check_device(options.device)
         if data is not None:
             _check_data(data, options.model)
         claim_folder(folder)
@@ -335,7 +336,7 @@ class _Run:
             *("--network", self.url, "--netuid", str(NETUID)),
             *("--wallet", "local", "--hotkey", name, "--wallet-path", str(self.out / "wallets")),
             *("--manifest", str(self.out / "manifest.toml"), "--data", str(data), "--out", str(self.out)),
-            *("--host", "127.0.0.1", "--port", "0", "--threads", "1"),
+            *("--host", "127.0.0.1", "--port", "0", "--threads", "1", "--device", self.options.device),
             *self.options.network_flags,
         ]
 
@@ -470,6 +471,18 @@ class _Run:
         self.lock.release()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _check_device(asked: str) -> None:
+    """Before any node finds out. Raises `LocalnetError`."""
+    if asked == "cpu":
+        return
+    from neurons.machine import DeviceError, named_device  # noqa: PLC0415 - torch, which a run on CPUs need not await
+
+    try:
+        named_device(asked)
+    except DeviceError as error:
+        raise LocalnetError(str(error)) from None
 
 
 def _check_data(folder: Path, model: str) -> None:

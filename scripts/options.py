@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from neurons.config import parse_device
 from scripts.adversaries import Adversary, Casting
 from scripts.faults import Fault, check_faults, joiners
 from subnet.quantities import QuantityError
@@ -62,6 +63,8 @@ class LocalnetOptions:
     """None: the preset's."""
     accumulation: int = 2
     """Microbatches in a local step."""
+    device: str = "cpu"
+    """Where miners compute."""
     latency: str | None = None
     bandwidth: str | None = None
     loss: str | None = None
@@ -110,6 +113,10 @@ def check_options(options: LocalnetOptions) -> None:
         value = getattr(options, name)
         if not least <= value <= most or math.isnan(value):
             raise LocalnetError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}: choose one inside")
+    try:
+        parse_device(options.device)
+    except ValueError as error:
+        raise LocalnetError(f"--device '{options.device}' will not do: {error}") from None
     miners = options.first_miners + options.joiners
     if miners + options.validators > MOST_NODES:
         raise LocalnetError(

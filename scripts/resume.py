@@ -50,6 +50,7 @@ class RunFile(BaseModel):
     codec: Codec
     optimizer: Optimizer | None
     accumulation: int
+    device: str
     latency: str | None
     bandwidth: str | None
     loss: str | None

@@ -83,10 +83,11 @@ def installed(name: str) -> str | None:
         return None
 
 
-def hardware() -> Hardware:
+def hardware(device: str) -> Hardware:
+    """`device` is what `--device` says."""
     try:
-        card, problem = machine.card(), ""
-    except RuntimeError as error:
+        card, problem = machine.card(machine.device_of(device)), ""
+    except (machine.DeviceError, RuntimeError) as error:
         card, problem = None, " ".join(str(error).split())
     return Hardware(
         cores=machine.cores(),

@@ -12,6 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from model.accounting import stage_flops
 from model.devices import DEVICES
+from model.relief import Holding
 from model.split import StagePlan
 from neurons.machine import Card
 from neurons.needs import Needs, smaller_batch, stage_on
@@ -105,11 +106,14 @@ class Work:
         return self.step_units * self.unit_flops / (CPU_FLOPS * cores)
 
 
-def check_card(card: Card | None, problem: str, *, driver: str, work: Work | None, cores: float) -> Finding:
+def check_card(
+    card: Card | None, problem: str, *, driver: str, work: Work | None, cores: float, wanted: bool = True
+) -> Finding:
     """
     Args:
         problem: why a card that is there cannot be used.
         work: of the largest stage; None without a manifest.
+        wanted: False with --device cpu.
     """
     if problem:
         return fail("gpu", f"torch cannot use it: {problem}", "nvidia-smi (it shows whether the driver answers)")
@@ -122,13 +126,12 @@ def check_card(card: Card | None, problem: str, *, driver: str, work: Work | Non
         if card.capability < OLDEST_CARD:
             return warn("gpu", f"{found}: it has no bf16 tensor cores", "rent a card of capability 8.0 or newer")
         return ok("gpu", found)
+    none = "torch sees none" if wanted else "none is used, as --device is cpu"
     if work is None:
-        return warn(
-            "gpu", "torch sees none", "--manifest, to learn whether the run needs one; nvidia-smi, if one is there"
-        )
+        return warn("gpu", none, "--manifest, to learn whether the run needs one; nvidia-smi, if one is there")
     seconds = work.step_seconds(cores)
     found = (
-        f"torch sees none; on {cores:g} cores a local step of stage {work.plan.index} takes some "
+        f"{none}; on {cores:g} cores a local step of stage {work.plan.index} takes some "
         f"{seconds:,.0f} s, and a round trains for {work.round_seconds:,.0f} s"
     )
     if seconds > work.round_seconds:
@@ -149,7 +152,7 @@ def check_card_memory(card: Card | None, manifest: Manifest | None, plan: StageP
     )
     found = f"stage {plan.index} needs {written(memory.total)} of {down(card.free)} free ({parts})"
     if memory.free >= 0:
-        return ok("gpu memory", f"{found}, recompute {memory.recompute}")
+        return ok("gpu memory", f"{found}, {Holding(memory.recompute, memory.graphs)}")
     return fail(
         "gpu memory", f"{found}, with full recompute", " or ".join(_more_memory(manifest, plan, card, memory.total))
     )
@@ -167,13 +170,12 @@ def _more_memory(manifest: Manifest, plan: StagePlan, card: Card, total: int) ->
     yield f"join a run with more than {plan.count} swarm.stages"
 
 
-def check_memory(needs: Needs | None, free: int, *, ring: int) -> Finding:
-    """Of the host, for a miner of the stage that needs most."""
+def check_memory(needs: Needs | None, free: int, *, held: Holding | None = None, ring: int) -> Finding:
+    """Of the host, for a miner of the stage that needs most; `held` is what it would hold of open units."""
     if needs is None:
         return skipped("memory", f"{down(free)} free; how much is needed: needs --manifest")
-    found = (
-        f"{down(free)} free; stage {needs.stage} takes {written(needs.weights)}, evidence {written(needs.ring)} or more"
-    )
+    stage = "lies on the card" if needs.card is not None else f"takes {written(needs.weights)}"
+    found = f"{down(free)} free; stage {needs.stage} {stage}, evidence {written(needs.ring)} or more"
     if needs.host > free:
         return fail(
             "memory",
@@ -185,7 +187,8 @@ def check_memory(needs: Needs | None, free: int, *, ring: int) -> Finding:
     spare = free - (needs.host - needs.ring)
     if ring > spare:
         return warn("memory", f"{found}, and --ring may grow to {written(ring)}", f"--ring {down(spare)}")
-    return ok("memory", f"{found}, --ring {written(ring)}")
+    here = held is not None and needs.card is None
+    return ok("memory", f"{found}, --ring {written(ring)}" + (f", {held}" if here else ""))
 
 
 def check_validators_memory(needed: int | None, free: int) -> Finding:

@@ -34,6 +34,7 @@ class DoctorOptions:
     announce: str | None
     """None: not given, so a node would publish `host`."""
     port: int
+    device: str
     uplink: float
     ring: int
     evidence_disk: int
@@ -100,6 +101,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> DoctorOptions:
         host=config.host,
         announce=None if resolved.origins["announce"] == "as host" else config.announce,
         port=config.port,
+        device=config.device,
         uplink=config.uplink,
         ring=config.ring,
         evidence_disk=config.evidence_disk,

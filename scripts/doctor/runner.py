@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from model.layout import Layout
+from model.relief import Holding
 from model.split import StagePlan, split
-from neurons.needs import Needs, least_files, miner_needs, stage_on, validator_host
+from neurons.needs import Needs, fitted, least_files, miner_needs, stage_on, validator_host
 from scripts.doctor import facts
 from scripts.doctor.ask import Answer, Listener, Port, ask, look, peers
 from scripts.doctor.chain import OnChain, check_chain, check_clock, check_registration, check_subnet
@@ -62,7 +63,9 @@ class Stage:
     manifest: Manifest
     plans: tuple[StagePlan, ...]
     needs: Needs
-    """Of a miner that computes on its host, as miners do."""
+    """Of a miner, with the card that is here or without one."""
+    held: Holding
+    """What that one would hold of open units with what is free."""
     on_card: StagePlan
     """Which stage needs most of the card that is here."""
     work: Work
@@ -73,15 +76,16 @@ class Stage:
         config = manifest.model.config()
         plans = split(config, manifest.swarm.stages)
         asked = plans if only is None else plans[only : only + 1]
-        needs = [
-            miner_needs(manifest, plan, Layout.planned(config, plan, manifest.optimizer.kind), card=None)
-            for plan in asked
-        ]
         card = machine.card
+        layouts = [Layout.planned(config, plan, manifest.optimizer.kind) for plan in plans]
+        all_needs = [miner_needs(manifest, plan, layouts[plan.index], card=card) for plan in asked]
+        needs = max(all_needs, key=lambda one: one.host)
+        memory = fitted(manifest, plans[needs.stage], layouts[needs.stage], memory=machine.memory, card=card)
         return cls(
             manifest=manifest,
             plans=plans,
-            needs=max(needs, key=lambda one: one.host),
+            needs=needs,
+            held=Holding(memory.recompute, memory.graphs),
             on_card=asked[0] if card is None else max(asked, key=lambda plan: stage_on(manifest, plan, card).total),
             work=max((Work.of(manifest, plan) for plan in asked), key=lambda one: one.unit_flops),
         )
@@ -103,7 +107,7 @@ async def examine(options: DoctorOptions, *, now_ns: Callable[[], int] = time.ti
 
     now_ns: this machine's clock, Unix time in nanoseconds.
     """
-    machine = await asyncio.to_thread(facts.hardware)
+    machine = await asyncio.to_thread(facts.hardware, options.device if options.role == "miner" else "auto")
     loaded, unreadable = _manifest(options)
     manifest = None if loaded is None else loaded.manifest
     inside = manifest is not None and (options.stage is None or options.stage < manifest.swarm.stages)
@@ -154,7 +158,8 @@ def _machine(machine: Hardware, stage: Stage | None, options: DoctorOptions) -> 
         held = None if stage is None else validator_host(stage.manifest, stage.plans)
         memory = check_validators_memory(held, machine.memory)
     else:
-        memory = check_memory(None if stage is None else stage.needs, machine.memory, ring=options.ring)
+        needs, holding = (None, None) if stage is None else (stage.needs, stage.held)
+        memory = check_memory(needs, machine.memory, held=holding, ring=options.ring)
     return [
         check_cores(machine.cores),
         check_card(
@@ -163,6 +168,7 @@ def _machine(machine: Hardware, stage: Stage | None, options: DoctorOptions) -> 
             driver=machine.driver,
             work=None if stage is None else stage.work,
             cores=machine.cores,
+            wanted=options.device != "cpu",
         ),
         check_card_memory(machine.card, manifest, None if stage is None else stage.on_card),
         memory,

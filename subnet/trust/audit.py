@@ -212,7 +212,8 @@ def replay(
     """Compute one unit of `hotkey`'s round `number` again with the window's weights, which are in the stage, and
     compare: one finding for what it sent on, one for the loss it reported, none where there is nothing to compare.
 
-    `tokens` are the sample's, for a stage that restores them, `targets` its next tokens, for the tail.
+    `tokens` are the sample's, for a stage that restores them, `targets` its next tokens, for the tail. The stage may be
+    on any device.
     """
 
     def measured(check: Check, error: float, what: str) -> Finding:
@@ -233,7 +234,9 @@ def replay(
         )
 
     found: list[Finding] = []
-    x = tensors.input if stage.plan.is_first else tensors.input.to(torch.float32)
+    there = stage.device
+    x = tensors.input.to(there, None if stage.plan.is_first else torch.float32)
+    tokens, targets = (None if ids is None else ids.to(there) for ids in (tokens, targets))
     carried: torch.Tensor | None
     computed: torch.Tensor | None
     if leaf.direction is Direction.FORWARD:
@@ -249,8 +252,9 @@ def replay(
         )
     else:
         assert tensors.gradient is not None  # noqa: S101 - the shapes of what is fetched say so
-        check, carried = Check.BACKWARD, tensors.gradient.to(torch.float32)
+        check, carried = Check.BACKWARD, tensors.gradient.to(there, torch.float32)
         computed = replay_backward(stage, x, carried, tokens)
+    computed, carried = (None if one is None else one.cpu() for one in (computed, carried))
     if computed is not None and tensors.output is None:
         sendable = float(computed.abs().max()) < (1 - KEPT_BACK) * WIRE_LIMIT
         found.append(measured(check, math.inf if sendable else 0.0, "it sent nothing on, though it could: error"))

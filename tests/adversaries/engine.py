@@ -79,6 +79,7 @@ class CheatingEngine(StageEngine):
         accumulation: int,
         recompute: Recompute,
         capacity: int,
+        graphs: int | None = None,
     ) -> None:
         """Keys of units are sample ids."""
         super().__init__(
@@ -89,6 +90,7 @@ class CheatingEngine(StageEngine):
             accumulation=accumulation,
             recompute=recompute,
             capacity=capacity,
+            graphs=graphs,
         )
         self._cheat = cheat
         self._memory = memory

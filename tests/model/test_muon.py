@@ -86,7 +86,7 @@ def test_rows_that_got_nothing_move_nothing() -> None:
 def test_steps_are_those_of_torch_muon(shape: tuple[int, int]) -> None:
     """Which iterates in bf16: first moments agree to the bit, weights to what bf16 makes of a polar factor."""
     own, other = (torch.nn.Parameter(normal(*shape)) for _ in range(2))
-    ours = Muon([{"params": [own], "weight_decay": 0.1, "matrices": True}], 1e-2, (0.95, 0.9), 1e-8, foreach=False)
+    ours = Muon([{"params": [own], "weight_decay": 0.1, "matrices": True}], 1e-2, (0.95, 0.9), 1e-8)
     theirs = torch.optim.Muon([other], lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for turn in range(4):
         before = own.detach().clone()

@@ -32,6 +32,17 @@ def test_a_ring_is_read_in_bytes_or_named_with_its_form(capsys: pytest.CaptureFi
         assert f"--ring '{text}' is not of the form 16gb" in capsys.readouterr().err
 
 
+def test_a_device_is_read_or_named_with_what_it_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(NEEDED, {}, program="x", description="x").device == "auto"
+    for text in ("cpu", "cuda", "cuda:12"):
+        assert parse(NEEDED, {"ORION_DEVICE": text}, program="x", description="x").device == text
+    for text in ("gpu", "cuda:", "cuda:-1", "cuda:1 ", "CPU"):
+        with pytest.raises(SystemExit) as caught:
+            parse([*NEEDED, f"--device={text}"], {}, program="x", description="x")
+        assert caught.value.code == 2
+        assert f"--device '{text}' will not do: it is none of auto, cpu, cuda" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [1, 999, 10**9, 10**9 + 1, 123_456_789_012, 10**15])
 def test_a_size_is_written_as_it_is_read_and_never_smaller(size: int) -> None:
     assert size <= parse_size("ring", written(size)) <= size * 1.1 + 1000

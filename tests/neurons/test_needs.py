@@ -4,16 +4,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.config import preset
 from model.layout import Layout
 from model.split import split
-from neurons.machine import Card, Room, existing, free_memory, held_bytes, room
-from neurons.needs import Needs, least_files, miner_needs, shortfall, smaller_batch, stage_on, validator_host
+from neurons.machine import Card, DeviceError, Room, device_of, existing, free_memory, held_bytes, room
+from neurons.needs import (
+    PROCESS,
+    Needs,
+    fitted,
+    least_files,
+    miner_needs,
+    shortfall,
+    smaller_batch,
+    stage_on,
+    validator_host,
+)
 from subnet.manifest import Manifest
 from tests.neurons.swarm import manifest, tiny, tokens_file
 
-CARD = Card(name="test card", capability=(9, 0), memory=80 * 10**9, free=80 * 10**9)
+CARD = Card(name="test card", capability=(9, 0), memory=160 * 10**9, free=160 * 10**9)
 PLENTY = Room(memory=10**13, disk=10**14, files=10**6)
 
 
@@ -90,8 +101,56 @@ def test_a_machine_tells_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "else").write_bytes(bytes(5000))
     assert held_bytes(tmp_path) == 1000
     assert existing(tmp_path / "not" / "yet") == tmp_path
-    found = room(tmp_path / "not" / "yet")
+    found = room(tmp_path / "not" / "yet", torch.device("cpu"))
+    assert found.card is None
     assert found.memory > 0
     assert found.disk > 0
     assert found.files > 0
     assert free_memory() < 10**15
+
+
+def test_as_much_is_held_as_there_is_room_for(tmp_path: Path) -> None:
+    content = large(tmp_path)
+    plan = split(content.model.config(), 2)[0]
+    layout = Layout.planned(content.model.config(), plan, content.optimizer.kind)
+    ring = needs_of(content).ring
+
+    def held(free: int, card: Card | None = None) -> tuple[str, int]:
+        found = fitted(content, plan, layout, memory=free, card=card)
+        assert found.total <= found.card
+        return found.recompute.value, found.graphs
+
+    whole = held(10**13)
+    assert whole == held(0, replace(CARD, free=10**13))  # on a card host memory does not matter
+    assert whole[0] == "keep"
+    assert 0 < whole[1] <= content.optimizer.accumulation
+    full = PROCESS + ring + needs_of(content).weights
+    assert held(full) == ("full", 0)
+    some = held(full + 40 * 10**9)
+    assert some[0] == "selective"
+    assert 0 < some[1] < whole[1]
+    assert fitted(content, plan, layout, memory=full - 1, card=None).free < 0
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_of("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert device_of("auto") == torch.device("cpu")
+    with pytest.raises(DeviceError, match=r"--device cuda: torch sees no GPU here.*--device cpu"):
+        device_of("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match="--device cuda:2: torch sees 2 here, cuda:0 to cuda:1"):
+        device_of("cuda:2")
+
+
+def test_a_device_that_does_not_compute_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def old(*_: object, **__: object) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040)")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "ones", old)
+    with pytest.raises(DeviceError, match=r"cuda:0 does not compute .*too old.*: update the driver") as caught:
+        device_of("cuda")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DeviceError):  # nobody trains on a CPU unasked beside a card that could be mended
+        device_of("auto")

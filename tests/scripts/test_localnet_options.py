@@ -33,6 +33,8 @@ def localnet(out: Path, *flags: str) -> int:
         (["--codec", "zip"], 2, "invalid choice"),
         (["--optimizer", "sgd"], 2, "invalid choice"),
         (["--accumulation", "0"], 1, "--accumulation 0"),
+        (["--device", "gpu"], 1, "--device 'gpu' will not do"),
+        (["--device", "cuda:99"], 1, "--device cuda:99: torch sees"),
         (["--latency", "50"], 1, "--latency '50' is not of the form 50ms"),
         (["--bandwidth", "fast"], 1, "200mbit"),
         (["--loss", "0.5"], 1, "0.5%"),

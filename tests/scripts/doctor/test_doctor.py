@@ -171,9 +171,9 @@ async def test_a_subnet_and_a_chain_that_are_not_there(town: Town) -> None:
 
 
 async def test_too_few_files_and_no_memory(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = runner.facts.hardware()
+    real = runner.facts.hardware("cpu")
     monkeypatch.setattr(
-        runner.facts, "hardware", lambda: dataclasses.replace(real, memory=10**6, files=(64, 4096), card=None)
+        runner.facts, "hardware", lambda _: dataclasses.replace(real, memory=10**6, files=(64, 4096), card=None)
     )
     report = await town.report()
     assert failed(report) == {"memory", "open files"}

@@ -7,6 +7,8 @@ import pytest
 
 from model.config import preset
 from model.layout import Layout
+from model.recompute import Recompute
+from model.relief import Holding
 from model.split import split
 from neurons.machine import Card
 from neurons.needs import Needs, miner_needs
@@ -33,7 +35,7 @@ from subnet.manifest import Manifest
 from subnet.quantities import parse_size
 from tests.neurons.swarm import manifest, tiny, tokens_file
 
-CARD = Card(name="test card", capability=(9, 0), memory=80 * 10**9, free=80 * 10**9)
+CARD = Card(name="test card", capability=(9, 0), memory=160 * 10**9, free=160 * 10**9)
 TCP = Tcp(default="cubic", allowed=("reno", "cubic"), send=(4096, 16384, 4 << 20), receive=(4096, 131072, 6 << 20))
 
 
@@ -91,13 +93,15 @@ def test_no_gpu_is_enough_for_small_runs_and_a_failure_for_large_ones(small: Man
     assert hard.word is Word.FAIL
     assert "rent a machine with a GPU" in hard.fix
     assert "nvidia-smi" in hard.fix
-    assert check_card(None, "", driver="", work=None, cores=2).word is Word.WARN
+    unwanted = check_card(None, "", driver="", work=None, cores=2, wanted=False)
+    assert unwanted.word is Word.WARN
+    assert "--device is cpu" in unwanted.found
 
 
 def test_a_gpu_is_described_or_its_fault_is() -> None:
     found = check_card(CARD, "", driver="driver 550.1", work=None, cores=2)
     assert found.word is Word.OK
-    assert found.found == "test card, compute capability 9.0, driver 550.1, 80gb of 80gb free"
+    assert found.found == "test card, compute capability 9.0, driver 550.1, 160gb of 160gb free"
     assert check_card(replace(CARD, capability=(7, 5)), "", driver="", work=None, cores=2).word is Word.WARN
     broken = check_card(None, "CUDA driver version is insufficient", driver="", work=None, cores=2)
     assert broken.word is Word.FAIL
@@ -106,7 +110,9 @@ def test_a_gpu_is_described_or_its_fault_is() -> None:
 
 def test_a_stage_too_large_for_the_card_names_what_would_do(small: Manifest, tmp_path: Path) -> None:
     plan = split(small.model.config(), 2)[0]
-    assert check_card_memory(CARD, small, plan).word is Word.OK
+    fits = check_card_memory(CARD, small, plan)
+    assert fits.word is Word.OK
+    assert "recompute keep with" in fits.found
     assert check_card_memory(None, small, plan).word is Word.SKIPPED
     assert check_card_memory(CARD, None, None).word is Word.SKIPPED
 
@@ -125,6 +131,8 @@ def test_a_stage_too_large_for_the_card_names_what_would_do(small: Manifest, tmp
 def test_too_little_memory_names_how_much_and_the_option(needs: Needs) -> None:
     assert check_memory(None, 10**12, ring=0).word is Word.SKIPPED
     assert check_memory(needs, 10**12, ring=10**9).word is Word.OK
+    held = check_memory(needs, 10**12, held=Holding(Recompute.KEEP, 8), ring=10**9)
+    assert held.found.endswith("recompute keep with 8 graphs")
     short = check_memory(needs, needs.host - 10**8, ring=10**9)
     assert short.word is Word.FAIL
     assert "100mb short" in short.found
@@ -209,7 +217,7 @@ def test_a_size_that_is_offered_is_never_larger(size: int) -> None:
 
 
 def test_this_machine_is_read() -> None:
-    found = facts.hardware()
+    found = facts.hardware("auto")
     assert found.cores > 0
     assert found.memory > 0
     assert found.files[0] <= found.files[1]

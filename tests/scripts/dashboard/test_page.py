@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from neurons.telemetry import Intervention, Validated
-from tests.scripts.dashboard.browser import CHROMIUM, Page, chromium
+from scripts.bench.browser import CHROMIUM, Page, chromium
 from tests.scripts.dashboard.conftest import Served
 from tests.scripts.dashboard.recording import BEGIN, MARKUP, write
 

@@ -26,7 +26,7 @@ from scripts.tally import LogFollower, Tally
 
 HERE = Path(__file__).parents[1]
 LOOK = 0.2
-PATIENCE = 300.0
+PATIENCE = 600.0
 """Seconds for one step on a slow machine."""
 LARGER = {"hidden = 64": "hidden = 16384", "heads = 2\n": "heads = 128\n", "ffn = 192": "ffn = 65536"}
 """What makes of pico a model that no machine at hand holds."""
@@ -144,7 +144,7 @@ class Newcomer:
         return done.stdout
 
     def start(self, commands: str, *, cwd: Path, name: str, run: Path) -> Terminal:
-        """A terminal of its own, in which the last command runs until it is interrupted; it writes the logs of `run`."""
+        """A terminal of its own, in which the last command runs until it is interrupted. `run` has its logs."""
         log = self.home / f"{name}.log"
         with log.open("wb") as stream:
             process = subprocess.Popen(

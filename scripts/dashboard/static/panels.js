@@ -57,9 +57,9 @@ export function showTotals(totals) {
     ["rate", "Tokens/s", whole(totals.tokens_per_second), "whole run"],
     ["lost", "Lost", whole(totals.lost), `${whole(totals.in_flight)} in flight`, totals.lost > 0],
     ["audits", "Audited units", audited ? `${whole(totals.audits_passed)}/${whole(audited)}` : NONE,
-      totals.audits_failed ? `✕ ${whole(totals.audits_failed)} failed` : audited ? "passed" : "none yet",
+      totals.audits_failed ? `${whole(totals.audits_failed)} failed` : audited ? "passed" : "none yet",
       totals.audits_failed > 0],
-    ["convicted", "Convicted", whole(totals.convicted), totals.convicted ? "✕ earn nothing" : "miners",
+    ["convicted", "Convicted", whole(totals.convicted), totals.convicted ? "earn nothing" : "miners",
       totals.convicted > 0],
     ["weights-set", "Weights set", whole(totals.weights_set), "by all validators"],
     ["sent", "Sent", bytes(totals.forward_bytes + totals.backward_bytes + totals.merge_bytes),
@@ -67,7 +67,7 @@ export function showTotals(totals) {
     ["churn", "Gradients lost", whole(totals.gradients_lost), churn || "no churn", totals.gradients_lost > 0],
   ];
   byId("totals").replaceChildren(...rows.map(([id, name, value, more, alarm]) =>
-    el("div", { class: alarm ? "alarm" : "" }, el("dt", {}, name), el("dd", { id: `total-${id}`, class: "figure" }, value),
+    el("div", { class: alarm ? "alarm" : "" }, el("dt", {}, alarm ? mark("bad", "✕", name) : name), el("dd", { id: `total-${id}`, class: "figure" }, value),
       el("dd", { class: "more" }, more))));
 }
 

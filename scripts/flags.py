@@ -333,6 +333,10 @@ def _add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1, this machine only)"
     )
     dashboard.add_argument("--port", type=_port, default=8765, help="port, 0 for any that is free (default: 8765)")
+    measured = dashboard.add_argument_group("what figures are measured against")
+    measured.add_argument("--gpu", default=None, help="card of every miner, like a100-80gb, for MFU (default: none)")
+    measured.add_argument("--price", type=float, default=None, help="dollars per card and hour (default: none)")
+    measured.add_argument("--target", default=None, help="tokens to train on, like 500b (default: the run's rounds)")
 
 
 def _add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -18,6 +18,7 @@ from aiohttp import web
 from scripts.dashboard.errors import DashboardError
 from scripts.dashboard.feed import check_run
 from scripts.dashboard.server import Dashboard
+from scripts.dashboard.yardstick import NOTHING_NAMED, Yardstick
 
 HOST = "127.0.0.1"
 STOPPED = 130
@@ -25,18 +26,20 @@ PATIENCE = 3.0
 """Seconds that requests have to end in."""
 
 
-def dashboard(run: Path, *, host: str, port: int) -> int:
+def dashboard(
+    run: Path, *, host: str, port: int, gpu: str | None = None, price: float | None = None, target: str | None = None
+) -> int:
     """Serve until stopped: 130; 1 if it cannot be served."""
     try:
         check_run(run)
-        asyncio.run(_until_stopped(run, host, port))
+        asyncio.run(_until_stopped(run, host, port, Yardstick.of(gpu=gpu, price=price, target=target)))
     except DashboardError as error:
         print(f"orion dashboard: {error}", file=sys.stderr)
         return 1
     return STOPPED
 
 
-async def _until_stopped(run: Path, host: str, port: int) -> None:
+async def _until_stopped(run: Path, host: str, port: int, yardstick: Yardstick) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -46,12 +49,20 @@ async def _until_stopped(run: Path, host: str, port: int) -> None:
         if not is_loopback(host):
             print(f"--host {host}: whoever reaches this address can read the run; nothing can be changed", flush=True)
 
-    await serve(run, host=host, port=port, ready=ready, stop=stop)
+    await serve(run, host=host, port=port, ready=ready, stop=stop, yardstick=yardstick)
 
 
-async def serve(run: Path, *, host: str, port: int, ready: Callable[[str], None], stop: asyncio.Event) -> None:
+async def serve(
+    run: Path,
+    *,
+    host: str,
+    port: int,
+    ready: Callable[[str], None],
+    stop: asyncio.Event,
+    yardstick: Yardstick = NOTHING_NAMED,
+) -> None:
     """Serve until `stop`; `ready` gets the page's address. Raises `DashboardError`."""
-    board = Dashboard(run, host)
+    board = Dashboard(run, host, yardstick)
     await board.feed.first()
     runner = web.AppRunner(board.application(), handle_signals=False, access_log=None, shutdown_timeout=PATIENCE)
     await runner.setup()

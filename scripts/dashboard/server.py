@@ -18,6 +18,7 @@ from scripts.dashboard.errors import DashboardError
 from scripts.dashboard.feed import Feed, Frame, Teller
 from scripts.dashboard.metrics import CONTENT_TYPE, exposition
 from scripts.dashboard.state import joined
+from scripts.dashboard.yardstick import Yardstick
 
 STATIC: dict[str, str] = {
     "index.html": "text/html",
@@ -61,11 +62,11 @@ class Moment:
 class Dashboard:
     """The handlers. `host` is what the server is bound to."""
 
-    def __init__(self, run: Path, host: str) -> None:
-        self._run = run
+    def __init__(self, run: Path, host: str, yardstick: Yardstick) -> None:
+        self._run, self._yardstick = run, yardstick
         self._host = host
         self._files = {name: files("scripts.dashboard").joinpath("static", name).read_bytes() for name in STATIC}
-        self.feed = Feed(run)
+        self.feed = Feed(run, yardstick)
         self._streams = 0
         self._retelling = asyncio.Semaphore(RETELLINGS)
         self._closing = asyncio.Event()
@@ -116,7 +117,9 @@ class Dashboard:
         """Everything as one JSON object: now, or at the moment `at`."""
         try:
             moment = _moment(request)
-            frame = self.feed.frame if moment is None else await self._retold(Teller(self._run), moment.at)
+            frame = (
+                self.feed.frame if moment is None else await self._retold(Teller(self._run, self._yardstick), moment.at)
+            )
         except DashboardError as error:
             return _refusal(400, str(error))
         except OSError as error:
@@ -178,7 +181,7 @@ class Dashboard:
                 closing.cancel()
 
     async def _replay(self, response: web.StreamResponse, moment: Moment) -> None:
-        teller, sent, began = Teller(self._run), _Sent(), time.monotonic()
+        teller, sent, began = Teller(self._run, self._yardstick), _Sent(), time.monotonic()
         while not self._closing.is_set():
             at = moment.at + (time.monotonic() - began) * moment.speed
             end = self.feed.frame.end

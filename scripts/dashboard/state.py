@@ -70,6 +70,27 @@ class Totals:
     convicted: int
     """Miners that some validator counts nothing for in the round that goes on."""
     weights_set: int
+    flops_per_second: float | None
+    """Useful ones of the whole swarm, by the formula below; None where the manifest names no model."""
+    mfu: float | None
+    """0 to 1 of `miners` cards; None where no card is named."""
+    formula: str
+    """Of both."""
+    card: str
+    """Empty where none is named."""
+    miners: float | None
+    """That ran while the run trained, on average; None where the folder has not all their logs."""
+    miner_hours: float | None
+    dollars: float | None
+    """For these hours; None where no price is named."""
+    dollars_per_million: float | None
+    """Tokens."""
+    target: int | None
+    """Tokens; None where rounds are counted."""
+    progress: float | None
+    """0 to 1: of the target, or of the manifest's rounds."""
+    seconds_left: float | None
+    """At the rate so far."""
     killed: int
     frozen: int
     joined: int

@@ -1,5 +1,5 @@
 // From sections of the state to the panels of the page. docs/dashboard.md says what each figure is.
-import { NONE, byId, bytes, el, fixed, mark, options, percent, say, scaled, span, table, whole } from "./dom.js";
+import { NONE, byId, bytes, dollars, el, fixed, mark, options, percent, say, scaled, span, table, whole } from "./dom.js";
 
 const STATES = {
   starting: ["○", "quiet"], waiting: ["…", "quiet"], joining: ["↗", "busy"], active: ["●", "good"],
@@ -55,6 +55,7 @@ export function showTotals(totals) {
       totals.validation_round === null ? "not measured yet" : `before round ${totals.validation_round}`],
     ["tokens", "Tokens", whole(totals.tokens), `${whole(totals.microbatches)} microbatches`],
     ["rate", "Tokens/s", whole(totals.tokens_per_second), "whole run"],
+    ...against(totals),
     ["lost", "Lost", whole(totals.lost), `${whole(totals.in_flight)} in flight`, totals.lost > 0],
     ["audits", "Audited units", audited ? `${whole(totals.audits_passed)}/${whole(audited)}` : NONE,
       totals.audits_failed ? `${whole(totals.audits_failed)} failed` : audited ? "passed" : "none yet",
@@ -69,6 +70,27 @@ export function showTotals(totals) {
   byId("totals").replaceChildren(...rows.map(([id, name, value, more, alarm]) =>
     el("div", { class: alarm ? "alarm" : "" }, el("dt", {}, alarm ? mark("bad", "✕", name) : name), el("dd", { id: `total-${id}`, class: "figure" }, value),
       el("dd", { class: "more" }, more))));
+}
+
+/** What is measured against the model, the card, the price and the goal. */
+function against(totals) {
+  const flops = scaled(totals.flops_per_second, "FLOP/s");
+  const rows = [];
+  if (totals.mfu !== null) {
+    rows.push(["compute", "MFU", percent(totals.mfu), `${fixed(totals.miners, 1)} × ${totals.card}; ${totals.formula}, ${flops}`]);
+  } else if (totals.flops_per_second !== null) {
+    rows.push(["compute", "FLOP/s", scaled(totals.flops_per_second),
+      `${totals.formula}; ${totals.card ? "not all logs here" : "no card named"}`]);
+  }
+  if (totals.dollars !== null) {
+    rows.push(["cost", "Cost, estimated", dollars(totals.dollars), totals.dollars_per_million === null ? "so far"
+      : `${dollars(totals.dollars_per_million)} per million tokens`]);
+  }
+  if (totals.progress !== null) {
+    const of = totals.target === null ? "of the rounds" : `of ${scaled(totals.target)} tokens`;
+    rows.push(["left", "Time left", span(totals.seconds_left), `${percent(totals.progress, 0)} ${of}`]);
+  }
+  return rows;
 }
 
 // -- swarm ------------------------------------------------------------------------------------------------------------

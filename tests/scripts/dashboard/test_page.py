@@ -51,6 +51,7 @@ async def test_it_shows_what_the_server_says(
             "total-validation": f"{totals['validation']:.4f}",
             "total-tokens": f"{totals['tokens']:,}",
             "total-rate": f"{totals['tokens_per_second']:,.0f}",
+            "total-left": "0:00",
             "total-lost": "1",
             "total-audits": "2/3",
             "total-convicted": "1",

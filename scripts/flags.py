@@ -328,7 +328,11 @@ def _add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         description="Serve one web page that shows a run from its event logs: as it goes on, or any moment of it "
         "again. It reads and never acts. docs/dashboard.md says what each panel shows.",
     )
-    dashboard.add_argument("--run", type=Path, required=True, metavar="DIR", help="--out folder of a run or of a node")
+    shown = dashboard.add_mutually_exclusive_group(required=True)
+    shown.add_argument("--run", type=Path, default=None, metavar="DIR", help="--out folder of a run or of a node")
+    shown.add_argument(
+        "--peers", default=None, metavar="URL,URL", help="axons elsewhere, like http://192.0.2.7:8091: who answers"
+    )
     dashboard.add_argument(
         "--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1, this machine only)"
     )

@@ -34,8 +34,8 @@ class Frame:
     """JSON by name (`scripts.dashboard.state`)."""
     end: float | None
     """Time of the last event."""
-    state: State
-    """The same as values."""
+    state: State | None
+    """The same as values; None of nodes elsewhere."""
     problem: str = ""
 
 

@@ -362,6 +362,34 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
+class Peer:
+    """A node elsewhere, as far as it tells a stranger."""
+
+    address: str
+    """IP and port of its axon."""
+    answers: bool = False
+    """Whether it did when it was asked last."""
+    hotkey: str = ""
+    """That it says it serves; empty until it has answered once."""
+    routes: int = 0
+    seconds: float | None = None
+    """From the connection to the end of its latest answer."""
+    asked: int = 0
+    answered: int = 0
+    seen: float | None = None
+    """When it answered last."""
+    why: str = ""
+    """It did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """In place of all sections but `run` where nodes elsewhere are looked at."""
+
+    peers: list[Peer]
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """Everything on the page."""
 

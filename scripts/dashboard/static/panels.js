@@ -331,6 +331,19 @@ export function showWeights(weights) {
         row.convicted ? mark("bad", "✕", "convicted") : "")])));
 }
 
+// -- nodes elsewhere --------------------------------------------------------------------------------------------------
+
+export function showPeers({ peers }) {
+  byId("peer-list").replaceChildren(table("Nodes",
+    [["address", "name"], ["now", "text"], ["hotkey", "name"], ["serves", "number"], ["took", "number"],
+      ["answered", "number"], ["last answer", "text"]],
+    peers.map((peer) => [peer.address,
+      peer.answers ? mark("good", "✓", "answers") : peer.asked ? mark("bad", "✕", peer.why) : mark("quiet", "…", "not asked yet"),
+      peer.hotkey || NONE, peer.hotkey ? `${peer.routes} routes` : NONE,
+      peer.seconds === null ? NONE : `${fixed(1000 * peer.seconds, 0)} ms`, `${whole(peer.answered)}/${whole(peer.asked)}`,
+      peer.seen === null ? "never" : new Date(1000 * peer.seen).toLocaleTimeString("en-GB")])));
+}
+
 // -- log --------------------------------------------------------------------------------------------------------------
 
 export function showLog(log, topic, begin) {

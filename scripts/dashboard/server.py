@@ -112,7 +112,9 @@ class Dashboard:
     def _static(self, name: str) -> web.Response:
         if name not in self._files:
             return _refusal(404, "there is no such file")
-        return web.Response(body=self._files[name], content_type=STATIC[name], charset="utf-8")
+        response = web.Response(body=self._files[name], content_type=STATIC[name], charset="utf-8")
+        response.enable_compression()
+        return response
 
     async def _state(self, request: web.Request) -> web.Response:
         """Everything as one JSON object: now, or at the moment `at`."""

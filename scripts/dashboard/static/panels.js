@@ -349,7 +349,7 @@ export function showPeers({ peers }) {
 export function showLog(log, topic, begin) {
   const notes = log.notes.filter((note) => topic === "" || note.topic === topic).reverse();
   byId("log").replaceChildren(notes.length ? table("Log, newest first",
-    [["time", "text"], ["", "sign"], ["node", "name"], ["what happened", "prose"]],
+    [["time", "text"], [el("span", { class: "unseen" }, "weight"), "sign"], ["node", "name"], ["what happened", "prose"]],
     notes.map((note) => {
       const [symbol, kind] = LEVELS[note.weight];
       return [span(note.time - begin), note.weight === "info" ? el("span", { class: "quiet", "aria-hidden": "true" }, symbol)

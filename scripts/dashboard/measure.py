@@ -68,7 +68,8 @@ def _progress(
         return None, None
     if yardstick.target is not None:
         left = max(0, yardstick.target - tally.tokens)
-        return min(1.0, tally.tokens / yardstick.target), left / rate if rate else None
+        going = rate and not (left and tally.over)
+        return min(1.0, tally.tokens / yardstick.target), left / rate if going else None
     count = facts.round.count
     if tally.over:
         return min(1.0, len({number for number, _ in story.merges}) / count), 0.0

@@ -83,8 +83,8 @@ function against(totals) {
       `${totals.formula}; ${totals.card ? "not all logs here" : "no card named"}`]);
   }
   if (totals.dollars !== null) {
-    rows.push(["cost", "Cost, estimated", dollars(totals.dollars), totals.dollars_per_million === null ? "so far"
-      : `${dollars(totals.dollars_per_million)} per million tokens`]);
+    rows.push(["cost", "Cost", dollars(totals.dollars), totals.dollars_per_million === null ? "estimated"
+      : `estimated; ${dollars(totals.dollars_per_million)} per M tokens`]);
   }
   if (totals.progress !== null) {
     const of = totals.target === null ? "of the rounds" : `of ${scaled(totals.target)} tokens`;

@@ -96,6 +96,7 @@ def test_what_is_left_is_of_the_target_or_of_the_rounds(recorded: Path) -> None:
     assert half.progress == pytest.approx(half.tokens / 20_000)
     assert half.seconds_left == pytest.approx((20_000 - half.tokens) / half.tokens_per_second)
     assert totals(recorded, target="20k").seconds_left == 0
+    assert totals(recorded, target="1m").seconds_left is None  # it has ended before
 
 
 def test_rounds_take_what_they_took(tmp_path: Path) -> None:

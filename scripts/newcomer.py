@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -193,7 +194,7 @@ def walk(newcomer: Newcomer, *, whole: bool, picture: Path) -> None:
 def arrive(newcomer: Newcomer, *, whole: bool) -> Terminal:
     """A clone, what it needs, and a run in it."""
     with step("clone") as say:
-        newcomer.shell(f"git clone --quiet {HERE} {newcomer.clone}", cwd=newcomer.home)
+        newcomer.shell(f"git clone --quiet {shlex.quote(str(HERE))} {newcomer.clone}", cwd=newcomer.home)
         say(newcomer.shell("git log -1 --format='%h %s'", cwd=newcomer.clone).strip())
     with step("make install" if newcomer.reuse is None else f"borrow {newcomer.reuse}") as say:
         install(newcomer)

@@ -2,13 +2,14 @@
 #   make localnet          a whole swarm on this machine      make localnet ARGS="--rounds 5 --stages 2"
 #   make test              the test suite                     make lint    formatter, linter, type checker
 #   make test-long         the tests that take minutes
+#   make newcomer          a newcomer's first evening, every command as README and docs have it
 #   make bench             a swarm against one process, JSON under runs/bench
 #   make bench-quick       every benchmark of speed, small, with a gate on ratios
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test test-long lint bench bench-quick clean
+.PHONY: install localnet test test-long lint newcomer bench bench-quick clean
 
 install: $(READY)
 
@@ -41,6 +42,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+newcomer: $(READY)
+	$(VENV)/bin/python -m scripts.newcomer --venv $(VENV) $(ARGS)
 
 bench: $(READY)
 	$(VENV)/bin/python -m scripts.bench.swarm $(ARGS)

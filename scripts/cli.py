@@ -43,7 +43,15 @@ def _run(argv: list[str]) -> int:
 def _dashboard(flags: argparse.Namespace) -> int:
     from scripts.dashboard.command import dashboard  # noqa: PLC0415 - heavy, and only for this command
 
-    return dashboard(flags.run, host=flags.host, port=flags.port)
+    return dashboard(
+        flags.run,
+        host=flags.host,
+        port=flags.port,
+        peers=flags.peers,
+        gpu=flags.gpu,
+        price=flags.price,
+        target=flags.target,
+    )
 
 
 def _monitor(flags: argparse.Namespace) -> int:

@@ -337,11 +337,19 @@ def _add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         description="Serve one web page that shows a run from its event logs: as it goes on, or any moment of it "
         "again. It reads and never acts. docs/dashboard.md says what each panel shows.",
     )
-    dashboard.add_argument("--run", type=Path, required=True, metavar="DIR", help="--out folder of a run or of a node")
+    shown = dashboard.add_mutually_exclusive_group(required=True)
+    shown.add_argument("--run", type=Path, default=None, metavar="DIR", help="--out folder of a run or of a node")
+    shown.add_argument(
+        "--peers", default=None, metavar="URL,URL", help="axons elsewhere, like http://192.0.2.7:8091: who answers"
+    )
     dashboard.add_argument(
         "--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1, this machine only)"
     )
     dashboard.add_argument("--port", type=_port, default=8765, help="port, 0 for any that is free (default: 8765)")
+    measured = dashboard.add_argument_group("what figures are measured against")
+    measured.add_argument("--gpu", default=None, help="card of every miner, like a100-80gb, for MFU (default: none)")
+    measured.add_argument("--price", type=float, default=None, help="dollars per card and hour (default: none)")
+    measured.add_argument("--target", default=None, help="tokens to train on, like 500b (default: the run's rounds)")
 
 
 def _add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

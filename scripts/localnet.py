@@ -271,6 +271,7 @@ class _Run:
             await chain.publish(Announcement(head.number, loaded.digest).encode())
             saved = RunFile.of(options, started_at=self.started_at, manifest=loaded.digest.hex(), data=data.folder)
             saved.write(self.out)
+            (self.out / "data").symlink_to(data.folder.resolve())  # for miners that others start (docs/miner.md)
             digest = loaded.digest.hex()[:16]
             view.say(f"{self._elapsed():6.1f} s  manifest {digest} is on chain; starting {len(self._first())} nodes")
         finally:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 _SIZES: Final = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_COUNTS: Final = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _BANDWIDTHS: Final = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
@@ -25,6 +26,14 @@ def parse(option: str, text: str, units: Mapping[str, float], *, example: str) -
 def parse_size(option: str, text: str) -> int:
     """Bytes, from a text like 16gb. Raises `QuantityError`."""
     return int(parse(option, text, _SIZES, example="16gb"))
+
+
+def parse_count(option: str, text: str) -> float:
+    """How many, above 0, from a text like 1t. Raises `QuantityError`."""
+    count = parse(option, text, _COUNTS, example="1t")
+    if count <= 0:
+        raise QuantityError(f"--{option} is {count:g}; it must be above 0: raise it")
+    return count
 
 
 def parse_bandwidth(option: str, text: str) -> float:

@@ -7,7 +7,7 @@ import ipaddress
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from errno import EADDRINUSE
@@ -17,7 +17,9 @@ from aiohttp import web
 
 from scripts.dashboard.errors import DashboardError
 from scripts.dashboard.feed import check_run
+from scripts.dashboard.peers import parse_peers
 from scripts.dashboard.server import Dashboard
+from scripts.dashboard.yardstick import NOTHING_NAMED, Yardstick
 
 HOST = "127.0.0.1"
 STOPPED = 130
@@ -25,33 +27,55 @@ PATIENCE = 3.0
 """Seconds that requests have to end in."""
 
 
-def dashboard(run: Path, *, host: str, port: int) -> int:
-    """Serve until stopped: 130; 1 if it cannot be served."""
+def dashboard(
+    run: Path | None,
+    *,
+    host: str,
+    port: int,
+    peers: str | None = None,
+    gpu: str | None = None,
+    price: float | None = None,
+    target: str | None = None,
+) -> int:
+    """Serve a run, or `peers` where it is None, until stopped: 130; 1 if it cannot be served."""
     try:
-        check_run(run)
-        asyncio.run(_until_stopped(run, host, port))
+        if run is not None:
+            check_run(run)
+        yardstick = Yardstick.of(gpu=gpu, price=price, target=target)
+        asked = () if peers is None else parse_peers(peers)
+        asyncio.run(_until_stopped(run, host, port, yardstick, asked))
     except DashboardError as error:
         print(f"orion dashboard: {error}", file=sys.stderr)
         return 1
     return STOPPED
 
 
-async def _until_stopped(run: Path, host: str, port: int) -> None:
+async def _until_stopped(run: Path | None, host: str, port: int, yardstick: Yardstick, peers: Sequence[str]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
     def ready(address: str) -> None:
-        print(f"{address} shows {run}; Ctrl-C ends it", flush=True)
+        what = f"{len(peers)} nodes" if run is None else run
+        print(f"{address} shows {what}; Ctrl-C ends it", flush=True)
         if not is_loopback(host):
             print(f"--host {host}: whoever reaches this address can read the run; nothing can be changed", flush=True)
 
-    await serve(run, host=host, port=port, ready=ready, stop=stop)
+    await serve(run, host=host, port=port, ready=ready, stop=stop, yardstick=yardstick, peers=peers)
 
 
-async def serve(run: Path, *, host: str, port: int, ready: Callable[[str], None], stop: asyncio.Event) -> None:
+async def serve(
+    run: Path | None,
+    *,
+    host: str,
+    port: int,
+    ready: Callable[[str], None],
+    stop: asyncio.Event,
+    yardstick: Yardstick = NOTHING_NAMED,
+    peers: Sequence[str] = (),
+) -> None:
     """Serve until `stop`; `ready` gets the page's address. Raises `DashboardError`."""
-    board = Dashboard(run, host)
+    board = Dashboard(run, host, yardstick, peers)
     await board.feed.first()
     runner = web.AppRunner(board.application(), handle_signals=False, access_log=None, shutdown_timeout=PATIENCE)
     await runner.setup()

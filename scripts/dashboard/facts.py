@@ -1,6 +1,6 @@
-"""What a run's manifest says that its events do not: its name, its length, how large a microbatch is.
+"""What a run's manifest says that its events do not: its name, its length, how large a microbatch is, its model.
 
-`subnet.manifest` checks a whole manifest, for nodes; here five numbers are read, without what computes with them.
+`subnet.manifest` checks a whole manifest, for nodes; here a few numbers are read, without what computes with them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class _Round(BaseModel):
     count: PositiveInt
 
 
+class _Swarm(BaseModel):
+    stages: PositiveInt
+
+
 class Facts(BaseModel):
     """The part of `manifest.toml` that the page needs."""
 
@@ -36,6 +40,9 @@ class Facts(BaseModel):
     run: _Run
     data: _Data
     round: _Round
+    swarm: _Swarm | None = None
+    model: dict[str, object] | None = None
+    """As `subnet.manifest.ModelSection` has it."""
 
     @property
     def tokens_per_microbatch(self) -> int:

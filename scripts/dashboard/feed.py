@@ -16,6 +16,7 @@ from scripts.dashboard.facts import FILE, Facts, read_facts
 from scripts.dashboard.snapshot import snapshot
 from scripts.dashboard.state import State, sections
 from scripts.dashboard.story import Story
+from scripts.dashboard.yardstick import NOTHING_NAMED, Yardstick, flops_per_token
 from scripts.tally import LogFollower, Tally
 
 LOOK = 0.5
@@ -33,8 +34,8 @@ class Frame:
     """JSON by name (`scripts.dashboard.state`)."""
     end: float | None
     """Time of the last event."""
-    state: State
-    """The same as values."""
+    state: State | None
+    """The same as values; None of nodes elsewhere."""
     problem: str = ""
 
 
@@ -51,11 +52,12 @@ def check_run(run: Path) -> None:
 class Teller:
     """Folds the logs of a run's folder into a story, as far as they are written, or up to a moment."""
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
+    def __init__(self, run: Path, yardstick: Yardstick = NOTHING_NAMED) -> None:
+        self._run, self._yardstick = run, yardstick
         self._folder = run.resolve().name
         self._follower = LogFollower(run / EVENTS)
         self._facts: Facts | None = None
+        self._flops_per_token: int | None = None
         self._events: Iterator[tuple[str, Stamped]] | None = None
         self._ahead: tuple[str, Stamped] | None = None
         self.story = Story(Tally(0))
@@ -66,7 +68,7 @@ class Teller:
         Raises `DashboardError`, or `OSError` for a log that cannot be read just now.
         """
         if self._facts is None and (facts := read_facts(self._run)) is not None:
-            self._facts = facts
+            self._facts, self._flops_per_token = facts, flops_per_token(facts)
             self.story.tally.tokens_per_microbatch = facts.tokens_per_microbatch
         told = 0
         while told != most and (entry := self._next()) is not None:
@@ -101,6 +103,8 @@ class Teller:
             self.story,
             self._facts,
             folder=self._folder,
+            yardstick=self._yardstick,
+            flops_per_token=self._flops_per_token,
             torn=self._follower.torn,
             problem=problem,
             at=at,
@@ -112,8 +116,8 @@ class Teller:
 class Feed:
     """The newest frame of a run that may still go on."""
 
-    def __init__(self, run: Path) -> None:
-        self._teller = Teller(run)
+    def __init__(self, run: Path, yardstick: Yardstick = NOTHING_NAMED) -> None:
+        self._teller = Teller(run, yardstick)
         self._changed = asyncio.Event()
         self.frame = self._teller.frame()
 

@@ -42,6 +42,11 @@ def _training(totals: Totals) -> Iterator[Metric]:
     yield _gauge("orion_loss", "Mean loss of the latest microbatches, nats per token.", totals.loss)
     yield _gauge("orion_validation_loss", "Validation loss, nats per token.", totals.validation)
     yield _gauge("orion_tokens_per_second", "Over the whole run.", totals.tokens_per_second)
+    yield _gauge("orion_flops_per_second", "Useful, of the whole swarm (docs/dashboard.md).", totals.flops_per_second)
+    yield _gauge("orion_mfu", "Model FLOPs utilisation of the card named, 0 to 1.", totals.mfu)
+    yield _gauge("orion_miner_hours", "That miners have run.", totals.miner_hours)
+    yield _gauge("orion_cost_dollars", "For these hours, at the price named.", totals.dollars)
+    yield _gauge("orion_seconds_left", "To the target, or to the last round.", totals.seconds_left)
     yield _counter("orion_tokens", "Tokens of microbatches that came back to their head.", totals.tokens)
     done = {
         "completed": totals.microbatches,

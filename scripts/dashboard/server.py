@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,9 @@ from aiohttp import web
 from scripts.dashboard.errors import DashboardError
 from scripts.dashboard.feed import Feed, Frame, Teller
 from scripts.dashboard.metrics import CONTENT_TYPE, exposition
+from scripts.dashboard.peers import PeersFeed
 from scripts.dashboard.state import joined
+from scripts.dashboard.yardstick import Yardstick
 
 STATIC: dict[str, str] = {
     "index.html": "text/html",
@@ -59,13 +61,13 @@ class Moment:
 
 
 class Dashboard:
-    """The handlers. `host` is what the server is bound to."""
+    """The handlers. `host` is what the server is bound to; without a run, `peers` are looked at."""
 
-    def __init__(self, run: Path, host: str) -> None:
-        self._run = run
+    def __init__(self, run: Path | None, host: str, yardstick: Yardstick, peers: Sequence[str] = ()) -> None:
+        self._run, self._yardstick = run, yardstick
         self._host = host
         self._files = {name: files("scripts.dashboard").joinpath("static", name).read_bytes() for name in STATIC}
-        self.feed = Feed(run)
+        self.feed = PeersFeed(peers) if run is None else Feed(run, yardstick)
         self._streams = 0
         self._retelling = asyncio.Semaphore(RETELLINGS)
         self._closing = asyncio.Event()
@@ -110,13 +112,15 @@ class Dashboard:
     def _static(self, name: str) -> web.Response:
         if name not in self._files:
             return _refusal(404, "there is no such file")
-        return web.Response(body=self._files[name], content_type=STATIC[name], charset="utf-8")
+        response = web.Response(body=self._files[name], content_type=STATIC[name], charset="utf-8")
+        response.enable_compression()
+        return response
 
     async def _state(self, request: web.Request) -> web.Response:
         """Everything as one JSON object: now, or at the moment `at`."""
         try:
             moment = _moment(request)
-            frame = self.feed.frame if moment is None else await self._retold(Teller(self._run), moment.at)
+            frame = self.feed.frame if moment is None else await self._retold(self._teller(), moment.at)
         except DashboardError as error:
             return _refusal(400, str(error))
         except OSError as error:
@@ -125,8 +129,17 @@ class Dashboard:
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         """For Prometheus, as of the newest look at the logs."""
-        text = await asyncio.to_thread(exposition, self.feed.frame.state)
+        state = self.feed.frame.state
+        if state is None:
+            return _refusal(404, "metrics are of a run: start it with --run")
+        text = await asyncio.to_thread(exposition, state)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+
+    def _teller(self) -> Teller:
+        """Raises `DashboardError` where there is nothing to tell."""
+        if self._run is None:
+            raise DashboardError("what nodes elsewhere have said is not kept: leave out at, or start it with --run")
+        return Teller(self._run, self._yardstick)
 
     async def _retold(self, teller: Teller, at: float) -> Frame:
         def retell() -> Frame:
@@ -178,7 +191,7 @@ class Dashboard:
                 closing.cancel()
 
     async def _replay(self, response: web.StreamResponse, moment: Moment) -> None:
-        teller, sent, began = Teller(self._run), _Sent(), time.monotonic()
+        teller, sent, began = self._teller(), _Sent(), time.monotonic()
         while not self._closing.is_set():
             at = moment.at + (time.monotonic() - began) * moment.speed
             end = self.feed.frame.end

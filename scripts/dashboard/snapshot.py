@@ -8,6 +8,7 @@ from itertools import groupby
 
 from neurons.telemetry import Merged, MinerScored
 from scripts.dashboard.facts import Facts
+from scripts.dashboard.measure import measured
 from scripts.dashboard.state import (
     Audits,
     Curves,
@@ -35,6 +36,7 @@ from scripts.dashboard.state import (
     Weights,
 )
 from scripts.dashboard.story import Findings, Story
+from scripts.dashboard.yardstick import NOTHING_NAMED, Yardstick
 from scripts.live import AWAY
 from scripts.tally import Conviction, MinerTally
 
@@ -47,6 +49,8 @@ def snapshot(
     facts: Facts | None,
     *,
     folder: str,
+    yardstick: Yardstick = NOTHING_NAMED,
+    flops_per_token: int | None = None,
     torn: int = 0,
     problem: str = "",
     at: float | None = None,
@@ -68,22 +72,23 @@ def snapshot(
             torn=torn,
             problem=problem,
         ),
-        totals=_totals(story, facts),
+        totals=_totals(story, facts, yardstick, flops_per_token),
         grid=_grid(story),
         curves=_curves(story, facts, math.inf if story.tally.over else (last or 0.0)),
         rounds=_rounds(story),
         audits=_audits(story),
         scores=_scores(story),
         weights=_weights(story),
-        log=Log(list(story.notes)),
+        log=Log(story.notes),
     )
 
 
-def _totals(story: Story, facts: Facts | None) -> Totals:
+def _totals(story: Story, facts: Facts | None, yardstick: Yardstick, flops_per_token: int | None) -> Totals:
     tally = story.tally
     traffic = [miner.traffic for miner in tally.miners.values()]
     newest = max(tally.validation, default=None)
     known = facts is not None
+    against = measured(story, facts, yardstick, flops_per_token)
     return Totals(
         loss=tally.recent_loss if tally.recent else None,
         validation=None if newest is None else tally.validation[newest],
@@ -105,6 +110,17 @@ def _totals(story: Story, facts: Facts | None) -> Totals:
         audit_bytes_share=tally.audit_bytes_share,
         convicted=len({verdict.hotkey for verdict in tally.convictions if verdict.until > tally.round}),
         weights_set=tally.weights_set,
+        flops_per_second=against.flops_per_second,
+        mfu=against.mfu,
+        formula=against.formula,
+        card="" if yardstick.card is None else yardstick.card.name,
+        miners=against.miners,
+        miner_hours=against.miner_hours,
+        dollars=against.dollars,
+        dollars_per_million=against.dollars_per_million,
+        target=yardstick.target,
+        progress=against.progress,
+        seconds_left=against.seconds_left,
         killed=tally.churn.killed,
         frozen=tally.churn.frozen,
         joined=tally.churn.joined,

@@ -71,6 +71,27 @@ class Totals:
     convicted: int
     """Miners that some validator counts nothing for in the round that goes on."""
     weights_set: int
+    flops_per_second: float | None
+    """Useful ones of the whole swarm, by the formula below; None where the manifest names no model."""
+    mfu: float | None
+    """0 to 1 of `miners` cards; None where no card is named."""
+    formula: str
+    """Of both."""
+    card: str
+    """Empty where none is named."""
+    miners: float | None
+    """That ran while the run trained, on average; None where the folder has not all their logs."""
+    miner_hours: float | None
+    dollars: float | None
+    """For these hours; None where no price is named."""
+    dollars_per_million: float | None
+    """Tokens."""
+    target: int | None
+    """Tokens; None where rounds are counted."""
+    progress: float | None
+    """0 to 1: of the target, or of the manifest's rounds."""
+    seconds_left: float | None
+    """At the rate so far."""
     killed: int
     frozen: int
     joined: int
@@ -341,6 +362,34 @@ class Weights:
 class Log:
     notes: list[Note]
     """Oldest first; only the latest few hundred."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A node elsewhere, as far as it tells a stranger."""
+
+    address: str
+    """IP and port of its axon."""
+    answers: bool = False
+    """Whether it did when it was asked last."""
+    hotkey: str = ""
+    """That it says it serves; empty until it has answered once."""
+    routes: int = 0
+    seconds: float | None = None
+    """From the connection to the end of its latest answer."""
+    asked: int = 0
+    answered: int = 0
+    seen: float | None = None
+    """When it answered last."""
+    why: str = ""
+    """It did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """In place of all sections but `run` where nodes elsewhere are looked at."""
+
+    peers: list[Peer]
 
 
 @dataclass(frozen=True, slots=True)

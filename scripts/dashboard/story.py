@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from heapq import merge
 
 from neurons.telemetry import Checked, Merged, MinerScored, NodeStarted, RoundStarted, Stamped, Validated
 from scripts.dashboard.curves import Curve, Rate
-from scripts.dashboard.notes import Note, note
+from scripts.dashboard.meter import Meter
+from scripts.dashboard.notes import Note, Topic, note
 from scripts.tally import Tally
 from subnet.trust.finding import UNIT_CHECKS
 
 NOTES = 400
+"""Kept of each topic: many of one leave the others' in the log."""
 SCORED_ROUNDS = 4
 FAILURES = 60
 
@@ -65,9 +68,15 @@ class Story:
     """The latest checks that failed, with the validator's node name."""
     scores: dict[int, dict[tuple[str, str], MinerScored]] = field(default_factory=dict)
     """By round, then by (validator's node name, hotkey); the latest rounds only."""
-    notes: deque[Note] = field(default_factory=lambda: deque(maxlen=NOTES))
+    meter: Meter = field(default_factory=Meter)
+    noted_by_topic: dict[Topic, deque[Note]] = field(default_factory=dict)
     noted: set[tuple[str, int]] = field(default_factory=set)
     """What many nodes say alike and the log shall say once: kind and round."""
+
+    @property
+    def notes(self) -> list[Note]:
+        """Oldest first."""
+        return list(merge(*self.noted_by_topic.values(), key=lambda line: line.time))
 
     def called(self, hotkey: str) -> str:
         """The node name of a hotkey, or what it begins with where no log is of it."""
@@ -79,6 +88,7 @@ class Story:
         completed = tally.completed
         tally.add(name, stamped)
         tally.news.clear()
+        self.meter.add(name, stamped)
         self.begin = stamped.time if self.begin is None else min(self.begin, stamped.time)
         if tally.completed > completed:
             self.losses.add(stamped.time, tally.completed, tally.losses[-1])
@@ -123,7 +133,7 @@ class Story:
             return
         line = note(name, stamped, self.called)
         if line is not None:
-            self.notes.append(line)
+            self.noted_by_topic.setdefault(line.topic, deque(maxlen=NOTES)).append(line)
             if key is not None:
                 self.noted.add(key)
 

@@ -16,12 +16,11 @@ from neurons.drive import DEPTH_LIMIT_PER_STAGE
 from neurons.flights import DRAIN_MARGIN, DRAIN_SLACK
 from scripts.manifests import LAST_STEP_BLOCKS
 from subnet.metagraph import BLOCK_SECONDS
-from subnet.quantities import parse, parse_bandwidth
+from subnet.quantities import parse, parse_bandwidth, parse_count
 from subnet.swarm.codec import CodecName
 from subnet.swarm.pace import Routing
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-COUNTS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 VALUE_BYTES = {"bf16": 2, "fp32": 4}
 KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
 STAY_HOURS = 522.0
@@ -206,9 +205,7 @@ def read(options: PlanOptions) -> Run:
     sequence = min(style.sequence, model.context) if options.sequence is None else options.sequence
     if sequence > model.context:
         raise PlanError(f"--sequence {sequence} is above the context of {options.model}: at most {model.context}")
-    tokens = parse("tokens", options.tokens, COUNTS, example="1t")
-    if tokens <= 0:
-        raise PlanError(f"--tokens is {tokens:g}; it must be above 0: raise it")
+    tokens = parse_count("tokens", options.tokens)
     cards = deal(fleet(options.gpu, options.stages * options.replicas), options.stages, options.replicas)
     return Run(
         model=model,

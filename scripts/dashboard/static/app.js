@@ -1,8 +1,8 @@
 // What the page is told, what is shown of it, and the controls.
 import { byId, say, span } from "./dom.js";
 import {
-  showAudited, showFreshness, showGrid, showLog, showMerges, showMinerOptions, showRounds, showRun, showScore,
-  showTotals, showVerdicts, showWeights,
+  showAudited, showFreshness, showGrid, showLog, showMerges, showMinerOptions, showPeers, showRounds, showRun,
+  showScore, showTotals, showVerdicts, showWeights,
 } from "./panels.js";
 import { showPlots } from "./plots.js";
 
@@ -47,6 +47,10 @@ function show(changed) {
   if (has("scores", "grid")) showScore(state.scores, chosen);
   if (has("weights")) showWeights(state.weights);
   if (has("log")) showLog(state.log, byId("topic").value, begin);
+  if (has("peers")) {
+    document.body.dataset.of = "peers";
+    showPeers(state.peers);
+  }
   if (has("grid", "totals")) announceAlarms();
   document.body.dataset.shown = String(state.run.at);
 }

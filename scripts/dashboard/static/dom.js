@@ -26,6 +26,10 @@ export const whole = (value) => (known(value) ? WHOLE.format(value) : NONE);
 export const fixed = (value, digits) => (known(value) ? value.toFixed(digits) : NONE);
 export const percent = (value, digits = 1) => (known(value) ? `${(100 * value).toFixed(digits)} %` : NONE);
 
+/** Dollars with as many digits as say something. */
+export const dollars = (value) => (known(value) ? `$${value >= 100 ? WHOLE.format(value) : value >= 1 ? value.toFixed(2)
+  : value.toPrecision(2)}` : NONE);
+
 const SCALES = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
 
 /** With a prefix of thousands: 1.07 M. */

@@ -1,5 +1,5 @@
 // From sections of the state to the panels of the page. docs/dashboard.md says what each figure is.
-import { NONE, byId, bytes, el, fixed, mark, options, percent, say, scaled, span, table, whole } from "./dom.js";
+import { NONE, byId, bytes, dollars, el, fixed, mark, options, percent, say, scaled, span, table, whole } from "./dom.js";
 
 const STATES = {
   starting: ["○", "quiet"], waiting: ["…", "quiet"], joining: ["↗", "busy"], active: ["●", "good"],
@@ -55,11 +55,12 @@ export function showTotals(totals) {
       totals.validation_round === null ? "not measured yet" : `before round ${totals.validation_round}`],
     ["tokens", "Tokens", whole(totals.tokens), `${whole(totals.microbatches)} microbatches`],
     ["rate", "Tokens/s", whole(totals.tokens_per_second), "whole run"],
+    ...against(totals),
     ["lost", "Lost", whole(totals.lost), `${whole(totals.in_flight)} in flight`, totals.lost > 0],
     ["audits", "Audited units", audited ? `${whole(totals.audits_passed)}/${whole(audited)}` : NONE,
-      totals.audits_failed ? `✕ ${whole(totals.audits_failed)} failed` : audited ? "passed" : "none yet",
+      totals.audits_failed ? `${whole(totals.audits_failed)} failed` : audited ? "passed" : "none yet",
       totals.audits_failed > 0],
-    ["convicted", "Convicted", whole(totals.convicted), totals.convicted ? "✕ earn nothing" : "miners",
+    ["convicted", "Convicted", whole(totals.convicted), totals.convicted ? "earn nothing" : "miners",
       totals.convicted > 0],
     ["weights-set", "Weights set", whole(totals.weights_set), "by all validators"],
     ["sent", "Sent", bytes(totals.forward_bytes + totals.backward_bytes + totals.merge_bytes),
@@ -67,8 +68,29 @@ export function showTotals(totals) {
     ["churn", "Gradients lost", whole(totals.gradients_lost), churn || "no churn", totals.gradients_lost > 0],
   ];
   byId("totals").replaceChildren(...rows.map(([id, name, value, more, alarm]) =>
-    el("div", { class: alarm ? "alarm" : "" }, el("dt", {}, name), el("dd", { id: `total-${id}`, class: "figure" }, value),
+    el("div", { class: alarm ? "alarm" : "" }, el("dt", {}, alarm ? mark("bad", "✕", name) : name), el("dd", { id: `total-${id}`, class: "figure" }, value),
       el("dd", { class: "more" }, more))));
+}
+
+/** What is measured against the model, the card, the price and the goal. */
+function against(totals) {
+  const flops = scaled(totals.flops_per_second, "FLOP/s");
+  const rows = [];
+  if (totals.mfu !== null) {
+    rows.push(["compute", "MFU", percent(totals.mfu), `${fixed(totals.miners, 1)} × ${totals.card}; ${totals.formula}, ${flops}`]);
+  } else if (totals.flops_per_second !== null) {
+    rows.push(["compute", "FLOP/s", scaled(totals.flops_per_second),
+      `${totals.formula}; ${totals.card ? "not all logs here" : "no card named"}`]);
+  }
+  if (totals.dollars !== null) {
+    rows.push(["cost", "Cost", dollars(totals.dollars), totals.dollars_per_million === null ? "estimated"
+      : `estimated; ${dollars(totals.dollars_per_million)} per M tokens`]);
+  }
+  if (totals.progress !== null) {
+    const of = totals.target === null ? "of the rounds" : `of ${scaled(totals.target)} tokens`;
+    rows.push(["left", "Time left", span(totals.seconds_left), `${percent(totals.progress, 0)} ${of}`]);
+  }
+  return rows;
 }
 
 // -- swarm ------------------------------------------------------------------------------------------------------------
@@ -313,12 +335,25 @@ export function showWeights(weights) {
         row.convicted ? mark("bad", "✕", "convicted") : "")])));
 }
 
+// -- nodes elsewhere --------------------------------------------------------------------------------------------------
+
+export function showPeers({ peers }) {
+  byId("peer-list").replaceChildren(table("Nodes",
+    [["address", "name"], ["now", "text"], ["hotkey", "name"], ["serves", "number"], ["took", "number"],
+      ["answered", "number"], ["last answer", "text"]],
+    peers.map((peer) => [peer.address,
+      peer.answers ? mark("good", "✓", "answers") : peer.asked ? mark("bad", "✕", peer.why) : mark("quiet", "…", "not asked yet"),
+      peer.hotkey || NONE, peer.hotkey ? `${peer.routes} routes` : NONE,
+      peer.seconds === null ? NONE : `${fixed(1000 * peer.seconds, 0)} ms`, `${whole(peer.answered)}/${whole(peer.asked)}`,
+      peer.seen === null ? "never" : new Date(1000 * peer.seen).toLocaleTimeString("en-GB")])));
+}
+
 // -- log --------------------------------------------------------------------------------------------------------------
 
 export function showLog(log, topic, begin) {
   const notes = log.notes.filter((note) => topic === "" || note.topic === topic).reverse();
   byId("log").replaceChildren(notes.length ? table("Log, newest first",
-    [["time", "text"], ["", "sign"], ["node", "name"], ["what happened", "prose"]],
+    [["time", "text"], [el("span", { class: "unseen" }, "weight"), "sign"], ["node", "name"], ["what happened", "prose"]],
     notes.map((note) => {
       const [symbol, kind] = LEVELS[note.weight];
       return [span(note.time - begin), note.weight === "info" ? el("span", { class: "quiet", "aria-hidden": "true" }, symbol)

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from neurons.telemetry import Intervention, Validated
-from tests.scripts.dashboard.browser import CHROMIUM, Page, chromium
+from scripts.bench.browser import CHROMIUM, Page, chromium
 from tests.scripts.dashboard.conftest import Served
 from tests.scripts.dashboard.recording import BEGIN, MARKUP, write
 
@@ -51,6 +51,7 @@ async def test_it_shows_what_the_server_says(
             "total-validation": f"{totals['validation']:.4f}",
             "total-tokens": f"{totals['tokens']:,}",
             "total-rate": f"{totals['tokens_per_second']:,.0f}",
+            "total-left": "0:00",
             "total-lost": "1",
             "total-audits": "2/3",
             "total-convicted": "1",

@@ -2,13 +2,14 @@
 #   make localnet          a whole swarm on this machine      make localnet ARGS="--rounds 5 --stages 2"
 #   make test              the test suite                     make lint    formatter, linter, type checker
 #   make test-long         the tests that take minutes
+#   make wheel             the package in dist/, installed for a try in an environment of its own
 #   make bench             a swarm against one process, JSON under runs/bench
 #   make bench-quick       every benchmark of speed, small, with a gate on ratios
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test test-long lint bench bench-quick clean
+.PHONY: install localnet test test-long lint wheel bench bench-quick clean
 
 install: $(READY)
 
@@ -41,6 +42,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+wheel: $(READY)
+	rm -rf dist
+	$(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(VENV)/bin/python -m tests.wheel dist/*.whl
+
 bench: $(READY)
 	$(VENV)/bin/python -m scripts.bench.swarm $(ARGS)
 
@@ -48,4 +54,4 @@ bench-quick: $(READY)
 	$(VENV)/bin/python -m scripts.bench.all --quick $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist runs .mypy_cache .ruff_cache

@@ -3,13 +3,14 @@
 #   make test              the test suite                     make lint    formatter, linter, type checker
 #   make test-long         the tests that take minutes
 #   make newcomer          a newcomer's first evening, every command as README and docs have it
+#   make wheel             the package in dist/, installed for a try in an environment of its own
 #   make bench             a swarm against one process, JSON under runs/bench
 #   make bench-quick       every benchmark of speed, small, with a gate on ratios
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test test-long lint newcomer bench bench-quick clean
+.PHONY: install localnet test test-long lint newcomer wheel bench bench-quick clean
 
 install: $(READY)
 
@@ -46,6 +47,11 @@ lint: $(READY)
 newcomer: $(READY)
 	$(VENV)/bin/python -m scripts.newcomer --venv $(VENV) $(ARGS)
 
+wheel: $(READY)
+	rm -rf dist
+	$(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(VENV)/bin/python -m tests.wheel dist/*.whl
+
 bench: $(READY)
 	$(VENV)/bin/python -m scripts.bench.swarm $(ARGS)
 
@@ -53,4 +59,4 @@ bench-quick: $(READY)
 	$(VENV)/bin/python -m scripts.bench.all --quick $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist runs .mypy_cache .ruff_cache

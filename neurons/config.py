@@ -99,7 +99,9 @@ class NeuronConfig(BaseModel):
         ),
     ]
     latency: Annotated[
-        str | None, _text(parse_latency), Setting("emulated link (for tests)", "one way, for every message", "50ms")
+        str | None,
+        _text(parse_latency),
+        Setting("emulated link (for tests)", "delay of every message, one way", "50ms"),
     ] = None
     bandwidth: Annotated[
         str | None,
@@ -116,10 +118,16 @@ class NeuronConfig(BaseModel):
         return Link.parse(latency=self.latency, bandwidth=self.bandwidth, loss=self.loss)
 
 
-def parse(argv: list[str], environ: Mapping[str, str], *, program: str, description: str) -> NeuronConfig:
-    """Settings from flags, environment and file; errors of theirs exit with status 2, as argparse words its own."""
+def flags(program: str, description: str) -> argparse.ArgumentParser:
+    """What a neuron's command line takes."""
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     add_flags(parser, NeuronConfig)
+    return parser
+
+
+def parse(argv: list[str], environ: Mapping[str, str], *, program: str, description: str) -> NeuronConfig:
+    """Settings from flags, environment and file; errors of theirs exit with status 2, as argparse words its own."""
+    parser = flags(program, description)
     try:
         return resolve(NeuronConfig, vars(parser.parse_args(argv)), environ).build()
     except SettingsError as error:

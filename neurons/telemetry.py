@@ -1,7 +1,8 @@
 """The event log: append-only JSON lines, one file per node, the only thing views and reports read.
 
 Every event is a frozen dataclass; its `kind` is the class name in snake case. `Telemetry.emit` writes one line with
-the time since the epoch from the clock handed in. Nobody parses log text.
+the time since the epoch from the clock handed in. Nobody parses log text. Each line says by which version of these
+classes it was written: logs are cut, searched, and gone on with by a newer Orion. docs/events.md has them all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from io import TextIOBase
 from pathlib import Path
+from typing import Final
+
+SCHEMA: Final = 1
+"""Of the lines: goes up with every release that adds, changes or drops a kind of event or a field of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,6 +397,8 @@ class Validated:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointWritten:
+    """A stage's state after so many rounds lies in the store."""
+
     round: int
     stage: int
     path: str
@@ -486,7 +493,7 @@ class Telemetry:
         return cls(stream, now=now)
 
     def emit(self, event: Event) -> None:
-        line = {"t": round(self._now(), 4), "kind": _KINDS[type(event)], **asdict(event)}
+        line = {"t": round(self._now(), 4), "v": SCHEMA, "kind": _KINDS[type(event)], **asdict(event)}
         self._stream.write(json.dumps(line, separators=(",", ":")) + "\n")
 
     def close(self) -> None:
@@ -502,7 +509,7 @@ class Stamped:
 
 
 def read_events(lines: Iterable[str]) -> Iterator[Stamped]:
-    """Events from lines of a log, torn ones left out. Raises `ValueError` naming a line of another version."""
+    """Events from lines of a log, torn ones left out. Raises `ValueError` for a line of another version."""
     return (stamped for line in lines if (stamped := read_event(line)) is not None)
 
 
@@ -517,7 +524,11 @@ def read_event(line: str) -> Stamped | None:
         return None
     if not isinstance(fields, dict) or not {"t", "kind"} <= fields.keys():
         return None
-    moment, kind = fields.pop("t"), fields.pop("kind")
+    moment, schema, kind = fields.pop("t"), fields.pop("v", None), fields.pop("kind")
+    if schema != SCHEMA:
+        raise ValueError(
+            f"the log has schema {schema!r}, this Orion reads {SCHEMA}: it was written by another version of Orion"
+        )
     if kind not in EVENTS:
         raise ValueError(f"event kind {kind!r} is unknown: the log was written by another version of Orion")
     if kind == "weights_set":

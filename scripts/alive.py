@@ -32,5 +32,6 @@ def is_alive(flags: Mapping[str, object], environ: Mapping[str, str]) -> int:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         print(f"orion alive: no node answers on port {port} ({reason}): look at its log, or give --port")
         return 1
-    print(f"{health['hotkey']} serves {len(health['routes'])} routes on port {port}")
+    what = f"Orion {health['orion']}, protocol {health['protocol']}"
+    print(f"{health['hotkey']} serves {len(health['routes'])} routes on port {port}: {what}")
     return 0

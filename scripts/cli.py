@@ -95,6 +95,18 @@ def _alive(flags: argparse.Namespace) -> int:
     return is_alive(vars(flags), os.environ)
 
 
+def _events(flags: argparse.Namespace) -> int:
+    from scripts.events import print_page, print_schema  # noqa: PLC0415 - pulls in pydantic
+
+    return print_schema() if flags.action == "schema" else print_page()
+
+
+def _completion(flags: argparse.Namespace) -> int:
+    from scripts.completion import completion  # noqa: PLC0415 - pulls in every command's options
+
+    return completion(flags.shell)
+
+
 def _plan(flags: argparse.Namespace) -> int:
     from scripts.plan.report import show_plan  # noqa: PLC0415 - only for this command
 
@@ -249,6 +261,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "simulate": _simulate,
     "data": _data,
     "alive": _alive,
+    "events": _events,
+    "completion": _completion,
 }
 
 

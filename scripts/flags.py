@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 
 def _add_alive(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     alive = commands.add_parser(
         "alive",
         help="ask the node on this machine whether it serves",
-        description="Ask the node on this machine whether it serves: 0 if it does. For health checks.",
+        description="Ask the node on this machine whether it serves. For health checks.",
+        epilog="Exit status: 0 it serves, 1 it does not, 2 usage.",
     )
     alive.add_argument("--config", type=Path, help="the node's settings file")
     alive.add_argument("--port", default=argparse.SUPPRESS, help="the node's axon port (default: as the node has it)")
@@ -24,7 +26,9 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     export.add_argument("--run", type=Path, required=True, help="folder of the run: manifest.toml and checkpoints/")
     export.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
-    export.add_argument("--round", type=int, default=None, help="round (default: the newest that every stage has)")
+    export.add_argument(
+        "--round", type=int, default=None, help="round to write (default: the newest that every stage has)"
+    )
     export.add_argument(
         "--tokenizer", type=Path, default=None, help="tokenizer.json (default: that of the run's corpus in the cache)"
     )
@@ -48,7 +52,9 @@ def _add_roster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="recompute the roster from the chain and print why each neuron is where it is",
         description="Replay a run's rosters from round 0 on, from the chain alone, and print the one of a block.",
     )
-    roster.add_argument("--at", type=int, default=None, metavar="BLOCK", help="block (default: the newest finalized)")
+    roster.add_argument(
+        "--at", type=int, default=None, metavar="BLOCK", help="block of the roster (default: the newest finalized)"
+    )
     roster.add_argument("--run", type=Path, default=None, help="folder of a local run: manifest.toml and chain.url")
     roster.add_argument("--network", default=None, help="network name or ws:// URL, with --manifest instead of --run")
     roster.add_argument("--manifest", type=Path, default=None, help="manifest.toml of the run")
@@ -57,7 +63,9 @@ def _add_roster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    score = commands.add_parser("score", help="say where a miner's weight comes from")
+    score = commands.add_parser(
+        "score", help="say where a miner's weight comes from", description="Say where a miner's weight comes from."
+    )
     actions = score.add_subparsers(dest="action", required=True, metavar="ACTION")
     explain = actions.add_parser(
         "explain",
@@ -88,7 +96,7 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     command.add_argument("--up", default="856mbit", help="a miner's uplink (default: 856mbit)")
     command.add_argument("--down", default="1322mbit", help="downlink of miners and validators (default: 1322mbit)")
     command.add_argument("--rtt", default="60ms", help="there and back between two miners (default: 60ms)")
-    run = command.add_argument_group("the run (defaults: the way of running)")
+    run = command.add_argument_group("the run (defaults: those of --as)")
     run.add_argument(
         "--as",
         dest="style",
@@ -105,11 +113,11 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     run.add_argument("--batch", type=int, default=None, help="sequences in a microbatch")
     run.add_argument("--accumulation", type=int, default=None, help="microbatches in a local step")
     run.add_argument("--optimizer", default="adamw", help="adamw, nadam or muon (default: adamw)")
-    run.add_argument("--moments", default="bf16", help="of the optimizer: bf16 or fp32 (default: bf16)")
+    run.add_argument("--moments", default="bf16", help="the optimizer's moments: bf16 or fp32 (default: bf16)")
     run.add_argument(
-        "--codec", default="topk2bit", choices=("topk2bit", "int8", "bf16"), help="of a merge (default: topk2bit)"
+        "--codec", default="topk2bit", choices=("topk2bit", "int8", "bf16"), help="what merges send (default: topk2bit)"
     )
-    run.add_argument("--round-minutes", type=float, default=None, help="training between two merges")
+    run.add_argument("--round-minutes", type=float, default=None, help="minutes of training between two merges")
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -122,18 +130,22 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     _add_shape(plan)
     plan.add_argument("--price", type=float, default=1.25, help="dollars per card and hour (default: 1.25)")
-    plan.add_argument("--tokens", default="1t", help="to train on, like 500b (default: 1t)")
+    plan.add_argument("--tokens", default="1t", help="tokens to train on, like 500b (default: 1t)")
     plan.add_argument(
         "--host-gb", type=float, default=None, help="a miner's host memory, 10^9 bytes (default: the card's)"
     )
     plan.add_argument("--disk-gb", type=float, default=1000.0, help="a miner's disk, 10^9 bytes (default: 1000)")
-    plan.add_argument("--stay-hours", type=float, default=522.0, help="a miner stays, on average (default: 522)")
+    plan.add_argument("--stay-hours", type=float, default=522.0, help="hours a miner stays, on average (default: 522)")
     audit = plan.add_argument_group("audits")
     audit.add_argument("--validators", type=int, default=4, help="validators (default: 4)")
     audit.add_argument("--slot-blocks", type=int, default=15, help="blocks of 12 s in a slot (default: 15)")
-    audit.add_argument("--windows", type=float, default=0.25, help="picked per miner and slot (default: 0.25)")
-    audit.add_argument("--share", type=float, default=0.02, help="of units, replayed in sum (default: 0.02)")
-    audit.add_argument("--steps", type=float, default=0.02, help="of picked windows, replayed whole (default: 0.02)")
+    audit.add_argument("--windows", type=float, default=0.25, help="windows picked per miner and slot (default: 0.25)")
+    audit.add_argument(
+        "--share", type=float, default=0.02, help="share of units that all replay together (default: 0.02)"
+    )
+    audit.add_argument(
+        "--steps", type=float, default=0.02, help="share of picked windows replayed whole (default: 0.02)"
+    )
     audit.add_argument("--readers", type=float, default=1.0, help="validators that fetch a picked window (default: 1)")
     audit.add_argument(
         "--delta", type=float, default=0.6, help="size of a weight delta over that of weights (default: 0.6, bf16)"
@@ -151,14 +163,20 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     _add_shape(simulate)
     played = simulate.add_argument_group("what is played")
-    played.add_argument("--minutes", type=float, default=60.0, help="of the swarm's life (default: 60)")
+    played.add_argument("--minutes", type=float, default=60.0, help="minutes of the swarm's life to play (default: 60)")
     played.add_argument(
-        "--failures-per-hour", type=float, default=0.0, help="replicas that die, in the whole swarm (default: none)"
+        "--failures-per-hour",
+        type=float,
+        default=0.0,
+        help="replicas that die in an hour, in the whole swarm (default: none)",
     )
     played.add_argument(
-        "--ready-minutes", type=float, default=10.0, help="from a failure until a newcomer is there (default: 10)"
+        "--ready-minutes",
+        type=float,
+        default=10.0,
+        help="minutes from a failure until a newcomer is there (default: 10)",
     )
-    played.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
+    played.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (default: 0)")
     played.add_argument("--picture", type=Path, default=None, metavar="PNG", help="file to draw the timeline into")
     simulate.add_argument("--json", action="store_true", help="print JSON")
 
@@ -177,7 +195,11 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    data = commands.add_parser("data", help="make token shards from documents, and look at them")
+    data = commands.add_parser(
+        "data",
+        help="make token shards from documents, and look at them",
+        description="Make token shards from documents, and look at them. docs/data.md says how they are made.",
+    )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser(
         "prepare",
@@ -197,7 +219,10 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
     prepare.add_argument("--out", type=Path, required=True, help="folder to write; new, or begun by the same command")
     prepare.add_argument(
-        "--format", default=None, choices=("parquet", "jsonl", "text"), help="of the sources (default: by their suffix)"
+        "--format",
+        default=None,
+        choices=("parquet", "jsonl", "text"),
+        help="format of the sources (default: by their suffix)",
     )
     prepare.add_argument("--column", default="text", help="column with the text, a.b for nested ones (default: text)")
     prepare.add_argument(
@@ -216,15 +241,18 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     prepare.add_argument(
         "--skip-broken", action="store_true", help="leave out, and count, what is no UTF-8 or no JSON (default: stop)"
     )
-    prepare.add_argument("--seed", type=int, default=0, help="of the order of documents (default: 0)")
+    prepare.add_argument("--seed", type=int, default=0, help="seed of the order of documents (default: 0)")
     prepare.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
     prepare.add_argument("--json", action="store_true", help="print the result as JSON")
-    show = actions.add_parser("show", help="print what a prepared folder holds")
+    text = "print what a prepared folder holds"
+    show = actions.add_parser("show", help=text, description=f"{text.capitalize()}.")
     show.add_argument("folder", type=Path, metavar="DIR", help="folder that orion data prepare wrote")
     show.add_argument("--json", action="store_true", help="print JSON")
-    verify = actions.add_parser("verify", help="hash a prepared folder's files and compare")
+    text = "hash a prepared folder's files and compare"
+    verify = actions.add_parser("verify", help=text, description=f"{text.capitalize()}.")
     verify.add_argument("folder", type=Path, metavar="DIR", help="folder that orion data prepare wrote")
-    section = actions.add_parser("section", help="print the [data] section that a run's manifest needs")
+    text = "print the [data] section that a run's manifest needs"
+    section = actions.add_parser("section", help=text, description=f"{text.capitalize()}.")
     section.add_argument("folder", type=Path, metavar="DIR", help="folder that orion data prepare wrote")
     section.add_argument("--sequence", type=int, default=1024, help="tokens in a sequence (default: 1024)")
     section.add_argument("--batch", type=int, default=8, help="sequences in a microbatch (default: 8)")
@@ -279,7 +307,7 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--optimizer",
         default=None,
         choices=("adamw", "nadam", "muon"),
-        help="of every local step, at the preset's rate (default: the preset's)",
+        help="optimizer of every local step, at the preset's rate (default: the preset's)",
     )
     localnet.add_argument(
         "--accumulation",
@@ -309,8 +337,12 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "for more",
     )
     network = localnet.add_argument_group("the network between nodes")
-    network.add_argument("--latency", default=None, metavar="50ms", help="one way, for every message (default: none)")
-    network.add_argument("--bandwidth", default=None, metavar="200mbit", help="of every node (default: no limit)")
+    network.add_argument(
+        "--latency", default=None, metavar="50ms", help="delay of every message, one way (default: none)"
+    )
+    network.add_argument(
+        "--bandwidth", default=None, metavar="200mbit", help="up and down, of every node (default: no limit)"
+    )
     network.add_argument("--loss", default=None, metavar="0.5%", help="share of packets lost (default: none)")
     localnet.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
     localnet.add_argument(
@@ -362,12 +394,56 @@ def _add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     monitor.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
 
 
+def _add_completion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    completion = commands.add_parser(
+        "completion",
+        help="print what makes your shell complete this command",
+        description="Print a script that makes a shell complete commands, options, choices and files of orion.",
+        epilog="bash: orion completion bash > ~/.local/share/bash-completion/completions/orion. zsh: the same into "
+        "a file _orion in a folder of $fpath. Then open a new shell.",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh"), help="bash or zsh")
+
+
+def _add_events(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    events = commands.add_parser(
+        "events",
+        help="say what the lines of event logs hold",
+        description="Say what the lines of event logs (events/*.jsonl) hold.",
+    )
+    actions = events.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("schema", help="print the JSON Schema of a line", description="Print the JSON Schema of a line.")
+    actions.add_parser("page", help="the same as text: docs/events.md", description="Print docs/events.md.")
+
+
+class _Help(argparse.HelpFormatter):
+    """argparse leaves no room for the indentation of commands, and the longest names would stand on lines alone."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = len("    completion")
+
+
+class _Version(argparse.Action):
+    """Looks it up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from subnet.transport.protocol import PROTOCOL, package_version  # noqa: PLC0415
+
+        print(f"orion {package_version()}, protocol {PROTOCOL}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """All of them; what follows `miner`, `validator`, `doctor`, `config` and `chain` is read by those themselves."""
     root = argparse.ArgumentParser(
-        prog="orion", description="Train one large language model together, on Bittensor, without an orchestrator."
+        prog="orion",
+        description="Train one large language model together, on Bittensor, without an orchestrator.",
+        epilog="orion COMMAND --help says more. First to try: orion localnet.",
+        formatter_class=_Help,
     )
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    root.add_argument("--version", action=_Version, nargs=0, help="print the versions of package and protocol")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_localnet(commands)
     _add_dashboard(commands)
     _add_monitor(commands)
@@ -386,4 +462,6 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help="find out whether this machine can mine or validate", add_help=False)
     commands.add_parser("config", help="show a neuron's settings and where each comes from", add_help=False)
     commands.add_parser("chain", help="run the development chain alone, for btcli and the SDK", add_help=False)
+    _add_events(commands)
+    _add_completion(commands)
     return root

@@ -40,6 +40,9 @@ def monitor(run: Path, *, plain: bool) -> int:
     except DashboardError as error:
         print(f"orion monitor: {error}", file=sys.stderr)
         return 1
+    except ValueError as error:
+        print(f"orion monitor: {run}: {error}: look at it with that version", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"orion monitor: {error.filename} cannot be read ({error.strerror}): make it readable", file=sys.stderr)
         return 1

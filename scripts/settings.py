@@ -22,18 +22,30 @@ from neurons.settings import (
 )
 
 
-def main(argv: list[str], environ: Mapping[str, str]) -> int:
+def command() -> argparse.ArgumentParser:
+    """What `orion config` takes."""
     parser = argparse.ArgumentParser(
         prog="orion config",
         description="The settings of miners and validators. A flag comes before its variable, that "
         "before the file, that before the default.",
     )
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = commands.add_parser("show", help="every setting, its value and where it comes from", allow_abbrev=False)
+    show = commands.add_parser(
+        "show",
+        help="every setting, its value and where it comes from",
+        description="Print every setting, its value and where it comes from. Exit status 2 if a neuron would not start "
+        "with them.",
+        allow_abbrev=False,
+    )
     show.add_argument("--json", action="store_true", help="as JSON")
     add_flags(show, NeuronConfig)
-    commands.add_parser("template", help="a file to begin with: orion config template > orion.toml")
-    flags = parser.parse_args(argv)
+    text = "a file to begin with: orion config template > orion.toml"
+    commands.add_parser("template", help=text, description=f"Print {text}")
+    return parser
+
+
+def main(argv: list[str], environ: Mapping[str, str]) -> int:
+    flags = command().parse_args(argv)
     return print_template() if flags.action == "template" else show_config(vars(flags), environ, as_json=flags.json)
 
 

@@ -39,6 +39,7 @@ from subnet.chain_errors import (
 )
 from subnet.metagraph import ChainState, Endpoint, Head, Neuron, decode_neuron
 from subnet.space import FIELD_LIMIT, Space, charge
+from subnet.transport.protocol import PROTOCOL
 from subnet.wallets import create_wallet, load_wallet
 
 __all__ = [
@@ -421,7 +422,7 @@ class BittensorChain:
     # writing --------------------------------------------------------------------------------------
 
     async def serve_axon(self, endpoint: Endpoint) -> None:
-        """Publish where this hotkey listens."""
+        """Publish where this hotkey listens, and in which version of the protocol."""
         what = f"publishing {endpoint.ip}:{endpoint.port}"
         try:
             ipaddress.ip_address(endpoint.ip)
@@ -429,7 +430,7 @@ class BittensorChain:
             raise ChainRefused(f"{what}: {error}; pass an IPv4 or IPv6 address") from error
         if not 0 < endpoint.port <= U16_MAX:
             raise ChainRefused(f"{what}: port {endpoint.port} is outside 1..{U16_MAX}; choose another --port")
-        intent = bt.ServeAxon(netuid=self.netuid, ip=endpoint.ip, port=endpoint.port)
+        intent = bt.ServeAxon(netuid=self.netuid, ip=endpoint.ip, port=endpoint.port, version=PROTOCOL)
         await self._execute(what, intent)
 
     async def publish(self, record: bytes, shards: bytes = b"", *, until_block: int | None = None) -> int:

@@ -61,6 +61,8 @@ class Neuron:
     record: bytes | None
     record_block: int | None
     shards: bytes = b""
+    protocol: int = 0
+    """The version that its axon was announced with (`subnet.transport.protocol`): any number, if it is not Orion's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +85,14 @@ def decode_neuron(uid: int, graph: Mapping[str, Sequence[object]], commitment: o
     def number(column: str) -> int:
         return int(cast("int", graph[column][uid]))
 
-    fields = _raw_fields(commitment)
+    fields, axon = _raw_fields(commitment), cast("Mapping[str, int]", graph["axons"][uid])
     return Neuron(
         uid=uid,
         hotkey=str(graph["hotkeys"][uid]),
         coldkey=str(graph["coldkeys"][uid]),
         stake=number("total_stake") / _RAO,
         validator_permit=bool(graph["validator_permit"][uid]),
-        endpoint=_endpoint(cast("Mapping[str, int]", graph["axons"][uid])),
+        endpoint=_endpoint(axon),
         registered_at=number("block_at_registration"),
         last_update=number("last_update"),
         incentive=number("incentives") / _U16_MAX,
@@ -98,6 +100,7 @@ def decode_neuron(uid: int, graph: Mapping[str, Sequence[object]], commitment: o
         record=fields[0] if fields else None,
         record_block=int(cast("Mapping[str, int]", commitment)["block"]) if fields else None,
         shards=fields[1] if len(fields) == _MOST_FIELDS else b"",
+        protocol=int(axon["version"]),
     )
 
 

@@ -9,6 +9,8 @@ from bittensor.http_auth import DEFAULT_ALLOWED_SKEW
 from scripts.doctor.options import DoctorOptions
 from scripts.doctor.report import Finding, fail, ok, skipped, warn
 from subnet.metagraph import ChainState, Neuron
+from subnet.swarm.record import Record
+from subnet.transport.protocol import PROTOCOL, common, package_version
 
 GENESIS = {"finney": "0x2f0555cc76fc2840a25a6ea3b9637146806f1f44b090c175ffde2a7e5ab36c03"}
 """Of networks that have a name."""
@@ -82,6 +84,25 @@ def check_clock(chain: OnChain | None) -> Finding:
         late = f"a new block arrived {chain.ahead:.1f} s after its own time, at most {LATE + BEHIND:g} s are expected"
         return fail("clock", f"{late}: the clock is ahead by some {chain.ahead - LATE / 2:.0f} s", fix)
     return ok("clock", f"a new block arrived {chain.ahead:.1f} s after its own time, by this machine's clock")
+
+
+def check_protocol(chain: OnChain | None) -> Finding:
+    """Whether nodes with a record on this subnet, of whatever run, announce a version of the protocol spoken here."""
+    if chain is None:
+        return skipped("protocol", "needs the chain")
+    nodes = [one for one in chain.state.neurons if one.endpoint is not None and Record.decode(one.record) is not None]
+    others = sorted(one.protocol for one in nodes if common(one.protocol) is None)
+    if not nodes:
+        return skipped("protocol", f"{PROTOCOL} is spoken here; no node of Orion serves on this subnet")
+    if not others:
+        return ok("protocol", f"{PROTOCOL} is spoken here, and by all {len(nodes)} nodes of Orion on this subnet")
+    found = f"{PROTOCOL} is spoken here, and not by {len(others)} of {len(nodes)} nodes, which announce "
+    newer = others[-1] > PROTOCOL
+    return warn(
+        "protocol",
+        found + ", ".join(map(str, sorted(set(others)))),
+        f"upgrade Orion {package_version()} on this machine" if newer else "",
+    )
 
 
 def check_registration(chain: OnChain | None, hotkey: str | None, options: DoctorOptions) -> Finding:

@@ -19,9 +19,9 @@ from scripts.doctor.options import DoctorOptions
 from subnet.chain import BittensorChain, ChainError
 from subnet.chain_errors import NoSubnet, WalletError
 from subnet.identity import Identity, IdentityError
+from subnet.transport.protocol import PACKAGE
 from subnet.wallets import Keys, load_wallet
 
-PACKAGE = "orion-subnet"
 CHAIN_DEADLINE = 15.0
 """Seconds for each request."""
 WHOLE_DEADLINE = 120.0

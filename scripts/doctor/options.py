@@ -58,8 +58,8 @@ class DoctorOptions:
         return f"-w {self.wallet or 'NAME'} -H {self.hotkey or 'NAME'}{path}"
 
 
-def parse(argv: list[str], environ: Mapping[str, str]) -> DoctorOptions:
-    """Flags, variables and file, as a neuron reads them, to options; usage errors exit with status 2."""
+def command() -> argparse.ArgumentParser:
+    """What `orion doctor` takes."""
     parser = argparse.ArgumentParser(
         prog="orion doctor",
         description="Check whether this machine can mine or validate, and print what to change if not. Give it the "
@@ -68,11 +68,19 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> DoctorOptions:
         allow_abbrev=False,
     )
     own = parser.add_argument_group("doctor")
-    own.add_argument("--role", choices=("miner", "validator"), default="miner", help="of the node (default: miner)")
+    own.add_argument(
+        "--role", choices=("miner", "validator"), default="miner", help="what the node will be (default: miner)"
+    )
     own.add_argument("--stage", type=int, default=None, help="a stage to measure against (default: the largest one)")
     own.add_argument("--deep", action="store_true", help="hash the data shards too, which reads all of them")
     own.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser, NeuronConfig)
+    return parser
+
+
+def parse(argv: list[str], environ: Mapping[str, str]) -> DoctorOptions:
+    """Flags, variables and file, as a neuron reads them, to options; usage errors exit with status 2."""
+    parser = command()
     flags = parser.parse_args(argv)
     if flags.stage is not None and flags.stage < 0:
         parser.error(f"--stage {flags.stage} is below 0")

@@ -15,7 +15,7 @@ from model.split import StagePlan, split
 from neurons.needs import Needs, fitted, least_files, miner_needs, stage_on, validator_host
 from scripts.doctor import facts
 from scripts.doctor.ask import Answer, Listener, Port, ask, look, peers
-from scripts.doctor.chain import OnChain, check_chain, check_clock, check_registration, check_subnet
+from scripts.doctor.chain import OnChain, check_chain, check_clock, check_protocol, check_registration, check_subnet
 from scripts.doctor.disk import check_disk
 from scripts.doctor.facts import Hardware, Looked
 from scripts.doctor.keys import check_coldkey, check_hotkey
@@ -187,6 +187,7 @@ def _chain(looked: Looked, hotkey: str | None, options: DoctorOptions) -> list[F
         chain,
         check_subnet(looked.chain, looked.no_subnet, options),
         check_clock(looked.chain),
+        check_protocol(looked.chain),
         check_registration(looked.chain, hotkey, options),
     ]
 

@@ -20,24 +20,34 @@ from subnet.localchain.store import StoreError
 
 log = logging.getLogger("orion.subnet.localchain")
 
-_DESCRIPTION = "Run the development chain as a process of its own until it is told to stop."
+_DESCRIPTION = (
+    "Run the development chain as a process of its own until it is told to stop. It prints its ws:// URL, which the "
+    "SDK and btcli take as --network."
+)
 
 
-def _arguments(argv: list[str], prog: str) -> argparse.Namespace:
+def command(prog: str) -> argparse.ArgumentParser:
+    """What it takes."""
     defaults = ChainConfig()
     parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     parser.add_argument(
         "--allow-remote", action="store_true", help="let --host be reachable from other machines; its keys are public"
     )
-    parser.add_argument("--port", type=int, default=9944, help="TCP port; 0 picks a free one (default 9944)")
-    parser.add_argument("--block-time", type=float, default=defaults.block_time, help="seconds between blocks")
-    parser.add_argument("--netuid", type=int, default=defaults.netuid, help="the subnet that exists")
-    parser.add_argument("--tempo", type=int, default=defaults.tempo, help="blocks between epochs")
+    parser.add_argument("--port", type=int, default=9944, help="TCP port; 0 picks a free one (default: 9944)")
+    parser.add_argument(
+        "--block-time", type=float, default=defaults.block_time, help="seconds between blocks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--netuid", type=int, default=defaults.netuid, help="the subnet that exists (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tempo", type=int, default=defaults.tempo, help="blocks between epochs (default: %(default)s)"
+    )
     parser.add_argument("--state", type=Path, help="folder that keeps the chain across restarts (default: in memory)")
     parser.add_argument("--drand", metavar="URL", help="drand relay that opens timelocked weights (default: none)")
     parser.add_argument("--ready-file", type=Path, help="file to write the ws:// URL to once the chain serves")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _check_host(host: str, *, allow_remote: bool) -> None:
@@ -84,7 +94,7 @@ def main(argv: list[str] | None = None, *, prog: str = "python -m subnet.localch
     """Run until SIGINT or SIGTERM. Exit status 2 with one line for options or a port that cannot be used."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
-    options = _arguments(sys.argv[1:] if argv is None else argv, prog)
+    options = command(prog).parse_args(sys.argv[1:] if argv is None else argv)
     try:
         _check_host(options.host, allow_remote=options.allow_remote)
         config = ChainConfig(netuid=options.netuid, tempo=options.tempo, block_time=options.block_time)

@@ -22,7 +22,7 @@ from typing import Final, TypeAlias
 
 import torch
 
-from subnet.transport import http1, sockets, synapse
+from subnet.transport import http1, protocol, sockets, synapse
 from subnet.transport.admission import Admission, Ticket
 from subnet.transport.beside import is_beside
 from subnet.transport.connection import Connection
@@ -33,6 +33,7 @@ from subnet.transport.errors import (
     Busy,
     Elsewhere,
     MalformedRequest,
+    OtherVersion,
     Refused,
     TooSlow,
     Unavailable,
@@ -40,6 +41,7 @@ from subnet.transport.errors import (
 )
 from subnet.transport.http1 import BadHead, RequestHead
 from subnet.transport.memory import Memory
+from subnet.transport.protocol import PROTOCOL
 from subnet.transport.shaping import TURN, Pipe, Shaper
 from subnet.transport.synapse import Received, S, Specs, Synapse
 
@@ -98,6 +100,7 @@ class Axon:
         min_rate: float = 125_000.0,
         idle_s: float = 120.0,
         shaper: Shaper | None = None,
+        version: int = PROTOCOL,
     ) -> None:
         """
         Args:
@@ -109,6 +112,7 @@ class Axon:
             idle_s: seconds after which a connection without a request is closed. Longer than the dendrite's, which
                 must be the one to close, or its next call could be lost in between.
             shaper: the emulated link that bodies pass through, for tests; the caller's adds latency and loss.
+            version: of the protocol; requests in the one before are served too.
         """
         self._admission = admission
         self._host = host
@@ -117,6 +121,8 @@ class Axon:
         self._min_rate = min_rate
         self._idle_s = idle_s
         self.shaper = shaper
+        self._version = version
+        self._stated = (f"{protocol.FIELD}: {version}",)
         self._routes: dict[str, _Route] = {}
         self._memory = Memory()
         self._listening: socket.socket | None = None
@@ -247,9 +253,8 @@ class Axon:
         """Answer one request; whether its connection can carry another."""
         head, connection = request.head, request.connection
         if head.method == "GET" and head.target == "/health":
-            health = json.dumps({"hotkey": self._admission.hotkey, "routes": sorted(self._routes)}).encode()
             keep = head.keeps and request.left == 0
-            return await self._respond(connection, 200, [memoryview(health)], kind=_JSON, keep=keep) and keep
+            return await self._respond(connection, 200, [memoryview(self._health())], kind=_JSON, keep=keep) and keep
         try:
             route = self._route(head)
             with self._admission.admit(
@@ -266,13 +271,21 @@ class Axon:
     def _route(self, head: RequestHead) -> _Route:
         if head.method != "POST":
             raise MalformedRequest(f"method {head.method}", "POST a synapse, or GET /health")
-        route = self._routes.get(head.target[1:])
+        version, name = protocol.read_target(head.target) or (self._version, "")
+        if version not in protocol.spoken(mine=self._version):
+            raise OtherVersion(*protocol.mismatch(version, mine=self._version))
+        route = self._routes.get(name)
         if route is None:
             raise UnknownRoute(
                 f"no route {head.target[:64]}",
-                f"this axon serves {', '.join(sorted(self._routes)) or 'none'}",
+                f"this axon serves {', '.join(sorted(self._routes)) or 'none'}, each as /{self._version}/ROUTE",
             )
         return route
+
+    def _health(self) -> bytes:
+        """What anybody may know, JSON."""
+        said = {"hotkey": self._admission.hotkey, "routes": sorted(self._routes), "protocol": self._version}
+        return json.dumps(said | {"orion": protocol.package_version()}).encode()
 
     async def _receive(self, request: _Request, ticket: Ticket) -> memoryview:
         """The body, in one buffer, proven to be the one that was signed."""
@@ -362,7 +375,7 @@ class Axon:
     ) -> bool:
         """Send an answer of this media type; whether it left in time."""
         size = synapse.size_of(parts)
-        head = http1.response(status, size, kind=kind, keep=keep)
+        head = http1.response(status, size, kind=kind, keep=keep, more=self._stated)
         try:
             async with asyncio.timeout(self._patience_s(size)):
                 if up is None:

@@ -18,15 +18,16 @@ from typing import Final, Self
 
 import torch
 
-from subnet.transport import auth, beside, http1, synapse
+from subnet.transport import auth, beside, http1, protocol, synapse
 from subnet.transport.auth import Signer
 from subnet.transport.beside import Place, Sheets
 from subnet.transport.connection import Connection
 from subnet.transport.digests import Digests
-from subnet.transport.errors import BadReply, Elsewhere, Refused, Silent, Unreachable, Unserved, from_wire
+from subnet.transport.errors import BadReply, Elsewhere, OtherVersion, Refused, Silent, Unreachable, Unserved, from_wire
 from subnet.transport.http1 import BadHead, ResponseHead
 from subnet.transport.memory import Memory
 from subnet.transport.pool import Neighbour
+from subnet.transport.protocol import PROTOCOL
 from subnet.transport.shaping import TURN, Pipe, Shaper
 from subnet.transport.synapse import S, Specs, Synapse
 
@@ -73,6 +74,7 @@ class Dendrite:
         idle_s: float = 90.0,
         beside: bool = True,
         shaper: Shaper | None = None,
+        version: int = PROTOCOL,
     ) -> None:
         """
         Args:
@@ -82,6 +84,7 @@ class Dendrite:
             idle_s: seconds a connection is kept warm without traffic.
             beside: whether bodies for this machine's own nodes may lie in memory that both sides read.
             shaper: the emulated link that calls pass through, for tests.
+            version: of the protocol; who speaks the one before is called in that.
         """
         self._signer = signer
         self._now_ns = now_ns
@@ -89,6 +92,7 @@ class Dendrite:
         """Calls in flight to one neighbour."""
         self._idle_s = idle_s
         self.shaper = shaper
+        self._version = version
         self._memory = Memory()
         self._sheets = Sheets()
         self._beside = beside and shaper is None
@@ -174,7 +178,9 @@ class Dendrite:
         parts = synapse.encode(message, tensors)
         neighbour = self._neighbours.get(endpoint)
         if neighbour is None:
-            neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams, beside=self._beside)
+            neighbour = self._neighbours[endpoint] = Neighbour(
+                endpoint, self.streams, version=self._version, beside=self._beside
+            )
         call = _Call(neighbour, receiver, message.route, max_reply_bytes, traffic, deadline)
         queues = synapse.size_of(parts) > TURN and not neighbour.beside
         try:
@@ -216,6 +222,8 @@ class Dendrite:
                     read = True
                 except Elsewhere:
                     neighbour.beside = False
+                except Unserved:
+                    read = True
                 except Refused:
                     read = True
                     raise
@@ -236,6 +244,7 @@ class Dendrite:
     ) -> memoryview:
         """One request and its answer; with a `place` that is where its body lies, and `parts` are none."""
         neighbour, traffic, size = call.neighbour, call.traffic, synapse.size_of(parts)
+        version = neighbour.version
         shaper = None if self.shaper is None else self.shaper.towards(call.receiver)
         up = down = None
         if shaper is not None:
@@ -246,7 +255,7 @@ class Dendrite:
 
         def request() -> bytes:
             self._last_nonce = max(self._now_ns(), self._last_nonce + 1)
-            path, nonce = f"/{call.route}", self._last_nonce
+            path, nonce = protocol.target(call.route, version), self._last_nonce
             signed = auth.sign(self._signer, path=path, digests=digests, receiver=call.receiver, nonce_ns=nonce)
             fields = {"Host": neighbour.authority, "Content-Length": str(size), **signed}
             if place is not None:
@@ -267,13 +276,24 @@ class Dendrite:
             head, blob = await _alone(neighbour, request, parts, answer, up)
         if shaper is not None:
             await shaper.arrive(blob.nbytes)
-        if head.status == 200:
+        return self._judged(neighbour, version, head, blob)
+
+    def _judged(self, neighbour: Neighbour, version: int, head: ResponseHead, blob: memoryview) -> memoryview:
+        """The answer to a request in this version of the protocol, if it is a reply; else raises what it says."""
+        theirs = protocol.read_field(head.fields)
+        common = None if theirs is None else protocol.common(theirs, mine=self._version)
+        neighbour.version = common or version
+        if head.status == 200 and common is not None:
             return blob
+        if head.status == 200:
+            raise BadReply(f"{neighbour.endpoint} answers in protocol {theirs}, this node speaks {self._version}")
         error = from_wire(head.status, bytes(blob))
-        if isinstance(error, Refused):
-            error.peer = neighbour.endpoint
-            raise error
-        raise BadReply(f"{neighbour.endpoint} {error}")
+        if isinstance(error, BadReply):
+            raise BadReply(f"{neighbour.endpoint} {error}")
+        error.peer = neighbour.endpoint
+        if isinstance(error, OtherVersion) and common not in {None, version}:
+            raise Unserved(f"{neighbour.endpoint} speaks protocol {common}; send it again in that") from error
+        raise error
 
 
 async def _alone(

@@ -34,7 +34,8 @@ class Silent(Unreachable):
 
 
 class Unserved(Unreachable):
-    """The connection ended on account of a request before this one, whose own answer had not begun."""
+    """Not carried out, and worth sending again at once: a request before it ended the connection, or it was in a
+    version of the protocol that the other side is too old for."""
 
 
 class BadReply(TransportError):  # noqa: N818
@@ -108,6 +109,12 @@ class UnknownRoute(Refused):
     """This axon does not serve that kind of synapse."""
 
     status, code = 404, "unknown_route"
+
+
+class OtherVersion(Refused):
+    """The request is in a version of the protocol that this node does not speak."""
+
+    status, code = 404, "other_version"
 
 
 class UnknownRun(Refused):
@@ -197,7 +204,7 @@ class Unavailable(Refused):
 REFUSALS: Final[dict[str, type[Refused]]] = {
     kind.code: kind
     for kind in (
-        MalformedRequest, BadSignature, StaleRequest, UnknownHotkey, UnknownRoute, UnknownRun, TooSlow,
+        MalformedRequest, BadSignature, StaleRequest, UnknownHotkey, UnknownRoute, OtherVersion, UnknownRun, TooSlow,
         ReplayedRequest, Dropped, LengthRequired, TooLarge, WrongReceiver, WrongTensor, NotFinite, Busy, Elsewhere,
         Full, Broken, Unavailable, NotPicked, OverQuota,
     )

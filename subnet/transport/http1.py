@@ -8,7 +8,7 @@ have a length or there is none: who meets a transfer coding refuses it by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final, TypeVar, overload
@@ -117,10 +117,10 @@ def request(method: str, target: str, fields: Mapping[str, str]) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-def response(status: int, length: int, *, kind: str, keep: bool) -> bytes:
-    """A response's head, for a body of `length` bytes and this media type."""
+def response(status: int, length: int, *, kind: str, keep: bool, more: Sequence[str] = ()) -> bytes:
+    """A response's head, for a body of `length` bytes and this media type, with `more` lines."""
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {kind}", f"Content-Length: {length}"]
-    lines += ["", ""] if keep else ["Connection: close", "", ""]
+    lines += [*more, "", ""] if keep else [*more, "Connection: close", "", ""]
     return "\r\n".join(lines).encode("latin-1")
 
 

@@ -16,8 +16,11 @@ class Neighbour:
     """Up to `streams` connections to one endpoint, kept for the next call: one for all large bodies, the others taken
     and given back inside `async with gate`."""
 
-    def __init__(self, endpoint: str, streams: int, *, beside: bool = False) -> None:
-        """Raises `ValueError` if `endpoint` is not of the form ``http://host:port``."""
+    def __init__(self, endpoint: str, streams: int, *, version: int, beside: bool = False) -> None:
+        """`version` of the protocol is spoken to it until it says that it is older.
+
+        Raises `ValueError` if `endpoint` is not of the form ``http://host:port``.
+        """
         parts = urlsplit(endpoint)
         if parts.scheme != "http" or not parts.hostname or not parts.port or parts.path:
             raise ValueError(f"endpoint {endpoint!r} is not of the form http://host:port")
@@ -29,6 +32,7 @@ class Neighbour:
         four times as long, each of them and on every hop."""
         self._line: Line | None = None
         self._host, self._port = parts.hostname, parts.port
+        self.version = version
         self.beside = beside and OFFERED and is_beside(parts.hostname)
         """Whether bodies may lie in memory that both sides see, as far as known."""
         self._idle: list[tuple[Connection, float]] = []

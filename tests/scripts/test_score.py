@@ -249,6 +249,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_log_of_another_version_is_refused_with_its_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (run / "events" / "validator-0.jsonl").open("a") as log:
-        log.write('{"t": 1, "kind": "miner_scored", "round": 1}\n')
+        log.write('{"t": 1, "v": 1, "kind": "miner_scored", "round": 1}\n')
     assert main(["score", "explain", "--uid", "7", "--run", str(run)]) == 1
     assert "validator-0.jsonl:11: event miner_scored has other fields" in capsys.readouterr().err

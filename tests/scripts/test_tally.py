@@ -325,7 +325,7 @@ def test_events_survive_the_log_and_half_lines_wait(tmp_path: Path) -> None:
         stream.write(lines[0][20:] + "\n")
     assert len(list(follower.read())) == 1
     with pytest.raises(ValueError, match="unknown"):
-        list(read_events(['{"t":1,"kind":"gossip"}']))
+        list(read_events(['{"t":1,"v":1,"kind":"gossip"}']))
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -386,7 +386,9 @@ def test_events_of_all_logs_come_in_the_order_of_their_times(tmp_path: Path) -> 
     ]
 
 
-@pytest.mark.parametrize("line", ['{"t":1,"kind":"gossip"}', '{"t":1,"kind":"node_finished","rounds":1,"mood":2}'])
+@pytest.mark.parametrize(
+    "line", ['{"t":1,"v":1,"kind":"gossip"}', '{"t":1,"v":1,"kind":"node_finished","rounds":1,"mood":2}']
+)
 def test_a_whole_line_of_another_version_is_no_torn_one(line: str) -> None:
     with pytest.raises(ValueError, match="another version"):
         list(read_events([line]))

@@ -25,6 +25,7 @@ from subnet.chain import (
 from subnet.identity import Identity, verify
 from subnet.localchain import ChainConfig, LocalChain
 from subnet.localchain.genesis import OWNER_HOTKEY_URI, address
+from subnet.transport.protocol import PROTOCOL
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -164,6 +165,7 @@ async def test_an_endpoint_is_published(miner: BittensorChain) -> None:
     await miner.serve_axon(Endpoint("127.0.0.1", 8_091))
     state = await miner.state_at((await miner.finalized()).number)
     assert state.neurons[2].endpoint == Endpoint("127.0.0.1", 8_091)
+    assert (state.neurons[1].protocol, state.neurons[2].protocol) == (0, PROTOCOL)
     await miner.serve_axon(Endpoint("2001:db8::1", 65_535))
     state = await miner.state_at((await miner.finalized()).number)
     assert state.neurons[2].endpoint == Endpoint("2001:db8::1", 65_535)

@@ -17,6 +17,7 @@ from scripts.doctor.chain import (
     OnChain,
     check_chain,
     check_clock,
+    check_protocol,
     check_registration,
     check_subnet,
 )
@@ -179,6 +180,23 @@ def test_registration_permit_and_immunity() -> None:
     assert "btcli stake add --netuid 9" in poor.fix
     assert check_registration(None, name(0), options()).found == "needs the chain"
     assert check_registration(None, None, options()).found == "needs the chain and a hotkey"
+
+
+def announcing(*versions: int) -> OnChain:
+    return replace(CHAIN, state=state([replace(neuron(uid), protocol=one) for uid, one in enumerate(versions)]))
+
+
+def test_which_protocol_the_others_speak() -> None:
+    assert check_protocol(None).word is Word.SKIPPED
+    assert check_protocol(announcing(1, 1)).found == "1 is spoken here, and by all 2 nodes of Orion on this subnet"
+    assert check_protocol(announcing(1, 2)).word is Word.OK
+    newer = check_protocol(announcing(1, 4, 2**32 - 1, 4))
+    assert newer.word is Word.WARN
+    assert newer.found == "1 is spoken here, and not by 3 of 4 nodes, which announce 4, 4294967295"
+    assert "upgrade Orion" in newer.fix
+    assert not check_protocol(announcing(0, 1)).fix
+    stranger = replace(CHAIN, state=state([replace(neuron(0), record=b"another's", protocol=1234)]))
+    assert check_protocol(stranger).word is Word.SKIPPED
 
 
 # -- run --------------------------------------------------------------------------------------------------------------

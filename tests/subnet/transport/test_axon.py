@@ -43,6 +43,7 @@ from subnet.transport.errors import (
     WrongReceiver,
     WrongTensor,
 )
+from subnet.transport.protocol import PROTOCOL, package_version
 from subnet.transport.synapse import Synapse, TensorSpec
 
 ALICE = Keypair.create_from_uri("//Alice")
@@ -199,7 +200,7 @@ def hashed(body: memoryview) -> Digests:
 
 
 def head(
-    body: bytes = b"", *, path: str = "/push", change: dict[str, str | None] | None = None, age_s: float = 0
+    body: bytes = b"", *, path: str = "/1/push", change: dict[str, str | None] | None = None, age_s: float = 0
 ) -> bytes:
     """Signed request line and headers for this body, some then changed or (None) left out."""
     headers: dict[str, str | None] = {
@@ -260,7 +261,12 @@ async def test_sequential_calls_use_one_connection_and_parallel_ones_several(nod
 async def test_health(node: Node) -> None:
     async with raw(node, b"GET /health HTTP/1.1\r\nHost: b\r\n\r\n") as answer:
         assert answer.status == 200
-        assert answer.body == {"hotkey": BOB_KEY, "routes": ["bulk", "push"]}
+        assert answer.body == {
+            "hotkey": BOB_KEY,
+            "routes": ["bulk", "push"],
+            "protocol": PROTOCOL,
+            "orion": package_version(),
+        }
 
 
 @pytest.mark.parametrize(
@@ -279,7 +285,7 @@ async def test_health(node: Node) -> None:
         (Push(sample=1), {"x": torch.full((8, 4), torch.nan)}, NotFinite, 422, "32 of 32 elements"),
         (Push(sample=1, run="other"), None, UnknownRun, 404, "run 'other', this node trains 'run-1'"),
         (Push(sample=-3), None, Dropped, 410, "sample -3 is of a past round"),
-        (Unserved(), {}, UnknownRoute, 404, "no route /unserved; this axon serves bulk, push"),
+        (Unserved(), {}, UnknownRoute, 404, "no route /1/unserved; this axon serves bulk, push, each as /1/ROUTE"),
     ],
 )
 async def test_refusals_reach_the_caller_as_what_they_were(
@@ -329,13 +335,17 @@ async def test_a_recorded_request_is_refused(node: Node) -> None:
 @pytest.mark.parametrize(
     ("change", "path", "age_s", "status", "code"),
     [
-        ({"Content-Length": None}, "/push", 0, 411, "length_required"),
-        ({"Content-Length": None, "Transfer-Encoding": "chunked"}, "/push", 0, 400, "malformed"),
-        ({"Content-Encoding": "gzip"}, "/push", 0, 400, "malformed"),
-        ({"X-Bittensor-Signature": "0x" + "00" * 64}, "/push", 0, 401, "bad_signature"),
-        ({"X-Bittensor-Signature": None}, "/push", 0, 400, "malformed"),
-        ({}, "/push", 30, 401, "stale"),
-        ({}, "/push?x=1", 0, 404, "unknown_route"),
+        ({"Content-Length": None}, "/1/push", 0, 411, "length_required"),
+        ({"Content-Length": None, "Transfer-Encoding": "chunked"}, "/1/push", 0, 400, "malformed"),
+        ({"Content-Encoding": "gzip"}, "/1/push", 0, 400, "malformed"),
+        ({"X-Bittensor-Signature": "0x" + "00" * 64}, "/1/push", 0, 401, "bad_signature"),
+        ({"X-Bittensor-Signature": None}, "/1/push", 0, 400, "malformed"),
+        ({}, "/1/push", 30, 401, "stale"),
+        ({}, "/1/push?x=1", 0, 404, "unknown_route"),
+        ({}, "/push", 0, 404, "unknown_route"),
+        ({}, "/0/push", 0, 404, "unknown_route"),
+        ({}, "/2/push", 0, 404, "other_version"),
+        ({}, "/999999999/push", 0, 404, "other_version"),
     ],
 )
 async def test_bad_headers_are_refused(
@@ -432,7 +442,7 @@ def large_body() -> bytes:
 
 async def test_one_changed_byte_in_a_large_body_is_refused(node: Node) -> None:
     body = bytearray(large_body())
-    signed = head(bytes(body), path="/bulk")
+    signed = head(bytes(body), path="/1/bulk")
     body[len(body) // 2] ^= 1
     async with raw(node, signed + body) as answer:
         assert (answer.status, answer.body["error"]) == (401, "bad_signature")
@@ -444,7 +454,7 @@ async def test_a_large_body_cut_off_in_the_middle_frees_its_slot(alice: Dendrite
     async with running(slots=1) as node:
         body = large_body()
         _, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
-        writer.write(head(body, path="/bulk") + body[: len(body) // 2])
+        writer.write(head(body, path="/1/bulk") + body[: len(body) // 2])
         await writer.drain()
         writer.close()
         async with raw(node, b"GET /health HTTP/1.1\r\n\r\n"):  # accepted after that one
@@ -457,7 +467,7 @@ async def test_a_large_body_cut_off_in_the_middle_frees_its_slot(alice: Dendrite
 async def test_a_large_body_that_stalls_is_cut_off() -> None:
     async with running(grace_s=0.1, min_rate=1e9) as node:
         body = large_body()
-        async with raw(node, head(body, path="/bulk") + body[:1000]) as answer:
+        async with raw(node, head(body, path="/1/bulk") + body[:1000]) as answer:
             assert (answer.status, answer.body["error"]) == (408, "too_slow")
             assert f"1000 of {len(body)} bytes after 0.1 s" in str(answer.body["message"])
 
@@ -465,7 +475,7 @@ async def test_a_large_body_that_stalls_is_cut_off() -> None:
 async def test_a_large_body_longer_than_announced_is_no_part_of_it(node: Node) -> None:
     body = large_body()
     reader, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
-    writer.write(head(body, path="/bulk") + body + b"more")
+    writer.write(head(body, path="/1/bulk") + body + b"more")
     text = (await reader.readuntil(b"\r\n\r\n")).decode()
     await reader.readexactly(int(text.split("Content-Length: ")[1].split("\r\n")[0]))
     writer.write(b"\r\n\r\n")
@@ -617,7 +627,7 @@ async def test_a_caller_that_is_gone_before_its_reply_costs_one_line(
     body = b"".join(synapse.encode(Bulk(), {"x": torch.zeros(1024, 2048).bfloat16()}))
     with caplog.at_level(logging.INFO):
         _, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
-        writer.write(head(body, path="/bulk") + body)
+        writer.write(head(body, path="/1/bulk") + body)
         await node.entered.acquire()
         writer.transport.abort()
         asked = asyncio.create_task(push(alice, node))
@@ -682,7 +692,9 @@ async def test_stopping_the_dendrite_ends_its_calls(node: Node, alice: Dendrite)
     [
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9999999999\r\n\r\n", "announced a reply of 9999999999 bytes"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "announced a reply of None bytes"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", "answered push badly: header of"),
+        (b"HTTP/1.1 200 OK\r\nOrion-Protocol: 1\r\nContent-Length: 3\r\n\r\nabc", "answered push badly: header of"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", "answers in protocol None, this node speaks 1"),
+        (b"HTTP/1.1 200 OK\r\nOrion-Protocol: 3\r\nContent-Length: 3\r\n\r\nabc", "answers in protocol 3"),
         (b"HTTP/1.1 502 Bad\r\nContent-Length: 4\r\n\r\n<h1>", "answered 502 .*no Orion error"),
         (b"HTTP/1.1 301 Go\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", "answered 301"),
     ],
@@ -789,11 +801,11 @@ async def test_memory_is_admitted_as_a_body_is(node: Node, length: int, refusal:
     """By the route's limit, and not together with a body."""
     body = b"" if length else b"both"
     signed = auth.sign(
-        ALICE, path="/bulk", digests=Digests(bytes(32), bytes(32)), receiver=BOB_KEY, nonce_ns=time.time_ns()
+        ALICE, path="/1/bulk", digests=Digests(bytes(32), bytes(32)), receiver=BOB_KEY, nonce_ns=time.time_ns()
     )
     fields = {"Host": "x", "Content-Length": str(len(body)), **signed, "Orion-Memory": f"{os.getpid()}/0/{length}"}
     reader, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
-    writer.write(http1.request("POST", "/bulk", fields) + body)
+    writer.write(http1.request("POST", "/1/bulk", fields) + body)
     answer = await asyncio.wait_for(reader.read(4096), 10)
     assert refusal.encode() in answer
     writer.close()

@@ -97,7 +97,7 @@ async def test_the_next_leaves_before_the_answer_to_the_first(alice: Dendrite) -
             await reader.readexactly(int(head.split("Content-Length: ")[1].split("\r\n")[0]))
         for number in range(2):
             blob = b"".join(encode(Got(number=number), {}))
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(blob) + blob)
+            writer.write(b"HTTP/1.1 200 OK\r\nOrion-Protocol: 1\r\nContent-Length: %d\r\n\r\n" % len(blob) + blob)
         await reader.read()
         writer.close()
 

@@ -1,6 +1,7 @@
 # Everything goes through .venv, made on first use from pyproject.toml and constraints.txt.
 #   make localnet          a whole swarm on this machine      make localnet ARGS="--rounds 5 --stages 2"
 #   make test              the test suite                     make lint    formatter, linter, type checker
+#   make test-swarm        tests of whole swarms, of many processes each
 #   make test-long         the tests that take minutes
 #   make newcomer          a newcomer's first evening, every command as README and docs have it
 #   make wheel             the package in dist/, installed for a try in an environment of its own
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test test-long lint newcomer wheel bench bench-quick clean
+.PHONY: install localnet test test-swarm test-long lint newcomer wheel bench bench-quick clean
 
 install: $(READY)
 
@@ -26,15 +27,17 @@ $(READY): pyproject.toml constraints.txt
 localnet: $(READY)
 	@$(VENV)/bin/orion localnet $(ARGS)
 
-# Two at a time, then by themselves those that fill the machine, for which the other files need not be imported again.
-# With ARGS just what they name.
+# Two at a time; with ARGS just what they name.
 test: $(READY)
 ifeq ($(strip $(ARGS)),)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "not long and not alone"
-	$(VENV)/bin/python -m pytest -m "alone and not long" $$(grep -rl 'mark\.alone' --include='test_*.py' tests)
 else
 	$(VENV)/bin/python -m pytest $(ARGS)
 endif
+
+# By themselves those that fill the machine, for which the other files need not be imported again.
+test-swarm: $(READY)
+	$(VENV)/bin/python -m pytest -m "alone and not long" $$(grep -rl 'mark\.alone' --include='test_*.py' tests) $(ARGS)
 
 test-long: $(READY)
 	$(VENV)/bin/python -m pytest -m long $(ARGS)

@@ -442,7 +442,13 @@ def parser() -> argparse.ArgumentParser:
         epilog="orion COMMAND --help says more. First to try: orion localnet.",
         formatter_class=_Help,
     )
-    root.add_argument("--version", action=_Version, nargs=0, help="print the versions of package and protocol")
+    root.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="print the versions of package and protocol",
+    )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_localnet(commands)
     _add_dashboard(commands)

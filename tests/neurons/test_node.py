@@ -149,7 +149,7 @@ async def test_a_miner_refuses_a_stage_for_which_it_has_no_room(
         vault = await Vault.open(config.checkpoints, manifest_hash=opened.loaded.digest.hex())
         taker = Miner(opened, Keeper(opened, vault))
         for words, found in cases.items():
-            monkeypatch.setattr(miner, "room", lambda _out, found=found: found)
+            monkeypatch.setattr(miner, "room", lambda _out, _device, found=found: found)
             with pytest.raises(NodeError, match=words):
                 await taker._take_stage(0)
 

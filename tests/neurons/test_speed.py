@@ -16,12 +16,13 @@ from neurons.speed import SpeedDesk
 from subnet.identity import Identity
 from subnet.messages import SPEED_BYTES, Sped, Speed
 from subnet.swarm.roster import Roster
-from subnet.transport import auth, http1, synapse
+from subnet.transport import auth, http1, protocol, synapse
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.digests import Digests
 from subnet.transport.errors import Busy, MalformedRequest, OverQuota, TooLarge, UnknownHotkey
+from subnet.transport.protocol import PROTOCOL
 from subnet.transport.synapse import HEADER_LIMIT, Synapse
 from tests.subnet.swarm.histories import neuron, state
 from tests.virtual import run
@@ -103,12 +104,11 @@ async def test_who_is_over_its_quota_is_refused_before_the_body_is_read() -> Non
         with pytest.raises(OverQuota, match=f"limits {speed.TRIES} and {speed.ALL}"):
             await carry(axon, ALICE, Speed(up=8, down=0), body=8)
         parts = synapse.encode(Speed(up=SPEED_BYTES, down=0), {"data": torch.zeros(1, SPEED_BYTES, dtype=torch.uint8)})
-        signed = auth.sign(
-            ALICE, path="/speed", digests=Digests.of(parts), receiver=PEER.hotkey, nonce_ns=time.time_ns()
-        )
+        path = protocol.target("speed", PROTOCOL)
+        signed = auth.sign(ALICE, path=path, digests=Digests.of(parts), receiver=PEER.hotkey, nonce_ns=time.time_ns())
         fields = {"Host": "peer", "Content-Length": str(synapse.size_of(parts)), **signed}
         reader, writer = await asyncio.open_connection("127.0.0.1", axon.port)
-        writer.write(http1.request("POST", "/speed", fields))  # and nothing after it
+        writer.write(http1.request("POST", path, fields))  # and nothing after it
         assert b" 403 " in await reader.readline()
         writer.close()
         assert await carry(axon, BOB, Speed(up=0, down=8), body=0) == 8

@@ -52,11 +52,18 @@ def written(size: int) -> str:
 
 def size(count: float) -> str:
     """Bytes for a person, in units of 1,000: 1.5 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1_000 or unit == "TB":
+    return scaled(count, "B", "kB", "MB", "GB", "TB")
+
+
+def scaled(count: float, first: str, *units: str) -> str:
+    """So many of the unit `first` for a person, in the largest unit of which there are one or more; each of `units` is
+    1,000 of the one before."""
+    unit = first
+    for larger in units:
+        if count < 1_000:
             break
-        count /= 1_000
-    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count, unit = count / 1_000, larger
+    return f"{count:,.0f} {unit}" if unit == first else f"{count:,.1f} {unit}"
 
 
 def duration(seconds: float) -> str:

@@ -40,6 +40,7 @@ from scripts.cli import plan_options
 from scripts.data.local import fitting
 from scripts.localnet import cache_folder
 from scripts.progress import ProgressView
+from subnet.quantities import scaled
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "boundary.jsonl"
 GRIDS = Path(__file__).parent / "learning"
@@ -192,11 +193,7 @@ def _all(rows: Sequence[Row], options: argparse.Namespace) -> int:
 
 def flops(count: float) -> str:
     """For a person."""
-    for unit in ("M", "G", "T", "P"):
-        count /= 1_000_000 if unit == "M" else 1_000
-        if count < 1_000 or unit == "P":
-            break
-    return f"{count:,.1f} {unit}FLOP"
+    return scaled(count / 1e6, "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 
 
 if __name__ == "__main__":

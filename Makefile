@@ -4,6 +4,7 @@
 #   make test-swarm        tests of whole swarms, of many processes each
 #   make test-long         the tests that take minutes
 #   make newcomer          a newcomer's first evening, every command as README and docs have it
+#   make pages             every command that README and docs show, run in a fresh clone
 #   make wheel             the package in dist/, installed for a try in an environment of its own
 #   make bench             a swarm against one process, JSON under runs/bench
 #   make bench-quick       every benchmark of speed, small, with a gate on ratios
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test test-swarm test-long lint newcomer wheel bench bench-quick clean
+.PHONY: install localnet test test-swarm test-long lint newcomer pages wheel bench bench-quick clean
 
 install: $(READY)
 
@@ -48,7 +49,10 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 newcomer: $(READY)
-	$(VENV)/bin/python -m scripts.newcomer --venv $(VENV) $(ARGS)
+	$(VENV)/bin/python -m tests.pages.newcomer --venv $(VENV) $(ARGS)
+
+pages: $(READY)
+	$(VENV)/bin/python -m tests.pages.commands --venv $(VENV) $(ARGS)
 
 wheel: $(READY)
 	rm -rf dist

@@ -24,7 +24,17 @@ from neurons.reach import Reach
 from neurons.training import Awaited, TrainingRound
 from subnet.identity import Identity, verify
 from subnet.manifest import LoadedManifest
-from subnet.messages import Accepted, Backward, Forward, InputRequest, Push, Shapes, Tensors
+from subnet.messages import (
+    Accepted,
+    Backward,
+    Forward,
+    Holder,
+    HolderRequest,
+    InputRequest,
+    Push,
+    Shapes,
+    Tensors,
+)
 from subnet.swarm.routing import heirs, hops
 from subnet.transport.dendrite import NO_SPECS, NO_TENSORS, Dendrite
 from subnet.transport.errors import (
@@ -46,6 +56,8 @@ PUSH_DEADLINE = 10.0
 PUSH_FACTOR = 20.0
 RETRY_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
+HOLDER_DEADLINE = 1.0
+"""Seconds."""
 OVERDUE_FLOOR = 2.0
 OVERDUE_FACTOR = 2.0
 """A gradient is overdue after this many times the slowest recent return, and not before the floor (seconds)."""
@@ -135,7 +147,11 @@ class Delivery:
         first: float | None = None,
     ) -> None:
         """Push `y` to the planned hop (`avoid`: the one to ask last, `again`: first), else to siblings, until one
-        accepts, nobody waits for its gradient any more, or the round closes. `first` is when it was delivered."""
+        accepts, nobody waits for its gradient any more, or the round closes. `first` is when it was delivered.
+
+        What was sent before goes to who has it by another way, if somebody has: the planned hop may not, because it was
+        full then, and would compute it a second time.
+        """
         stage = self._plan.index + 1
         replicas = current.roster.stages[stage]
         heads = current.roster.stages[0]
@@ -149,6 +165,8 @@ class Delivery:
             lane=self._lane,
         )
         planned = order[0]
+        if push.again and again is None:
+            again = await self._holder(current, push.sample, [hop for hop in order if hop != avoid])
         order = tuple(sorted(order, key=lambda hop: (self.is_down(hop), hop == avoid, hop != again)))
         missed: set[str] = set()
         in_line = False
@@ -188,6 +206,21 @@ class Delivery:
         finally:
             if in_line:
                 self._line.release()
+
+    async def _holder(self, current: TrainingRound, sample: int, hops: Iterable[str]) -> str | None:
+        """Which of them has the forward of a sample, if one says so."""
+        request = HolderRequest(run=self._run.hex(), round=current.number, sample=sample)
+
+        async def ask(hop: str) -> str | None:
+            try:
+                answer, _ = await self._call(hop, request, reply=Holder, deadline=HOLDER_DEADLINE)
+            except TransportError as error:
+                log.debug("who has sample %d: %s: %s", sample, hop, error)
+                return None
+            return hop if answer.holds else None
+
+        answers = await asyncio.gather(*(ask(hop) for hop in hops if not self.is_down(hop)))
+        return next((hop for hop in answers if hop is not None), None)
 
     def _is_full(self, hop: str) -> bool:
         return self._full.get(hop, 0.0) > asyncio.get_running_loop().time()
@@ -311,14 +344,13 @@ class Delivery:
                 # others are computing.
                 again = awaited.sink if awaited.shared and not self.is_down(awaited.sink) else None
                 avoid = awaited.sink if again is None else None
+                push = current.pushes[sample].model_copy(update={"again": True})
                 if again is None:
                     current.chased += 1
                     log.info("gradient of sample %d is overdue at %s: a sibling gets the input", sample, avoid)
                 spawn(
                     current.sends,
-                    self.forward(
-                        current, current.pushes[sample], leaf, output, avoid=avoid, again=again, first=awaited.first
-                    ),
+                    self.forward(current, push, leaf, output, avoid=avoid, again=again, first=awaited.first),
                 )
 
     def overslept(self, current: TrainingRound, seconds: float) -> None:

@@ -23,6 +23,7 @@ from subnet.messages import (
     EvidenceRequest,
     EvidenceTables,
     Forward,
+    HolderRequest,
     InputRequest,
     Notice,
     RunSynapse,
@@ -234,6 +235,7 @@ class PushDesk:
         """Put its routes on the axon."""
         node.axon.serve(Forward, self.forward, specs={"y": node.shapes.boundary})
         node.axon.serve(Backward, self.backward, specs={"g": node.shapes.boundary})
+        node.axon.serve(HolderRequest, self.holder, specs=NO_SPECS)
         node.axon.serve(InputRequest, self.input, specs=NO_SPECS)
         node.axon.serve(Notice, self.notice, specs=NO_SPECS)
 
@@ -242,6 +244,9 @@ class PushDesk:
 
     async def backward(self, caller: str, push: Backward, tensors: Received) -> Reply:
         return await self._ready().on_backward(caller, push, tensors)
+
+    async def holder(self, caller: str, request: HolderRequest, tensors: Mapping[str, torch.Tensor]) -> Reply:
+        return await self._ready().on_holder(caller, request, tensors)
 
     async def input(self, caller: str, request: InputRequest, tensors: Mapping[str, torch.Tensor]) -> Reply:
         return await self._ready().on_input(caller, request, tensors)

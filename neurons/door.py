@@ -11,11 +11,11 @@ half the speed half as much. Without that limit the lottery's equal shares would
 from __future__ import annotations
 
 from model.split import StagePlan
-from neurons.delivery import LONGEST_PAUSE, RETRY_PAUSE, Delivery
+from neurons.delivery import LONGEST_PAUSE, RETRY_PAUSE, Delivery, Spawn
 from neurons.training import TrainingRound
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
-from subnet.messages import InputRequest, Notice, Push
+from subnet.messages import HolderRequest, InputRequest, Notice, Push
 from subnet.swarm.routing import room, sample_id
 from subnet.transport.errors import Busy, Dropped, Full, Unavailable, UnknownHotkey, UnknownRun
 from subnet.trust.ledger import Direction, UnitKey, receipt_message
@@ -40,7 +40,12 @@ class Door:
         self._delivery = delivery
 
     def admit(
-        self, current: TrainingRound | None, push: Push | InputRequest | Notice, caller: str, *, neighbour: int
+        self,
+        current: TrainingRound | None,
+        push: Push | HolderRequest | InputRequest | Notice,
+        caller: str,
+        *,
+        neighbour: int,
     ) -> TrainingRound:
         """The round a push belongs to, if `caller` is the neighbour it must come from. Raises a `Refused`."""
         if push.run != self._run.hex():
@@ -106,6 +111,16 @@ class Door:
         if claimed or sinks is None:
             raise Busy(f"sample {sample} is with somebody else so far", "push again", retry_after=RETRY_PAUSE)
         raise Dropped(f"sample {sample} was not sent to {caller}", "send gradients of what was received")
+
+    def require_gone(self, current: TrainingRound, push: Push, spawn: Spawn) -> None:
+        """A head sends another's sample: let it, once the owner cannot be reached from here. Raises `Busy` till then.
+
+        That is safe: the sample id is the roster's, so nothing can be invented; while the owner is there nobody can
+        put an activation in the place of its own; and the sender is paid only if the owner serves no evidence.
+        """
+        if not self._delivery.is_down(push.head):
+            spawn(current.sends, self._delivery.look(current, push.head, push.sample))
+            raise Busy(f"head {push.head} may be there: it is asked", "push again", retry_after=RETRY_PAUSE)
 
     def sign_receipt(self, current: TrainingRound, key: UnitKey, producer: str, output: bytes) -> str:
         """Sign for the output of `producer`'s unit and remember it, so that a repeated push gets the same receipt."""

@@ -19,7 +19,7 @@ from neurons.telemetry import MicrobatchDone, MicrobatchStarted, Telemetry
 from neurons.training import OpenInput, TrainingRound
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
-from subnet.messages import Push
+from subnet.messages import Forward, Push
 from subnet.swarm.routing import depth
 from subnet.transport.errors import Busy
 from subnet.transport.synapse import tensor_bytes
@@ -59,7 +59,7 @@ class Driver:
         heads: Heads,
         telemetry: Telemetry,
         synchronous: bool,
-        enter: Callable[[TrainingRound, Push, OpenInput], None],
+        enter: Callable[[TrainingRound, Forward, OpenInput], None],
         release: Callable[[TrainingRound, int], None],
         spawn: Spawn,
     ) -> None:
@@ -217,13 +217,14 @@ class Driver:
         now = asyncio.get_running_loop().time()
         current.flights[sample] = self._flights.leave(now, len(current.flights))
         self._telemetry.emit(MicrobatchStarted(round=current.number, sample=sample))
-        push = Push(
+        push = Forward(
             run=self._run,
             round=current.number,
             sample=sample,
             head=head,
             index=index,
             version=self._engine.version,
+            again=head != self._own,
         )
         self._enter(current, push, self._input(head, sample))
 

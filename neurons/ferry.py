@@ -6,6 +6,7 @@ computes, and a thread of its own waits for it, looks at it and hashes it. On a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, TypeVar
@@ -17,6 +18,8 @@ from subnet.messages import WIRE_LIMIT
 from subnet.transport.errors import NotFinite
 from subnet.transport.synapse import OFF_LOOP, require_finite, tensor_bytes
 from subnet.trust.ledger import digest
+
+log = logging.getLogger("orion.neurons.ferry")
 
 T = TypeVar("T")
 Boarded = Callable[[], torch.Tensor]
@@ -202,3 +205,12 @@ class CudaFerry:
         left.synchronize()
         departure.wired = departure.wired.clone()  # evidence of it is kept for long, and pinned memory is scarce
         departure.check()
+
+
+def returnable(leaving: Departure | None, *, sample: int, stage: int) -> Landed | None:
+    """What goes back, if anything can. The weight gradients count in any case, so there is a leaf in any case."""
+    try:
+        return None if leaving is None else leaving.landed()
+    except NotFinite as error:
+        log.error("sample %d ends at stage %d: %s", sample, stage, error)  # noqa: TRY400 - for a person
+        return None

@@ -62,7 +62,7 @@ CHAIN_STALL = 600.0
 
 OPEN_ROUTES = frozenset({RosterRequest.route, CallBack.route, Speed.route})
 """Of use before one is in a roster."""
-PUSH_ROUTES = frozenset({"forward", "backward", "input", "notice"})
+PUSH_ROUTES = frozenset({"forward", "backward", "holder", "input", "notice"})
 
 
 class NodeError(Exception):

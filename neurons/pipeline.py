@@ -25,7 +25,7 @@ from neurons.compute import ComputeThread, Lane
 from neurons.delivery import RETRY_PAUSE, Delivery
 from neurons.door import Door
 from neurons.drive import Driver
-from neurons.ferry import Departure, Landed, ferry_of
+from neurons.ferry import Departure, Landed, ferry_of, returnable
 from neurons.filter import Filter, look
 from neurons.heads import Heads
 from neurons.kept import State
@@ -35,10 +35,22 @@ from neurons.training import OpenInput, TrainingRound
 from neurons.windows import UNWITNESSED, Change, Changes, Opened, Stepped, Windows, Witness
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
-from subnet.messages import WIRE_DTYPES, Accepted, Backward, Forward, InputRequest, Noted, Notice, Push, Tensors
+from subnet.messages import (
+    WIRE_DTYPES,
+    Accepted,
+    Backward,
+    Forward,
+    Holder,
+    HolderRequest,
+    InputRequest,
+    Noted,
+    Notice,
+    Push,
+    Tensors,
+)
 from subnet.swarm.roster import Roster
 from subnet.transport.dendrite import Dendrite
-from subnet.transport.errors import Busy, Dropped, NotFinite
+from subnet.transport.errors import Busy, Dropped
 from subnet.transport.synapse import Received, tensor_bytes
 from subnet.trust.audit import UnitTensors
 from subnet.trust.ledger import NO_DIGEST, NO_ROOT, Closing, Direction, Evidence, Leaf, UnitKey, digest
@@ -212,7 +224,7 @@ class StageWorker:
                 "send samples that the roster gives to their head",
             )
         if self.plan.index == 1 and caller != push.head:
-            self._require_gone(current, push)
+            self._door.require_gone(current, push, self._spawn)
         seconds = self._driver.unit_seconds.value / 2
         self._door.require_room(current, capacity=self.engine.capacity, unit_seconds=seconds)
         self._filter.require_usual(current, caller, push.sample, Direction.FORWARD, seen, x_digest)
@@ -248,9 +260,18 @@ class StageWorker:
         if self.plan.is_first and push.head != self._identity.hotkey:
             current.foreign.add(push.sample)
             current.taken.add(push.sample)
-        unit = self._backward_unit(current, push, g, g_digest, source)
+        taken = asyncio.get_running_loop().time()
+        unit = self._backward_unit(current, push, g, g_digest, source, taken)
         self._spawn(current.work, self._guarded(current, push.sample, unit))
         return Accepted(receipt=receipt), {}
+
+    async def on_holder(
+        self, caller: str, request: HolderRequest, _tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[Holder, dict[str, torch.Tensor]]:
+        """Say whether a sample is computed here, by whatever way it came."""
+        current = self._door.admit(self._round, request, caller, neighbour=self.plan.index - 1)
+        keys = (UnitKey(request.sample, direction) for direction in Direction)
+        return Holder(holds=request.sample in current.open or any(key in current.receipts for key in keys)), {}
 
     async def on_input(
         self, caller: str, request: InputRequest, _tensors: Mapping[str, torch.Tensor]
@@ -274,16 +295,6 @@ class StageWorker:
             raise Dropped(f"stage {self.plan.index} starts no microbatches", "send notices to heads")
         return self._driver.heads.hear(current, caller, notice), {}
 
-    def _require_gone(self, current: TrainingRound, push: Forward) -> None:
-        """A head sends another's sample: let it, once the owner cannot be reached from here. Raises `Busy` till then.
-
-        That is safe: the sample id is the roster's, so nothing can be invented; while the owner is there nobody can
-        put an activation in the place of its own; and the sender is paid only if the owner serves no evidence.
-        """
-        if not self._delivery.is_down(push.head):
-            self._spawn(current.sends, self._delivery.look(current, push.head, push.sample))
-            raise Busy(f"head {push.head} may be there: it is asked", "push again", retry_after=RETRY_PAUSE)
-
     def _have(self, current: TrainingRound, key: UnitKey, caller: str, push: Forward) -> Accepted:
         """Answer a forward that is here already. From another replica it means that the first one seems gone: the
         gradient, if there is one, is offered again, first to who had it and then to its siblings."""
@@ -293,7 +304,7 @@ class StageWorker:
         gradient = current.gradients.get(push.sample)
         if gradient is not None:
             leaf = current.ledger.leaf(UnitKey(push.sample, Direction.BACKWARD))
-            backward = Backward(**dict(push), loss=leaf.loss)
+            backward = Backward.of(push, version=push.version, loss=leaf.loss)
             self._spawn(current.sends, self._delivery.backward(current, backward, leaf, gradient, first))
         return Accepted(receipt=None)
 
@@ -344,13 +355,13 @@ class StageWorker:
 
     # -- units ----------------------------------------------------------------------------------------------------
 
-    def _enter(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
+    def _enter(self, current: TrainingRound, push: Forward, held: OpenInput) -> None:
         """Open an input and compute its unit."""
         current.open[push.sample] = held
         unit = self._tail_unit(current, push, held) if self.plan.is_last else self._forward_unit(current, push, held)
         self._spawn(current.work, self._guarded(current, push.sample, unit))
 
-    async def _forward_unit(self, current: TrainingRound, push: Push, held: OpenInput) -> None:
+    async def _forward_unit(self, current: TrainingRound, push: Forward, held: OpenInput) -> None:
         x, tokens = self._ferry.board(held.tensor), self._restored(push.sample)
 
         def job() -> tuple[int, Departure]:
@@ -373,9 +384,7 @@ class StageWorker:
         current.ledger.add(leaf)
         current.archive.add(version, leaf.key, UnitTensors(held.tensor, None, y))
         current.outputs[push.sample] = y
-        forward = Forward(
-            run=push.run, round=push.round, sample=push.sample, head=push.head, index=push.index, version=version
-        )
+        forward = push.model_copy(update={"version": version})
         current.pushes[push.sample] = forward
         self._spawn(current.sends, self._delivery.forward(current, forward, leaf, y))
 
@@ -390,18 +399,18 @@ class StageWorker:
             return version, loss, None if dx is None else self._ferry.leave(dx), self._maybe_step()
 
         version, loss, leaving, stepped = await self._timed(Lane.FORWARD, push.index, job)
-        dx = self._returnable(push.sample, leaving)
+        dx = returnable(leaving, sample=push.sample, stage=self.plan.index)
         self._finish_backward(current, push, held, version, loss=loss, gradient=None, source=held.source_index, dx=dx)
         if stepped is not None:
             self._enter_step(current, stepped)
 
     async def _backward_unit(
-        self, current: TrainingRound, push: Backward, g: torch.Tensor, g_digest: bytes, source: int
+        self, current: TrainingRound, push: Backward, g: torch.Tensor, g_digest: bytes, source: int, taken: float
     ) -> None:
+        """`taken` is when its receipt was signed, by the loop's clock."""
         gradient, restored = self._ferry.board(g), self._restored(push.sample)
         held = current.open[push.sample]
         loop = asyncio.get_running_loop()
-        taken = loop.time()
 
         def job() -> tuple[bool, int, Departure | None, Stepped | None] | None:
             if self.plan.is_first and not self._driver.may_count(current, push.sample, taken=taken, now=loop.time()):
@@ -417,7 +426,7 @@ class StageWorker:
             if not await self._driver.still_due(current, push.sample, taken=taken):
                 return
         adopted, version, leaving, stepped = done
-        dx = self._returnable(push.sample, leaving)
+        dx = returnable(leaving, sample=push.sample, stage=self.plan.index)
         current.adopted += adopted or held.taken_over
         self._finish_backward(
             current, push, held, version, loss=push.loss, gradient=(g, g_digest), source=source, dx=dx
@@ -467,15 +476,7 @@ class StageWorker:
         if output is None:
             return
         current.pass_on(push.sample, output)
-        backward = Backward(
-            run=push.run,
-            round=push.round,
-            sample=push.sample,
-            head=push.head,
-            index=push.index,
-            version=version,
-            loss=loss,
-        )
+        backward = Backward.of(push, version=version, loss=loss)
         self._spawn(current.sends, self._delivery.backward(current, backward, leaf, output, held.source))
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -532,14 +533,6 @@ class StageWorker:
         return self._windows
 
     # -- helpers --------------------------------------------------------------------------------------------------
-
-    def _returnable(self, sample: int, leaving: Departure | None) -> Landed | None:
-        """What goes back, if anything can. The weight gradients count in any case, so there is a leaf in any case."""
-        try:
-            return None if leaving is None else leaving.landed()
-        except NotFinite as error:
-            log.error("sample %d ends at stage %d: %s", sample, self.plan.index, error)  # noqa: TRY400 - for a person
-            return None
 
     async def _guarded(self, current: TrainingRound, sample: int, unit: Coroutine[object, object, None]) -> None:
         """A unit that fails is lost, but neither its slot here nor its flight stays taken."""

@@ -54,6 +54,8 @@ class Forward(Push):
     """Tensor `y`: the boundary activation, (B, T, b)."""
 
     route: ClassVar[str] = "forward"
+    again: bool = False
+    """It was sent before, by another way: somebody at the next stages may have computed it already."""
 
 
 class Backward(Push):
@@ -62,12 +64,38 @@ class Backward(Push):
     route: ClassVar[str] = "backward"
     loss: Annotated[float, Field(ge=0, le=MAX_LOSS, allow_inf_nan=False)]
 
+    @classmethod
+    def of(cls, push: Push, *, version: int, loss: float) -> Self:
+        """What answers `push`, computed with weights of `version`."""
+        return cls(
+            run=push.run,
+            round=push.round,
+            sample=push.sample,
+            head=push.head,
+            index=push.index,
+            version=version,
+            loss=loss,
+        )
+
 
 class Accepted(Synapse):
     """The push counts as delivered. `receipt` is the consumer's signature (ledger.receipt_message), or None if it has
     this microbatch from somebody else and does not use what was sent."""
 
     receipt: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")] | None
+
+
+class HolderRequest(RunSynapse):
+    """Whether the answering replica has a sample's forward, asked by the stage before that one."""
+
+    route: ClassVar[str] = "holder"
+    sample: Sample
+
+
+class Holder(Synapse):
+    """The answer."""
+
+    holds: bool
 
 
 class InputRequest(RunSynapse):

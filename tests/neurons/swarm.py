@@ -38,7 +38,7 @@ from subnet.manifest import (
     ShardSection,
     SwarmSection,
 )
-from subnet.messages import Backward, Forward, InputRequest, Notice, Shapes
+from subnet.messages import Backward, Forward, HolderRequest, InputRequest, Notice, Shapes
 from subnet.swarm.roster import Roster
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
@@ -219,6 +219,7 @@ class Swarm:
         shapes = Shapes.of(manifest)
         member.axon.serve(Forward, member.worker.on_forward, specs={"y": shapes.boundary})
         member.axon.serve(Backward, member.worker.on_backward, specs={"g": shapes.boundary})
+        member.axon.serve(HolderRequest, member.worker.on_holder, specs={})
         member.axon.serve(InputRequest, member.worker.on_input, specs={})
         member.axon.serve(Notice, member.worker.on_notice, specs={})
         await member.axon.start()

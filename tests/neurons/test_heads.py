@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -14,9 +14,9 @@ import pytest
 
 from neurons.compute import Lane
 from neurons.telemetry import MicrobatchDone, MicrobatchStarted
-from subnet.messages import Noted, Notice, Push
+from subnet.messages import Backward, Noted, Notice, Push
 from subnet.swarm.routing import heirs
-from subnet.transport.errors import Busy, Dropped, UnknownHotkey
+from subnet.transport.errors import Busy, Dropped, Full, UnknownHotkey
 from subnet.trust.ledger import Direction, Evidence
 from tests.neurons.swarm import Member, Swarm, manifest, open_corpus, tiny, tokens_file
 
@@ -35,9 +35,7 @@ async def until(condition: Callable[[], bool], seconds: float = 40) -> None:
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:coroutine 'StageWorker:RuntimeWarning"),  # units of who was killed
-    # On a busy machine replicas are full. What went past one that was, to a sibling, and lost its way back to a death,
-    # goes the planned way the second time: then both compute it.
-    pytest.mark.alone,
+    pytest.mark.alone,  # who is patient for seconds here takes a busy machine for a dead one
 ]
 
 
@@ -151,6 +149,52 @@ async def test_of_two_living_siblings_one_takes_a_sample_over(tmp_path: Path) ->
         took = [head.worker._current().taken for head in heads[1:]]
         assert took[0].isdisjoint(took[1])
         assert_counted_once(swarm, await close(left), samples(heads, MicrobatchDone))
+
+
+async def test_what_went_past_a_full_replica_is_not_computed_again_by_it_once_its_way_back_is_gone(
+    tmp_path: Path,
+) -> None:
+    async with swarm_of(tmp_path, stages=3) as swarm:
+        head, tails = swarm.stage(0)[0], swarm.stage(2)
+        drive = asyncio.create_task(head.worker.drive(limit=1))
+        full: dict[Member, bool] = dict.fromkeys(tails, False)
+        back, stuck = asyncio.Event(), asyncio.Event()
+
+        def room(member: Member) -> Callable[..., None]:
+            def require_room(*_: object, **__: object) -> None:
+                if not any(full.values()):
+                    full[member] = True  # who is asked first, as planned
+                if full[member]:
+                    raise Full("no room", "push elsewhere", retry_after=0.01)
+
+            return require_room
+
+        def slow(call: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+            async def held_back(
+                endpoint: str, hotkey: str, message: object, *args: object, **options: object
+            ) -> object:
+                if isinstance(message, Backward):
+                    stuck.set()
+                    await back.wait()
+                return await call(endpoint, hotkey, message, *args, **options)
+
+            return held_back
+
+        for tail in tails:
+            tail.worker._door.require_room = room(tail)
+            tail.dendrite.call = slow(tail.dendrite.call)
+        await asyncio.wait_for(stuck.wait(), 20)
+        (between,) = [member for member in swarm.stage(1) if member.worker._current().pushes]
+        await kill(swarm, [between], {})
+        for tail in tails:
+            tail.worker._door.require_room = lambda *_, **__: None  # free now
+        (sibling,) = [member for member in swarm.stage(1) if member is not between]
+        await until(lambda: bool(sibling.worker._current().awaited))
+        back.set()
+        await asyncio.wait_for(drive, 40)
+        assert sum(member.worker._current().units for member in tails) == 1
+        living = [member for member in swarm.members.values() if member is not between]
+        assert_counted_once(swarm, await close(living), samples([head], MicrobatchDone))
 
 
 async def test_a_stray_gradient_is_taken_by_the_first_living_heir_only(tmp_path: Path) -> None:

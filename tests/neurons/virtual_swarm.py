@@ -24,7 +24,7 @@ from neurons.telemetry import MicrobatchDone, Telemetry, read_events
 from scripts.bench.standin.engine import Hold, StandInEngine, StandInStage, Times
 from scripts.bench.standin.node import INCARNATIONS, SEED, Swarm
 from scripts.bench.standin.spec import SAMPLES, Boundary, Place, Spec, Steady
-from subnet.messages import Backward, Forward, InputRequest, Notice
+from subnet.messages import Backward, Forward, HolderRequest, InputRequest, Notice
 from subnet.transport.dendrite import Traffic
 from subnet.transport.errors import Refused, Silent, Unreachable
 from subnet.transport.shaping import Link, Shaper
@@ -157,6 +157,7 @@ class Member:
         handlers: dict[type, Callable[..., Awaitable[Answer]]] = {
             Forward: self.worker.on_forward,
             Backward: self.worker.on_backward,
+            HolderRequest: self.worker.on_holder,
             InputRequest: self.worker.on_input,
             Notice: self.worker.on_notice,
         }

@@ -11,21 +11,20 @@ from neurons.config import NeuronConfig
 from neurons.settings import add_flags
 from scripts.doctor.options import parse as doctor_options
 from scripts.flags import parser
+from tests.pages.commands import ELSEWHERE, NOT_HERE, place, shown
+from tests.pages.commands import PAGES as NAMES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / page for page in NAMES]
 SETTLED = ("chain", "config")
 """Commands whose pages have tests of their own (`test_btcli`, `test_settings`)."""
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of code blocks that begin with `orion`, without what follows ` #`, put together where they go on."""
-    text = page.read_text().replace("\\\n", " ")
-    fenced = re.findall(r"```[^\n]*\n(.*?)```", text, re.DOTALL)
-    lines = [line.strip() for block in fenced for line in block.splitlines()]
-    lines += [line.strip() for line in text.splitlines() if line.startswith("    ")]
-    found = (re.split(r"\s#|[|&>]", line)[0].strip() for line in lines if re.match(r"(ORION_\w+=\S+ )*orion ", line))
-    return [re.sub(r"^(ORION_\w+=\S+ )*", "", line) for line in found if "…" not in line and "..." not in line]
+    """Commands of a page that begin with `orion`, without settings before and pipes after."""
+    lines = (command.line for command in shown(ROOT) if ROOT / command.page == page)
+    found = (re.split(r"[|&>]", re.sub(r"^(ORION_\w+=\S+ )*", "", line))[0].strip() for line in lines)
+    return [line for line in found if line.startswith("orion ") and "…" not in line]
 
 
 def test_pages_show_commands() -> None:
@@ -53,3 +52,10 @@ def test_every_command_of_a_page_is_one(
         except SystemExit as stopped:
             if stopped.code != 0:
                 pytest.fail(f"{page.name}: {line}: {capsys.readouterr().err}")
+
+
+def test_every_reason_not_to_run_a_command_is_one_of_a_page() -> None:
+    lines = [command.line for command in shown(ROOT)]
+    for form, _ in (*ELSEWHERE, *NOT_HERE):
+        assert any(re.search(form, line) for line in lines), form
+    assert sum(place(command) is None for command in shown(ROOT)) > 40

@@ -28,7 +28,7 @@ from scripts.bench.standin.measured import Counts
 from scripts.bench.standin.spec import SAMPLES, Spec, Steps
 from subnet.identity import Identity
 from subnet.manifest import LoadedManifest
-from subnet.messages import Backward, Forward, InputRequest, Notice, Shapes
+from subnet.messages import Backward, Forward, HolderRequest, InputRequest, Notice, Shapes
 from subnet.swarm.roster import Roster
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
@@ -150,6 +150,7 @@ class StandIn:
         shapes = Shapes.of(loaded.manifest)
         axon.serve(Forward, worker.on_forward, specs={"y": shapes.boundary})
         axon.serve(Backward, worker.on_backward, specs={"g": shapes.boundary})
+        axon.serve(HolderRequest, worker.on_holder, specs={})
         axon.serve(InputRequest, worker.on_input, specs={})
         axon.serve(Notice, worker.on_notice, specs={})
         # No closed window is kept: nobody audits, and a swarm in one machine has one machine's memory.

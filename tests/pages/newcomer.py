@@ -25,7 +25,7 @@ from pathlib import Path
 from scripts.bench.browser import CHROMIUM, chromium
 from scripts.tally import LogFollower, Tally
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 LOOK = 0.2
 PATIENCE = 600.0
 """Seconds for one step on a slow machine."""
@@ -370,7 +370,7 @@ def own_uid(newcomer: Newcomer) -> int:
 
 def main() -> int:
     """0 done, 1 stumbled."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.newcomer", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.pages.newcomer", description=__doc__)
     parser.add_argument("--venv", type=Path, default=None, help="borrow this environment (default: make install)")
     parser.add_argument("--whole", action="store_true", help="also `make localnet` to its end")
     parser.add_argument("--picture", type=Path, default=Path("runs/newcomer.png"), help="of the dashboard")

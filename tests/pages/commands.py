@@ -1,0 +1,186 @@
+"""`make pages`: every command that README and docs show, run in a fresh clone as they have it.
+
+What trains is made small by options that are added; what goes on until it is stopped is interrupted once it has said
+what it should. Some commands run elsewhere in CI, and some cannot run there: they want the public network, root or a
+container engine. Each of those is named below; a command that is new on a page and nobody has thought of is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.model.corpora.making import tokenizer_json
+from tests.pages.newcomer import Newcomer, NewcomerError, install, step
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    page.relative_to(ROOT)
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+]
+PROGRAMS = "orion|make|python|pip|btcli|docker|sudo|cd"
+SMALL = "--model pico --validators 1 --rounds 2 --round-seconds 12 --out runs/{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A command as a page has it."""
+
+    page: Path
+    line: str
+    block: str = ""
+    """What stands behind ``` where its block opens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a command is run here."""
+
+    add: str = ""
+    """Options that make it small."""
+    sees: str = ""
+    """What its output has, a regular expression."""
+    stays: bool = False
+    """It goes on until Ctrl-C."""
+
+
+ELSEWHERE: tuple[tuple[str, str], ...] = (
+    (r"make (install|test|lint|wheel|localnet|newcomer|pages)\b", ".ci/run itself, make newcomer"),
+    (r"cd orion && make install", "make newcomer"),
+    (r"btcli .*-n \$NET|btcli wallet ", "make newcomer and tests/subnet/localchain/test_btcli.py"),
+    (r"orion chain --port", "tests/subnet/localchain/test_btcli.py"),
+    (r"python -m scripts\.bench\.boundary --page", "tests/scripts/learning: the page is what the results say"),
+    (r"python -m scripts\.bench\.(cheats|adversaries)", "hours; make bench-quick has their small ones"),
+)
+"""A command, and what runs it."""
+NOT_HERE: tuple[tuple[str, str], ...] = (
+    (r"\bfinney\b|YOUR\.PUBLIC\.IP|203\.0\.113\.|192\.0\.2\.", "public network"),
+    (r"--config orion\.toml|orion doctor( --role validator …)?$|orion miner …", "public network"),
+    (r"^sudo |^docker ", "root or a container engine"),
+    (r"^pip install 'orion-subnet", "public network"),
+)
+"""A command, and what it wants. `tests/scripts/test_docs.py` holds its options to the program's."""
+BLOCKS = {"run", "doctor", "miner", "score"}
+"""Blocks of docs/miner.md that `make newcomer` runs."""
+WAYS: tuple[tuple[str, Way], ...] = (
+    (r"orion localnet --resume", Way("--rounds 3", sees="tokens/s")),
+    (r"orion localnet --dashboard", Way(SMALL.format("seen") + " --stages 2", sees=r"http://127\.0\.0\.1:\d+")),
+    (r"orion localnet --data", Way("--stages 2 --validators 1 --rounds 1 --round-seconds 20 --out runs/own")),
+    (r"orion localnet", Way(SMALL, sees="tokens/s")),
+    (r"orion dashboard", Way("--port 0", sees="http://", stays=True)),
+    (r"orion chain", Way("--port 0", sees="ws://", stays=True)),
+    (r"python -m scripts\.bench\.boundary --grid", Way("--list", sees="form=t")),
+    (r"python -m scripts\.bench\.boundary --row", Way("steps=40")),
+)
+"""First that fits; what fits none is run as it is."""
+
+
+def shown(root: Path) -> Iterator[Shown]:
+    """All commands of all pages in their order, each in one line and without what a `#` says of it."""
+    for page in PAGES:
+        text = (root / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        block: str | None = None
+        for row in text.splitlines():
+            if row.lstrip().startswith("```"):
+                block = row.strip().removeprefix("```") if block is None else None
+            elif (block is not None or row.startswith("    ")) and re.match(rf"\s*(\w+=\S+ )*({PROGRAMS})\s", row):
+                line = re.sub(r"\s+", " ", re.split(r"\s+#", row)[0]).strip()
+                yield Shown(page, line, (block or "").removeprefix("sh").strip())
+
+
+def place(command: Shown) -> str | None:
+    """Where else it runs or why it does not; None if it is run here."""
+    if command.page.name == "miner.md" and command.block in BLOCKS:
+        return "make newcomer"
+    return next((why for form, why in (*ELSEWHERE, *NOT_HERE) if re.search(form, command.line)), None)
+
+
+def way(command: Shown) -> Way:
+    return next((way for form, way in WAYS if re.match(form, command.line)), Way())
+
+
+def prepare(reader: Newcomer) -> None:
+    """The files that pages speak of, under the names that they give them."""
+    corpus = reader.clone / "corpus"
+    corpus.mkdir()
+    for source in sorted((reader.clone / "docs").glob("*.md")):
+        (corpus / f"{source.stem}.txt").write_text(source.read_text())
+    (reader.clone / "tokenizer.json").write_bytes(tokenizer_json(vocab=600))
+    small = SMALL.format("DIR")
+    reader.shell(f"orion localnet --stages 2 --replicas 2 {small}", cwd=reader.clone)
+    (reader.clone / "runs" / "20260101-120000").symlink_to("DIR")
+    (reader.clone / "manifest.toml").write_bytes((reader.clone / "runs" / "DIR" / "manifest.toml").read_bytes())
+
+
+def run(reader: Newcomer, command: Shown, number: int) -> str:
+    """The last line of what it printed. Raises `NewcomerError` if it is not what it should be."""
+    chosen = way(command)
+    line = command.line.replace("form=NAME", "form=t")
+    before, pipe, after = line.partition(" | ") if " | " in line else line.partition(" > ")
+    line = f"{before} {chosen.add.format(number)}{pipe}{after}"
+    if chosen.stays:
+        terminal = reader.start(f"exec {line}", cwd=reader.clone, name=f"command-{number}", run=reader.run)
+
+        def told(_tally: object) -> str | None:
+            return terminal.last() if re.search(chosen.sees, terminal.last()) else None
+
+        output = terminal.until(chosen.sees, told)
+        if (status := terminal.stop()) != 130:
+            raise NewcomerError(f"`{line}` ended with {status} after Ctrl-C, expected 130:\n{terminal.last()}")
+    else:
+        output = reader.shell(line, cwd=reader.clone)
+        if not re.search(chosen.sees, output):
+            raise NewcomerError(f"`{line}` does not say {chosen.sees}:\n{output}")
+    return (output.strip().splitlines() or ["(nothing to say)"])[-1]
+
+
+def walk(reader: Newcomer) -> int:
+    """How many commands were run. Raises `NewcomerError` at the first that does not do what its page says."""
+    with step("a clone") as say:
+        reader.shell(f"git clone --quiet {ROOT} {reader.clone}", cwd=reader.home)
+        install(reader)
+    with step("a run, a corpus, a tokenizer for pages to speak of") as say:
+        prepare(reader)
+    done: set[str] = set()
+    for command in shown(reader.clone):
+        if place(command) is None and command.line not in done:
+            done.add(command.line)
+            with step(f"{command.page}: {command.line}") as say:
+                say(run(reader, command, len(done)))
+    return len(done)
+
+
+def overview(root: Path, tell: Callable[[str], None]) -> None:
+    """Every command and where it runs."""
+    for command in shown(root):
+        tell(f"{command.page}: {command.line}\n    {place(command) or 'here'}")
+
+
+def main() -> int:
+    """0 all did what pages say, 1 one did not."""
+    parser = argparse.ArgumentParser(prog="python -m tests.pages.commands", description=__doc__)
+    parser.add_argument("--venv", type=Path, default=None, help="borrow this environment (default: make install)")
+    parser.add_argument("--list", action="store_true", help="run nothing, say where each command runs")
+    flags = parser.parse_args()
+    if flags.list:
+        overview(ROOT, print)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="pages-") as folder, ExitStack() as running:
+        reader = Newcomer(Path(folder), None if flags.venv is None else flags.venv.resolve(), running)
+        try:
+            count = walk(reader)
+        except NewcomerError as error:
+            print(f"\nstumbled: {error}", file=sys.stderr)
+            return 1
+    print(f"\n{count} commands do what their pages say")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -131,8 +131,8 @@ def run(reader: Newcomer, command: Shown, number: int) -> str:
             return terminal.last() if re.search(chosen.sees, terminal.last()) else None
 
         output = terminal.until(chosen.sees, told)
-        if (status := terminal.stop()) != 130:
-            raise NewcomerError(f"`{line}` ended with {status} after Ctrl-C, expected 130:\n{terminal.last()}")
+        if (status := terminal.stop()) not in (0, 130):
+            raise NewcomerError(f"`{line}` ended with {status} after Ctrl-C, expected 0 or 130:\n{terminal.last()}")
     else:
         output = reader.shell(line, cwd=reader.clone)
         if not re.search(chosen.sees, output):

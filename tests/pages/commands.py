@@ -25,6 +25,7 @@ PAGES = [
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 ]
 PROGRAMS = "orion|make|python|pip|btcli|docker|sudo|cd"
+KEPT = "-e corpus -e tokenizer.json -e manifest.toml -e .venv"
 SMALL = "--model pico --validators 1 --rounds 2 --round-seconds 12 --out runs/{}"
 
 
@@ -147,13 +148,16 @@ def walk(reader: Newcomer) -> int:
         install(reader)
     with step("a run, a corpus, a tokenizer for pages to speak of") as say:
         prepare(reader)
-    done: set[str] = set()
+    done, page = 0, Path()
     for command in shown(reader.clone):
-        if place(command) is None and command.line not in done:
-            done.add(command.line)
-            with step(f"{command.page}: {command.line}") as say:
-                say(run(reader, command, len(done)))
-    return len(done)
+        if place(command) is None:
+            done += 1
+            if command.page != page:  # each begins with what was prepared
+                page = command.page
+                reader.shell(f"git clean -fdq {KEPT}", cwd=reader.clone)
+            with step(f"{page}: {command.line}") as say:
+                say(run(reader, command, done))
+    return done
 
 
 def overview(root: Path, tell: Callable[[str], None]) -> None:

@@ -7,9 +7,10 @@ boundaries are of form T, which lost least in docs/learning.md; presets from 1b 
 (hidden / width = 64, as in the ResBM runs, arXiv 2604.11947), the small ones a 16th.
 """
 
-import difflib
 from dataclasses import dataclass
 from enum import StrEnum
+
+from model.nearest import nearest
 
 
 class ConfigError(ValueError):
@@ -165,5 +166,5 @@ def preset(name: str) -> ModelConfig:
     """The preset called `name`; raises `ConfigError` naming the nearest preset and all of them."""
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+    near = nearest(name, PRESETS)
     raise ConfigError(f"model preset '{name}' is unknown: did you mean '{near}'? Presets: {', '.join(PRESETS)}")

@@ -15,10 +15,10 @@ included, while it computes: hardware FLOPs utilisation without waiting. Measure
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from model.config import ConfigError
+from model.nearest import nearest
 
 HOST_LINK = 25e9
 """Bytes per second between card and host, one way: what pinned copies reach over PCIe 4.0 x16 (peak 32e9)."""
@@ -77,6 +77,6 @@ def device(name: str) -> Device:
     """The card called `name`; raises `ConfigError` naming the nearest one and all of them."""
     found = DEVICES.get(name.lower())
     if found is None:
-        near = difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.0)[0]
+        near = nearest(name.lower(), DEVICES)
         raise ConfigError(f"GPU '{name}' is unknown: did you mean '{near}'? GPUs: {', '.join(DEVICES)}")
     return found

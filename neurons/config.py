@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from neurons.settings import Setting, SettingsError, add_flags, resolve
+from subnet.commandline import Parser
 from subnet.quantities import parse_bandwidth, parse_size
 from subnet.transport.shaping import Link, parse_latency, parse_loss
 
@@ -120,7 +121,7 @@ class NeuronConfig(BaseModel):
 
 def flags(program: str, description: str) -> argparse.ArgumentParser:
     """What a neuron's command line takes."""
-    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    parser = Parser(prog=program, description=description, allow_abbrev=False)
     add_flags(parser, NeuronConfig)
     return parser
 

@@ -8,14 +8,15 @@ What is no setting is refused with the nearest that is one, and of every value i
 from __future__ import annotations
 
 import argparse
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
+
+from model.nearest import nearest
 
 PREFIX = "ORION_"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
@@ -181,7 +182,7 @@ def resolve(kind: type[M], flags: Mapping[str, object], environ: Mapping[str, st
     return Resolved(kind, values, origins)
 
 
-def _from_file(path: Path, names: Iterable[str]) -> dict[str, object]:
+def _from_file(path: Path, names: Collection[str]) -> dict[str, object]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -192,22 +193,22 @@ def _from_file(path: Path, names: Iterable[str]) -> dict[str, object]:
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in names:
-            raise SettingsError(f"{path}: '{key}' is no setting: did you mean '{_nearest(name, names)}'?")
+            raise SettingsError(f"{path}: '{key}' is no setting: did you mean '{nearest(name, names)}'?")
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise SettingsError(f"{path}: {key} is {value!r}; every setting is a text or a number: write it as one")
         found[name] = value
     return found
 
 
-def _from_environment(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, object]:
+def _from_environment(environ: Mapping[str, str], names: Collection[str]) -> dict[str, object]:
     known = {variable_of(name): name for name in names}
     found: dict[str, object] = {}
     for variable, value in environ.items():
         if variable in known:
             found[known[variable]] = value
         elif _is_setting(variable):
-            nearest = _nearest(variable, known)
-            raise SettingsError(f"variable {variable} is no setting: did you mean {nearest}? Else unset it")
+            meant = nearest(variable, known)
+            raise SettingsError(f"variable {variable} is no setting: did you mean {meant}? Else unset it")
     return found
 
 
@@ -218,7 +219,3 @@ def settings_in(environ: Mapping[str, str]) -> list[str]:
 
 def _is_setting(variable: str) -> bool:
     return variable.startswith(PREFIX) and variable not in OTHER_VARIABLES
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from scripts.tally import Tally
+from subnet.commandline import UsageError
 
 PROGRAM = "tests.adversaries.program"
 RULES = "tests.adversaries.places"
@@ -24,7 +25,7 @@ FIRST_UID = 1
 _OPTION = re.compile(r"([^:]+)(?::(\d+))?")
 
 
-class AdversaryOptionError(Exception):
+class AdversaryOptionError(UsageError):
     """An adversary that cannot be started: one line with the value and the remedy."""
 
 

@@ -18,12 +18,16 @@ PATIENCE = 5.0
 def is_alive(flags: Mapping[str, object], environ: Mapping[str, str]) -> int:
     """Print what the axon says of itself. 0 if it answers, 1 if not, 2 if there is no port to ask."""
     try:
-        port = int(str(resolve(NeuronConfig, flags, environ).values["port"]))
-    except (SettingsError, ValueError) as error:
+        given = str(resolve(NeuronConfig, flags, environ).values["port"])
+    except SettingsError as error:
         print(f"orion alive: {error}", file=sys.stderr)
         return 2
+    port = int(given) if given.isascii() and given.isdigit() else -1
     if not 0 < port <= 65_535:
-        print(f"orion alive: port is {port}; the node chose one itself: give the one it printed", file=sys.stderr)
+        print(
+            f"orion alive: port '{given}' is no port of a node: give the one it printed",
+            file=sys.stderr,
+        )
         return 2
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=PATIENCE) as answer:

@@ -224,7 +224,7 @@ def _localnet(flags: argparse.Namespace) -> int:
         adversaries = tuple(Adversary.parse(text) for text in flags.adversary)
     except (FaultError, AdversaryOptionError) as error:
         print(f"orion localnet: {error}", file=sys.stderr)
-        return 1
+        return 2
     options = LocalnetOptions(
         stages=flags.stages,
         replicas=flags.replicas,

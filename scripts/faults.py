@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scripts.tally import GONE, Tally
+from subnet.commandline import UsageError
 
 ACTIONS = ("kill", "leave", "freeze", "join", "restart")
 LASTING = ("freeze", "restart")
@@ -28,7 +29,7 @@ _NODE = re.compile(r"(miner|stage):(\d{1,9})" + _WHEN + r"(?::(\d{1,6}(?:\.\d{1,
 _JOIN = re.compile(r"(\d{1,9})" + _WHEN)
 
 
-class FaultError(ValueError):
+class FaultError(UsageError):
     """A fault that cannot be read or cannot come: one line with the value and the form it must have."""
 
 

@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from subnet.commandline import Parser, port, within
 
-def _add_alive(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+
+def _add_alive(commands: argparse._SubParsersAction[Parser]) -> None:
     alive = commands.add_parser(
         "alive",
         help="ask the node on this machine whether it serves",
@@ -18,7 +20,7 @@ def _add_alive(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     alive.add_argument("--port", default=argparse.SUPPRESS, help="the node's axon port (default: as the node has it)")
 
 
-def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_export(commands: argparse._SubParsersAction[Parser]) -> None:
     export = commands.add_parser(
         "export",
         help="write a run's weights as a Hugging Face folder",
@@ -27,7 +29,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     export.add_argument("--run", type=Path, required=True, help="folder of the run: manifest.toml and checkpoints/")
     export.add_argument("--out", type=Path, required=True, help="folder to write; new or empty")
     export.add_argument(
-        "--round", type=int, default=None, help="round to write (default: the newest that every stage has)"
+        "--round", type=within(0), default=None, help="round to write (default: the newest that every stage has)"
     )
     export.add_argument(
         "--tokenizer", type=Path, default=None, help="tokenizer.json (default: that of the run's corpus in the cache)"
@@ -35,34 +37,38 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     export.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file in 10^9 bytes (default: 5)")
 
 
-def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     generate = commands.add_parser(
         "generate", help="continue a text with an exported model", description="Continue a text with an exported model."
     )
     generate.add_argument("prompt", help="text to continue")
     generate.add_argument("--from", type=Path, required=True, dest="folder", help="folder that orion export wrote")
-    generate.add_argument("--tokens", type=int, default=64, help="at most so many new tokens (default: 64)")
+    generate.add_argument("--tokens", type=int, default=None, help="at most so many new tokens (default: 64)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     generate.add_argument("--seed", type=int, default=0, help="seed of the draws above temperature 0 (default: 0)")
 
 
-def _add_roster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_roster(commands: argparse._SubParsersAction[Parser]) -> None:
     roster = commands.add_parser(
         "roster",
         help="recompute the roster from the chain and print why each neuron is where it is",
         description="Replay a run's rosters from round 0 on, from the chain alone, and print the one of a block.",
     )
     roster.add_argument(
-        "--at", type=int, default=None, metavar="BLOCK", help="block of the roster (default: the newest finalized)"
+        "--at",
+        type=within(0),
+        default=None,
+        metavar="BLOCK",
+        help="block of the roster (default: the last final one)",
     )
     roster.add_argument("--run", type=Path, default=None, help="folder of a local run: manifest.toml and chain.url")
     roster.add_argument("--network", default=None, help="network name or ws:// URL, with --manifest instead of --run")
     roster.add_argument("--manifest", type=Path, default=None, help="manifest.toml of the run")
-    roster.add_argument("--netuid", type=int, default=None, help="subnet (default: the manifest's)")
+    roster.add_argument("--netuid", type=within(0, 65_535), default=None, help="subnet (default: the manifest's)")
     roster.add_argument("--archive", default=None, help="ws:// URL to read what the network's nodes have pruned from")
 
 
-def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
     score = commands.add_parser(
         "score", help="say where a miner's weight comes from", description="Say where a miner's weight comes from."
     )
@@ -73,10 +79,10 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Print every term of a miner's score and the evidence behind it: per validator and round from the "
         "logs of a run, or of the newest closed round recomputed from the chain and what miners and validators serve.",
     )
-    explain.add_argument("--uid", type=int, required=True, help="the miner's uid")
+    explain.add_argument("--uid", type=within(0), required=True, help="the miner's uid")
     logs = explain.add_argument_group("from logs")
     logs.add_argument("--run", type=Path, default=None, help="folder of a run: events/ of its validators")
-    logs.add_argument("--round", type=int, default=None, help="only this round (default: all)")
+    logs.add_argument("--round", type=within(0), default=None, help="only this round (default: all)")
     live = explain.add_argument_group("from the network")
     live.add_argument("--network", default=None, help="network name or ws:// URL")
     live.add_argument("--manifest", type=Path, default=None, help="manifest.toml of the run")
@@ -120,7 +126,7 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     run.add_argument("--round-minutes", type=float, default=None, help="minutes of training between two merges")
 
 
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     plan = commands.add_parser(
         "plan",
         help="say how fast a run would train and what it costs, before anybody rents anything",
@@ -153,7 +159,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_simulate(commands: argparse._SubParsersAction[Parser]) -> None:
     simulate = commands.add_parser(
         "simulate",
         help="play a planned run event by event, with failures, and draw it",
@@ -181,20 +187,20 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     simulate.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_calibrate(commands: argparse._SubParsersAction[Parser]) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         help="measure how far honest devices differ, and write the audit's tolerances",
         description="Compute the same units in every way this machine can, and write tolerances by pair of devices.",
     )
     calibrate.add_argument("--model", default="nano", help="model preset (default: nano)")
-    calibrate.add_argument("--stages", type=int, default=4, help="pipeline stages, at least 2 (default: 4)")
-    calibrate.add_argument("--microbatches", type=int, default=400, help="how many to compare (default: 400)")
+    calibrate.add_argument("--stages", type=within(2), default=4, help="pipeline stages, at least 2 (default: 4)")
+    calibrate.add_argument("--microbatches", type=within(1), default=400, help="how many to compare (default: 400)")
     calibrate.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
     calibrate.add_argument("--out", type=Path, default=None, help="table to write (default: the package's own)")
 
 
-def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
     data = commands.add_parser(
         "data",
         help="make token shards from documents, and look at them",
@@ -254,16 +260,16 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     text = "print the [data] section that a run's manifest needs"
     section = actions.add_parser("section", help=text, description=f"{text.capitalize()}.")
     section.add_argument("folder", type=Path, metavar="DIR", help="folder that orion data prepare wrote")
-    section.add_argument("--sequence", type=int, default=1024, help="tokens in a sequence (default: 1024)")
-    section.add_argument("--batch", type=int, default=8, help="sequences in a microbatch (default: 8)")
+    section.add_argument("--sequence", type=within(1), default=1024, help="tokens in a sequence (default: 1024)")
+    section.add_argument("--batch", type=within(1), default=8, help="sequences in a microbatch (default: 8)")
     section.add_argument(
-        "--samples-per-round", type=int, default=2048, help="microbatches set aside for a round (default: 2048)"
+        "--samples-per-round", type=within(1), default=2048, help="microbatches set aside for a round (default: 2048)"
     )
-    section.add_argument("--validation-batches", type=int, default=8, help="held-out microbatches used (default: 8)")
+    section.add_argument("--validation-batches", type=within(1), default=8, help="held-out batches used (default: 8)")
     section.add_argument("--out", type=Path, default=None, metavar="FILE", help="file to write (default: print)")
 
 
-def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_localnet(commands: argparse._SubParsersAction[Parser]) -> None:
     localnet = commands.add_parser(
         "localnet",
         help="run a whole swarm on this machine: a development chain, miners, validators",
@@ -347,7 +353,7 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     localnet.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
     localnet.add_argument(
         "--dashboard",
-        type=_port,
+        type=port,
         nargs="?",
         const=8765,
         default=None,
@@ -356,13 +362,7 @@ def _add_localnet(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
 
 
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is outside 0 to 65535: choose one inside")
-    return int(text)
-
-
-def _add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_dashboard(commands: argparse._SubParsersAction[Parser]) -> None:
     dashboard = commands.add_parser(
         "dashboard",
         help="show a run, or a node, as a web page",
@@ -377,14 +377,14 @@ def _add_dashboard(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     dashboard.add_argument(
         "--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1, this machine only)"
     )
-    dashboard.add_argument("--port", type=_port, default=8765, help="port, 0 for any that is free (default: 8765)")
+    dashboard.add_argument("--port", type=port, default=8765, help="port, 0 for any that is free (default: 8765)")
     measured = dashboard.add_argument_group("what figures are measured against")
     measured.add_argument("--gpu", default=None, help="card of every miner, like a100-80gb, for MFU (default: none)")
     measured.add_argument("--price", type=float, default=None, help="dollars per card and hour (default: none)")
     measured.add_argument("--target", default=None, help="tokens to train on, like 500b (default: the run's rounds)")
 
 
-def _add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_monitor(commands: argparse._SubParsersAction[Parser]) -> None:
     monitor = commands.add_parser(
         "monitor",
         help="show a run, or a node, in the terminal",
@@ -394,7 +394,7 @@ def _add_monitor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     monitor.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
 
 
-def _add_completion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_completion(commands: argparse._SubParsersAction[Parser]) -> None:
     completion = commands.add_parser(
         "completion",
         help="print what makes your shell complete this command",
@@ -405,7 +405,7 @@ def _add_completion(commands: argparse._SubParsersAction[argparse.ArgumentParser
     completion.add_argument("shell", choices=("bash", "zsh"), help="bash or zsh")
 
 
-def _add_events(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_events(commands: argparse._SubParsersAction[Parser]) -> None:
     events = commands.add_parser(
         "events",
         help="say what the lines of event logs hold",
@@ -436,7 +436,7 @@ class _Version(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     """All of them; what follows `miner`, `validator`, `doctor`, `config` and `chain` is read by those themselves."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="orion",
         description="Train one large language model together, on Bittensor, without an orchestrator.",
         epilog="orion COMMAND --help says more. First to try: orion localnet.",

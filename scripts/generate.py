@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from model.hf.modeling_orion import OrionForCausalLM
+from subnet.commandline import UsageError, status_of
 
+NEW_TOKENS = 64
 KINDS: dict[str, type[LlamaForCausalLM]] = {"llama": LlamaForCausalLM, "orion": OrionForCausalLM}
 
 
@@ -21,34 +24,43 @@ class GenerateError(Exception):
     """No text can be made of this: one line with the value and the remedy."""
 
 
-def generate(*, folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> int:
-    """Print `prompt` and at most `tokens` more, greedy at temperature 0; 0 done, 1 refused."""
+class GenerateOptionError(GenerateError, UsageError):
+    """Options with which no model makes a text."""
+
+
+def generate(*, folder: Path, prompt: str, tokens: int | None, temperature: float, seed: int) -> int:
+    """Print `prompt` and at most `tokens` more, greedy at temperature 0; 0 done, 1 refused, 2 for options that cannot
+    be. `tokens` None: `NEW_TOKENS`, or as many as the model sees at a time."""
     try:
         print(continuation(folder=folder, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed))
     except GenerateError as error:
         print(f"orion generate: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
     return 0
 
 
-def continuation(*, folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+def continuation(*, folder: Path, prompt: str, tokens: int | None, temperature: float, seed: int) -> str:
     """`prompt` and what the model in `folder` makes of it. Raises `GenerateError`."""
-    if tokens < 1 or temperature < 0:
-        raise GenerateError(f"--tokens is {tokens} and --temperature {temperature}; give at least 1 and at least 0")
+    if tokens is not None and tokens < 1:
+        raise GenerateOptionError(f"--tokens {tokens} is below 1: raise it")
+    if not 0 <= temperature < math.inf:
+        raise GenerateOptionError(f"--temperature {temperature} is no finite number from 0 on: change it")
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = load_model(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     length, context = encoded["input_ids"].shape[1], model.config.max_position_embeddings
-    if length < 1 or length + tokens > context:
+    asked = 1 if tokens is None else tokens
+    if length < 1 or length + asked > context:
         raise GenerateError(
-            f"the prompt has {length} tokens; with --tokens {tokens} it must have from 1 to {context - tokens}: "
-            "change the prompt or lower --tokens"
+            f"the prompt has {length} tokens; of the {context} that the model sees, {asked} new ones leave "
+            f"{context - asked}: change the prompt or lower --tokens"
         )
+    most = min(NEW_TOKENS, context - length) if tokens is None else tokens
     how = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
     torch.manual_seed(seed)
     out = model.generate(  # type: ignore[misc] # its self is declared as a protocol that Llama does not match
-        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=tokens, **how
+        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=most, **how
     )
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 

@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from scripts.adversaries import AdversaryOptionError, lines, outcome
+from scripts.adversaries import lines, outcome
 from scripts.churn import Churn, Named, to_start
-from scripts.faults import FaultError, FaultPlan
+from scripts.faults import FaultPlan
 from scripts.live import View, grid, weights
 from scripts.locks import Lock, StillRunning, claim_run, lock_path
 from scripts.nodes import NodeProcess, start_chain, start_server, stop_nodes, stop_server, wait_for_server
-from scripts.options import TEMPO, LocalnetError, LocalnetOptions, check_options, claim_folder
+from scripts.options import TEMPO, LocalnetError, LocalnetOptions, OptionError, check_options, claim_folder
 from scripts.resume import CHAIN_FILE, RunFile, read_run
 from scripts.summary import summary, write_summary
 from scripts.tally import LogFollower, Tally
+from subnet.commandline import UsageError, status_of
 
 if TYPE_CHECKING:
     from scripts.dashboard.command import Beside
@@ -77,9 +78,9 @@ def _managed(make: Callable[[], _Run], dashboard: int | None) -> int:
     console = Console(soft_wrap=True, markup=False)
     try:
         run = make()
-    except (LocalnetError, FaultError, AdversaryOptionError, StillRunning) as error:
+    except (LocalnetError, UsageError, StillRunning) as error:
         console.print(f"orion localnet: {error}", style="red", highlight=False)
-        return 1
+        return status_of(error)
 
     def interrupt(_number: int, _frame: object) -> None:
         if not run.interrupted:  # once is enough; what follows must not be cut short by the same key
@@ -94,7 +95,7 @@ def _managed(make: Callable[[], _Run], dashboard: int | None) -> int:
     except LocalnetError as error:
         if not run.interrupted:
             console.print(f"orion localnet: {error}", style="red", highlight=False)
-            return 1
+            return status_of(error)
     except KeyboardInterrupt:
         pass
     finally:
@@ -158,12 +159,12 @@ class _Run:
         try:
             config = preset(self.options.model)
             if self.options.stages > config.layers:
-                raise LocalnetError(
+                raise OptionError(
                     f"--stages {self.options.stages} is more than the {config.layers} layers of {self.options.model}: "
                     "lower --stages"
                 )
         except ConfigError as error:
-            raise LocalnetError(str(error)) from error
+            raise OptionError(str(error)) from error
         self.parameters = total_parameters(config, self.options.stages)
         with View(
             self.console,

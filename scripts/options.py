@@ -10,6 +10,7 @@ from typing import Literal
 from neurons.config import parse_device
 from scripts.adversaries import Adversary, Casting
 from scripts.faults import Fault, check_faults, joiners
+from subnet.commandline import UsageError
 from subnet.quantities import QuantityError
 from subnet.transport.shaping import Link
 
@@ -42,6 +43,10 @@ NETWORK = ("latency", "bandwidth", "loss")
 
 class LocalnetError(Exception):
     """The swarm could not be started: one line with the value and the remedy."""
+
+
+class OptionError(LocalnetError, UsageError):
+    """An option's value that no swarm can have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,29 +113,29 @@ class LocalnetOptions:
 
 
 def check_options(options: LocalnetOptions) -> None:
-    """Raises `LocalnetError`, `FaultError` for a fault that can never come, or `AdversaryOptionError`."""
+    """Raises `OptionError`, `FaultError` for a fault that can never come, or `AdversaryOptionError`."""
     for name, (least, most) in LIMITS.items():
         value = getattr(options, name)
         if not least <= value <= most or math.isnan(value):
-            raise LocalnetError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}: choose one inside")
+            raise OptionError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}: choose one inside")
     try:
         parse_device(options.device)
     except ValueError as error:
-        raise LocalnetError(f"--device '{options.device}' will not do: {error}") from None
+        raise OptionError(f"--device '{options.device}' will not do: {error}") from None
     miners = options.first_miners + options.joiners
     if miners + options.validators > MOST_NODES:
-        raise LocalnetError(
+        raise OptionError(
             f"{miners + options.validators} nodes are more than the {MOST_NODES} a machine should run: lower --replicas"
         )
     if options.phase_blocks * 4 > options.round_blocks:
-        raise LocalnetError(
+        raise OptionError(
             f"--round-seconds {options.round_seconds:g} has no room for its deadlines in blocks of "
             f"{options.block_time:g} s: raise it or lower --block-time"
         )
     try:
         Link.parse(latency=options.latency, bandwidth=options.bandwidth, loss=options.loss)
     except QuantityError as error:
-        raise LocalnetError(str(error)) from None
+        raise OptionError(str(error)) from None
     check_faults(options.faults, stages=options.stages, miners=miners, rounds=options.rounds)
     _ = options.casting
 

@@ -17,6 +17,7 @@ from neurons.history import StateAt, replay
 from scripts.options import TEMPO
 from scripts.resume import CHAIN_FILE, FILE, RunFile
 from subnet.chain import BittensorChain, ChainError
+from subnet.commandline import UsageError, status_of
 from subnet.manifest import LoadedManifest, ManifestError, load_manifest
 from subnet.metagraph import ChainState
 from subnet.swarm.roster import NO_WEIGHTS, Anchor, Member, Roster, Standing
@@ -26,6 +27,10 @@ TIMEOUT = 30.0
 
 class RosterError(Exception):
     """There is no roster to print: one line with the remedy."""
+
+
+class RosterOptionError(RosterError, UsageError):
+    """Options that say of no run, or of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +61,14 @@ def show_roster(
     netuid: int | None,
     archive: str | None,
 ) -> int:
-    """Print the roster in force at block `at`; 0 done, 1 refused."""
+    """Print the roster in force at block `at`; 0 done, 1 refused, 2 for options that cannot be."""
     try:
         loaded, endpoint = _source(run, network, manifest)
         explained = asyncio.run(_explain(loaded, endpoint, netuid, archive, at))
     except (ManifestError, ChainError, RosterError) as error:
         hint = _restart(run) if run is not None and isinstance(error, ChainError) else ""
         print(f"orion roster: {error}{hint}", file=sys.stderr)
-        return 1
+        return status_of(error)
     _print(explained)
     return 0
 
@@ -89,7 +94,7 @@ def _source(run: Path | None, network: str | None, manifest: Path | None) -> tup
         return load_manifest(run / "manifest.toml"), url.read_text().strip()
     if run is None and network is not None and manifest is not None:
         return load_manifest(manifest), network
-    raise RosterError("give either --run, or --network together with --manifest")
+    raise RosterOptionError("give either --run, or --network together with --manifest")
 
 
 async def _explain(

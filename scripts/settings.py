@@ -20,11 +20,12 @@ from neurons.settings import (
     resolve,
     settings_of,
 )
+from subnet.commandline import Parser
 
 
 def command() -> argparse.ArgumentParser:
     """What `orion config` takes."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="orion config",
         description="The settings of miners and validators. A flag comes before its variable, that "
         "before the file, that before the default.",

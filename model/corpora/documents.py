@@ -7,7 +7,6 @@ blocks of any size give the same documents, and none is found twice. Separators 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Protocol
 from model.corpora.compressed import compressed_lines, compression
 from model.corpora.source import PIECE, Source
 from model.data import DataError
+from model.nearest import nearest
 
 NEWLINE = b"\n"
 
@@ -231,8 +231,7 @@ def _value(record: object, column: str) -> object:
 def missing_column(column: str, part: str, there: Iterable[str]) -> str:
     """One phrase: column `column` is missing because `part` is not among `there`, and which of them is nearest."""
     names = list(there)
-    near = difflib.get_close_matches(part, names, n=1, cutoff=0.0)
-    hint = f"did you mean '{near[0]}'? It has {', '.join(names[:20])}" if near else "there are none"
+    hint = f"did you mean '{nearest(part, names)}'? It has {', '.join(names[:20])}" if names else "there are none"
     return f"column '{column}' is not there, {hint}"
 
 

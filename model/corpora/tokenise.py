@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from model.corpus import END_OF_TEXT
 from model.data import DataError
+from model.nearest import nearest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -86,7 +86,6 @@ def _mark(ids: dict[str, int], name: str, wanted: str | None) -> str:
             )
         return known[0]
     if wanted not in ids:
-        near = difflib.get_close_matches(wanted, ids, n=1, cutoff=0.0)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        hint = f"did you mean '{nearest(wanted, ids)}'? " if ids else ""
         raise DataError(f"{name} has no token '{wanted}': {hint}Change --end-of-text or --tokenizer")
     return wanted

@@ -20,6 +20,7 @@ from scripts.dashboard.feed import check_run
 from scripts.dashboard.peers import parse_peers
 from scripts.dashboard.server import Dashboard
 from scripts.dashboard.yardstick import NOTHING_NAMED, Yardstick
+from subnet.commandline import status_of
 
 HOST = "127.0.0.1"
 STOPPED = 130
@@ -37,16 +38,17 @@ def dashboard(
     price: float | None = None,
     target: str | None = None,
 ) -> int:
-    """Serve a run, or `peers` where it is None, until stopped: 130; 1 if it cannot be served."""
+    """Serve a run, or `peers` where it is None, until stopped: 130; 1 if it cannot be served, 2 for options that say
+    nothing."""
     try:
-        if run is not None:
-            check_run(run)
         yardstick = Yardstick.of(gpu=gpu, price=price, target=target)
         asked = () if peers is None else parse_peers(peers)
+        if run is not None:
+            check_run(run)
         asyncio.run(_until_stopped(run, host, port, yardstick, asked))
     except DashboardError as error:
         print(f"orion dashboard: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
     return STOPPED
 
 

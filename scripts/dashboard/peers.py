@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from scripts.dashboard.errors import DashboardError
+from scripts.dashboard.errors import OptionError
 from scripts.dashboard.feed import Frame
 from scripts.dashboard.state import Peer, Peers, Run
 
@@ -41,10 +41,10 @@ def parse_peers(text: str) -> tuple[str, ...]:
     """Addresses like http://192.0.2.7:8091, separated by commas, as `IP:PORT`. Raises `DashboardError`."""
     found = tuple(_parsed(part.strip()) for part in text.split(","))
     if len(found) > MOST:
-        raise DashboardError(f"--peers names {len(found)} nodes, the most is {MOST}: name fewer")
+        raise OptionError(f"--peers names {len(found)} nodes, the most is {MOST}: name fewer")
     for address in found:
         if found.count(address) > 1:
-            raise DashboardError(f"--peers names {address} twice: name it once")
+            raise OptionError(f"--peers names {address} twice: name it once")
     return found
 
 
@@ -56,7 +56,7 @@ def _parsed(text: str) -> str:
         address, port, url = None, None, urlsplit("")
     bare = url.path in {"", "/"} and not url.query and not url.fragment and url.username is None
     if address is None or not port or url.scheme != "http" or not bare:
-        raise DashboardError(f"--peers {text!r} is not of the form http://192.0.2.7:8091: give an axon's IP and port")
+        raise OptionError(f"--peers {text!r} is not of the form http://192.0.2.7:8091: give an axon's IP and port")
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from model.config import ConfigError
 from model.devices import Device, device
-from scripts.dashboard.errors import DashboardError
+from scripts.dashboard.errors import DashboardError, OptionError
 from scripts.dashboard.facts import Facts
 from subnet.quantities import QuantityError, parse_count
 
@@ -29,16 +29,16 @@ class Yardstick:
 
     @classmethod
     def of(cls, *, gpu: str | None, price: float | None, target: str | None) -> Yardstick:
-        """From options as they are written. Raises `DashboardError`."""
+        """From options as they are written. Raises `OptionError`."""
         try:
             card = None if gpu is None else device(gpu)
             tokens = None if target is None else int(parse_count("target", target))
         except ConfigError as error:
-            raise DashboardError(f"--gpu: {error}") from error
+            raise OptionError(f"--gpu: {error}") from error
         except QuantityError as error:
-            raise DashboardError(str(error)) from error
+            raise OptionError(str(error)) from error
         if price is not None and not 0 < price < float("inf"):
-            raise DashboardError(f"--price {price:g} is not above 0: give dollars per card and hour, or leave it out")
+            raise OptionError(f"--price {price:g} is not above 0: give dollars per card and hour, or leave it out")
         return cls(card, price, tokens)
 
 

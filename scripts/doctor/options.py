@@ -11,6 +11,7 @@ from typing import Literal
 
 from neurons.config import NeuronConfig
 from neurons.settings import SettingsError, add_flags, resolve
+from subnet.commandline import Parser
 
 Role = Literal["miner", "validator"]
 LEFT_OUT = ("wallet", "hotkey", "name", "manifest", "data")
@@ -60,7 +61,7 @@ class DoctorOptions:
 
 def command() -> argparse.ArgumentParser:
     """What `orion doctor` takes."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="orion doctor",
         description="Check whether this machine can mine or validate, and print what to change if not. Give it the "
         "settings that the node will get; what is left out is not checked.",

@@ -10,9 +10,11 @@ from itertools import groupby
 
 from model.accounting import FORMULA
 from model.config import ConfigError
+from model.memory import DoesNotFitError
 from scripts.plan.audits import GB, AuditPlan, plan_audits
 from scripts.plan.options import PlanError, PlanOptions, Run, read
 from scripts.plan.speed import Share, Speed, StageSpeed, plan_speed
+from subnet.commandline import FAILURE, USAGE
 from subnet.quantities import QuantityError
 from subnet.swarm.downtime import DowntimeError
 from subnet.swarm.pace import PaceError
@@ -48,14 +50,14 @@ EXPLAINED = {
 
 
 def show_plan(options: PlanOptions, *, as_json: bool) -> int:
-    """Print it; 0 if everything fits, 1 if not or if it cannot be made."""
+    """Print it; 0 if everything fits, 1 if not, 2 if the options describe no run."""
     try:
         run = read(options)
         speed = plan_speed(run)
         audits = plan_audits(options, run, speed)
     except (PlanError, ConfigError, QuantityError, PaceError, DowntimeError, CostError) as error:
         print(f"orion plan: {error}", file=sys.stderr)
-        return 1
+        return FAILURE if isinstance(error, DoesNotFitError) else USAGE
     if as_json:
         print(json.dumps(facts(options, speed, audits), indent=2))
     else:

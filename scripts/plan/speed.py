@@ -23,7 +23,7 @@ from model.muon import polar_flops
 from model.recompute import Recompute
 from model.split import StagePlan, split
 from neurons.drive import in_flight
-from scripts.plan.options import EVICTION_SECONDS, PlanError, Run
+from scripts.plan.options import EVICTION_SECONDS, Run
 from subnet.swarm.codec import codec_of
 from subnet.swarm.downtime import (
     ROSTER_ROUNDS,
@@ -256,12 +256,12 @@ def _pipeline(run: Run, stages: tuple[StageSpeed, ...], depth: int) -> Pipeline:
 
 
 def _uplink_left(run: Run) -> float:
-    """Share of an uplink that evidence and merges leave for boundaries. Raises `PlanError`."""
+    """Share of an uplink that evidence and merges leave for boundaries. Raises `DoesNotFitError`."""
     rounds = _rounds(run)
     taken = rounds.merge / rounds.length if rounds.overlapped else 0.0
     taken += UPLINK_SHARE if run.style.evidence else 0.0
     if taken >= 1:
-        raise PlanError(
+        raise DoesNotFitError(
             f"merges and evidence take {taken:.0%} of an uplink of {run.up / 1e6:,.0f} Mbit/s: raise --up or "
             "--round-minutes, or choose --codec topk2bit"
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from model.accounting import FORMULA, stage_parameters
 from model.config import ConfigError
+from model.memory import DoesNotFitError
 from model.split import split
 from scripts.plan.options import PlanError, PlanOptions, Run, read
 from scripts.plan.speed import Speed, plan_speed
@@ -24,6 +25,7 @@ from scripts.simulate.picture import Caption, PictureError, draw
 from scripts.simulate.setting import Churn, Rounds, Setting, SettingError
 from scripts.simulate.swarm import Result, failures_of, simulate
 from scripts.simulate.timeline import Recorder
+from subnet.commandline import FAILURE, USAGE
 from subnet.quantities import QuantityError
 from subnet.swarm.butterfly import ButterflyError
 from subnet.swarm.downtime import DowntimeError
@@ -91,7 +93,7 @@ class Simulation:
 
 
 def show_simulation(plan: PlanOptions, options: SimulateOptions, *, as_json: bool) -> int:
-    """Print it and draw it; 1 if it cannot be made."""
+    """Print it and draw it; 1 if it does not fit or cannot be drawn, 2 if the options describe no swarm."""
     try:
         run, speed, setting = prepare(plan, options)
         recorder = None if options.picture is None else _recorder(setting, speed)
@@ -105,7 +107,7 @@ def show_simulation(plan: PlanOptions, options: SimulateOptions, *, as_json: boo
         *(SettingError, ButterflyError, PictureError),
     ) as error:
         print(f"orion simulate: {error}", file=sys.stderr)
-        return 1
+        return FAILURE if isinstance(error, DoesNotFitError | PictureError) else USAGE
     if as_json:
         print(json.dumps(facts(plan, simulation), indent=2))
     else:

@@ -14,6 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
+from subnet.commandline import Parser, port
 from subnet.localchain.genesis import ChainConfig
 from subnet.localchain.node import LocalChain
 from subnet.localchain.store import StoreError
@@ -29,12 +30,12 @@ _DESCRIPTION = (
 def command(prog: str) -> argparse.ArgumentParser:
     """What it takes."""
     defaults = ChainConfig()
-    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION)
+    parser = Parser(prog=prog, description=_DESCRIPTION)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     parser.add_argument(
         "--allow-remote", action="store_true", help="let --host be reachable from other machines; its keys are public"
     )
-    parser.add_argument("--port", type=int, default=9944, help="TCP port; 0 picks a free one (default: 9944)")
+    parser.add_argument("--port", type=port, default=9944, help="TCP port; 0 picks a free one (default: 9944)")
     parser.add_argument(
         "--block-time", type=float, default=defaults.block_time, help="seconds between blocks (default: %(default)s)"
     )

@@ -113,8 +113,8 @@ def prepare(reader: Newcomer) -> None:
     for source in sorted((reader.clone / "docs").glob("*.md")):
         (corpus / f"{source.stem}.txt").write_text(source.read_text())
     (reader.clone / "tokenizer.json").write_bytes(tokenizer_json(vocab=600))
-    small = SMALL.format("DIR")
-    reader.shell(f"orion localnet --stages 2 --replicas 2 {small}", cwd=reader.clone)
+    trained = "--stages 2 --validators 1 --rounds 3 --round-seconds 15 --out runs/DIR"
+    reader.shell(f"orion localnet {trained}", cwd=reader.clone)
     (reader.clone / "runs" / "20260101-120000").symlink_to("DIR")
     (reader.clone / "manifest.toml").write_bytes((reader.clone / "runs" / "DIR" / "manifest.toml").read_bytes())
 

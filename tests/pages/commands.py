@@ -56,6 +56,7 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"cd orion && make install", "make newcomer"),
     (r"btcli .*-n \$NET|btcli wallet ", "make newcomer and tests/subnet/localchain/test_btcli.py"),
     (r"orion chain --port", "tests/subnet/localchain/test_btcli.py"),
+    (r"orion localnet --resume", "tests/scripts/test_massacre.py"),
     (r"python -m scripts\.bench\.boundary --page", "tests/scripts/learning: the page is what the results say"),
     (r"python -m scripts\.bench\.(cheats|adversaries)", "hours; make bench-quick has their small ones"),
 )
@@ -70,7 +71,6 @@ NOT_HERE: tuple[tuple[str, str], ...] = (
 BLOCKS = {"run", "doctor", "miner", "score"}
 """Blocks of docs/miner.md that `make newcomer` runs."""
 WAYS: tuple[tuple[str, Way], ...] = (
-    (r"orion localnet --resume", Way("--rounds 3", sees="tokens/s")),
     (r"orion localnet --dashboard", Way(SMALL.format("seen") + " --stages 2", sees=r"http://127\.0\.0\.1:\d+")),
     (r"orion localnet --data", Way("--stages 2 --validators 1 --rounds 1 --round-seconds 20 --out runs/own")),
     (r"orion localnet", Way(SMALL, sees="tokens/s")),
@@ -113,9 +113,14 @@ def prepare(reader: Newcomer) -> None:
     for source in sorted((reader.clone / "docs").glob("*.md")):
         (corpus / f"{source.stem}.txt").write_text(source.read_text())
     (reader.clone / "tokenizer.json").write_bytes(tokenizer_json(vocab=600))
-    trained = "--stages 2 --validators 1 --rounds 3 --round-seconds 15 --out runs/DIR"
+    trained = "--stages 2 --validators 1 --rounds 4 --round-seconds 20 --out runs/DIR"
     reader.shell(f"orion localnet {trained}", cwd=reader.clone)
     (reader.clone / "runs" / "20260101-120000").symlink_to("DIR")
+    revive = (
+        "exec orion chain --state runs/DIR/chain --ready-file runs/DIR/chain.url --port 0 --netuid 9 --block-time 0.1"
+    )
+    chain = reader.start(revive, cwd=reader.clone, name="chain", run=reader.run)
+    chain.until("the run's chain", lambda _tally: chain.last() if "ws://" in chain.last() else None)
     (reader.clone / "manifest.toml").write_bytes((reader.clone / "runs" / "DIR" / "manifest.toml").read_bytes())
 
 

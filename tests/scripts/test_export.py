@@ -99,13 +99,15 @@ def test_generate_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pytest.
     out = tmp_path / "out"
     assert main(["export", "--run", str(run), "--out", str(out), "--round", "1"]) == 0
     capsys.readouterr()
-    for words, *flags in (
-        ("--tokens is 0", "x", "--tokens", "0"),
-        ("with --tokens 48", "x", "--tokens", "48"),
-        ("the prompt has 0 tokens", "", "--tokens", "4"),
+    for status, words, *flags in (
+        (2, "--tokens 0 is below 1", "x", "--tokens", "0"),
+        (1, "48 new ones leave 0", "x", "--tokens", "48"),
+        (1, "the prompt has 0 tokens", "", "--tokens", "4"),
     ):
-        assert main(["generate", "--from", str(out), *flags]) == 1
+        assert main(["generate", "--from", str(out), *flags]) == status
         assert words in capsys.readouterr().err
+    assert main(["generate", "--from", str(out), "x"]) == 0  # as many as the model sees
+    capsys.readouterr()
     whole = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     assert main(["generate", "--from", str(out), "x"]) == 1

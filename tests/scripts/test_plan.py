@@ -11,6 +11,7 @@ from model.devices import device
 from neurons.drive import in_flight
 from scripts.cli import main
 from scripts.plan.options import deal, fleet
+from subnet.commandline import FAILURE, USAGE
 
 
 def _facts(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
@@ -182,6 +183,15 @@ def test_a_faster_card_makes_its_stage_faster(capsys: pytest.CaptureFixture[str]
         (["--routing", "random"], "--routing 'random' is unknown: choose from lanes, lottery"),
         (["--optimizer", "sgd"], "--optimizer 'sgd' is unknown: choose from adamw, nadam, muon"),
         (["--moments", "fp8"], "--moments 'fp8' is unknown: choose from bf16, fp32"),
+    ],
+)
+def test_bad_numbers_are_named(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(flags, words, capsys) == USAGE
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
         (["--stages", "8"], "GB more than the 80 GB of a a100-80gb; what would fit: --stages"),
         (["--gpu", "rtx4090"], "GB more than the 24 GB of a rtx4090; what would fit"),
         (["--moments", "fp32"], "what would fit: --moments bf16"),
@@ -193,9 +203,16 @@ def test_a_faster_card_makes_its_stage_faster(capsys: pytest.CaptureFixture[str]
         (["--accumulation", "1000"], "lower the accumulation or lengthen the round"),
     ],
 )
-def test_bad_numbers_are_named(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *flags]) == 1
+def test_what_is_not_possible_says_what_would_be(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(flags, words, capsys) == FAILURE
+
+
+def refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> int:
+    status = main(["plan", *flags])
     printed = capsys.readouterr()
     assert printed.out == ""
     assert words in printed.err
     assert len(printed.err.splitlines()) == 1
+    return status

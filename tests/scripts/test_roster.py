@@ -48,8 +48,8 @@ async def test_the_roster_printed_is_the_one_that_a_node_has(
     await refused(["--run", str(tmp_path), "--at", "1000000"], "not final", capsys)
 
 
-async def refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert await asyncio.to_thread(main, ["roster", *flags]) == 1
+async def refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str], *, status: int = 1) -> None:
+    assert await asyncio.to_thread(main, ["roster", *flags]) == status
     said = capsys.readouterr().err
     assert said.startswith("orion roster: ")
     assert words in said
@@ -58,6 +58,6 @@ async def refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[st
 
 async def test_what_cannot_be_read_is_refused_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     await refused(["--run", str(tmp_path)], "no chain.url", capsys)
-    await refused([], "--network together with --manifest", capsys)
-    await refused(["--network", "ws://127.0.0.1:9"], "--network together with --manifest", capsys)
+    await refused([], "--network together with --manifest", capsys, status=2)
+    await refused(["--network", "ws://127.0.0.1:9"], "--network together with --manifest", capsys, status=2)
     await refused(["--network", "ws://127.0.0.1:9", "--manifest", str(tmp_path / "none.toml")], "--manifest", capsys)

@@ -125,7 +125,7 @@ def test_rounds_take_what_they_took(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_against_is_one_line(
     recorded: Path, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["dashboard", "--run", str(recorded), *flags]) == 1
+    assert main(["dashboard", "--run", str(recorded), *flags]) == 2
     error = capsys.readouterr().err
     assert says in error
     assert len(error.splitlines()) == 1

@@ -175,8 +175,9 @@ def test_show_verify_and_section_refuse_in_one_line(folder: Path, capsys: pytest
     assert prepare(folder) == 0
     capsys.readouterr()
     for option in ("sequence", "batch", "samples-per-round", "validation-batches"):
-        assert main(["data", "section", str(folder / "out"), f"--{option}", "0"]) == 1
-        assert f"--{option} 0 is below 1: raise it" in refused(capsys)
+        with pytest.raises(SystemExit, match="2"):
+            main(["data", "section", str(folder / "out"), f"--{option}", "0"])
+        assert f"--{option}: 0 is below 1: raise it" in refused(capsys)
     assert main(["data", "section", str(folder / "out"), "--sequence", "32", "--validation-batches", "900"]) == 1
     assert "900 validation batches are more than the " in refused(capsys)
     assert main(["data", "section", str(folder / "out"), "--sequence", "100000"]) == 1

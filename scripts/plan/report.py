@@ -57,8 +57,8 @@ def show_plan(options: PlanOptions, *, as_json: bool) -> int:
         audits = plan_audits(options, run, speed)
     except (PlanError, ConfigError, QuantityError, PaceError, DowntimeError, CostError) as error:
         print(f"orion plan: {error}", file=sys.stderr)
-        options = isinstance(error, PlanError | ConfigError | QuantityError) and not isinstance(error, DoesNotFitError)
-        return USAGE if options else FAILURE
+        usage = isinstance(error, PlanError | ConfigError | QuantityError) and not isinstance(error, DoesNotFitError)
+        return USAGE if usage else FAILURE
     if as_json:
         print(json.dumps(facts(options, speed, audits), indent=2))
     else:

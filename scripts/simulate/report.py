@@ -107,8 +107,8 @@ def show_simulation(plan: PlanOptions, options: SimulateOptions, *, as_json: boo
         *(SettingError, ButterflyError, PictureError),
     ) as error:
         print(f"orion simulate: {error}", file=sys.stderr)
-        options = isinstance(error, PlanError | ConfigError | QuantityError | SettingError)
-        return USAGE if options and not isinstance(error, DoesNotFitError) else FAILURE
+        usage = isinstance(error, PlanError | ConfigError | QuantityError | SettingError)
+        return USAGE if usage and not isinstance(error, DoesNotFitError) else FAILURE
     if as_json:
         print(json.dumps(facts(plan, simulation), indent=2))
     else:

@@ -367,7 +367,7 @@ class _Run:
                 break
             for node in self.nodes:
                 if node.process.exitcode not in (None, 0) and node.name not in {*tally.failures, *self._dead()}:
-                    tally.failures[node.name] = f"ended with status {node.process.exitcode}: see {node.log}"
+                    tally.failures[node.name] = f"ended with status {node.process.exitcode}: {node.complaint}"
                     view.say(f"{self._elapsed():6.1f} s  {node.name} {tally.failures[node.name]}")
             # After the look at who has failed: a node struck here is known to be so with the next events.
             for line in churn.strike(tally, now=time.monotonic()):
@@ -429,6 +429,8 @@ class _Run:
         console.print(f"summary: {self.out / 'summary.json'}", highlight=False)
         if not good:
             console.print(f"not good: {', '.join(sorted(failed)) or 'a validator has set no weights'}", style="red")
+            for name in sorted(failed & set(self.tally.failures)):
+                console.print(f"{name} {self.tally.failures[name]}", highlight=False)
         return 0 if good else 1
 
     def _rows_on_chain(self) -> int:

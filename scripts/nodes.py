@@ -68,6 +68,10 @@ def start_chain(flags: Sequence[str], *, log: Path, lock: Path) -> NodeProcess:
     return NodeProcess("chain", "chain", process, log)
 
 
+LAST_BYTES = 16 * 1024
+"""Of a log, in which a node's last error is looked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class NodeProcess:
     name: str
@@ -78,6 +82,15 @@ class NodeProcess:
     @property
     def finished(self) -> bool:
         return self.process.exitcode is not None
+
+    @property
+    def complaint(self) -> str:
+        """Why it ended: the last error in its log, or where that is."""
+        with self.log.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - LAST_BYTES))
+            lines = stream.read().decode(errors="replace").splitlines()
+        errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
+        return errors[-1].partition(" ")[2] if errors else f"see {self.log}"
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, unless the process has ended."""

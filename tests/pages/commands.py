@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"orion localnet --data", Way("--stages 2 --validators 1 --rounds 1 --round-seconds 20 --out runs/own")),
     (r"orion localnet", Way(SMALL, sees="tokens/s")),
     (r"orion dashboard", Way("--port 0", sees="http://", stays=True)),
+    (r"orion calibrate", Way("--model pico --stages 2 --microbatches 24 --out runs/calibration.toml")),
     (r"orion chain", Way("--port 0", sees="ws://", stays=True)),
     (r"python -m scripts\.bench\.boundary --grid", Way("--list", sees="form=t")),
     (r"python -m scripts\.bench\.boundary --row", Way("steps=40")),
@@ -146,8 +147,8 @@ def run(reader: Newcomer, command: Shown, number: int) -> str:
     return (output.strip().splitlines() or ["(nothing to say)"])[-1]
 
 
-def walk(reader: Newcomer) -> int:
-    """How many commands were run. Raises `NewcomerError` at the first that does not do what its page says."""
+def walk(reader: Newcomer, pages: Collection[str]) -> int:
+    """How many commands of these pages were run, or of all. Raises `NewcomerError` at the first that does not do what its page says."""
     with step("a clone") as say:
         reader.shell(f"git clone --quiet {ROOT} {reader.clone}", cwd=reader.home)
         install(reader)
@@ -155,7 +156,7 @@ def walk(reader: Newcomer) -> int:
         prepare(reader)
     done, page = 0, Path()
     for command in shown(reader.clone):
-        if place(command) is None:
+        if place(command) is None and (not pages or command.page.name in pages):
             done += 1
             if command.page != page:  # each begins with what was prepared
                 page = command.page
@@ -175,6 +176,7 @@ def main() -> int:
     """0 all did what pages say, 1 one did not."""
     parser = argparse.ArgumentParser(prog="python -m tests.pages.commands", description=__doc__)
     parser.add_argument("--venv", type=Path, default=None, help="borrow this environment (default: make install)")
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="only of this page, such as data.md (default: all)")
     parser.add_argument("--list", action="store_true", help="run nothing, say where each command runs")
     flags = parser.parse_args()
     if flags.list:
@@ -183,7 +185,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pages-") as folder, ExitStack() as running:
         reader = Newcomer(Path(folder), None if flags.venv is None else flags.venv.resolve(), running)
         try:
-            count = walk(reader)
+            count = walk(reader, flags.pages)
         except NewcomerError as error:
             print(f"\nstumbled: {error}", file=sys.stderr)
             return 1

@@ -148,7 +148,8 @@ def run(reader: Newcomer, command: Shown, number: int) -> str:
 
 
 def walk(reader: Newcomer, pages: Collection[str]) -> int:
-    """How many commands of these pages were run, or of all. Raises `NewcomerError` at the first that does not do what its page says."""
+    """How many commands were run, of these pages or of all. Raises `NewcomerError` at the first that does not do what
+    its page says."""
     with step("a clone") as say:
         reader.shell(f"git clone --quiet {ROOT} {reader.clone}", cwd=reader.home)
         install(reader)

@@ -1,7 +1,8 @@
 """How fast a tensor reaches one neighbour: Orion's axon and dendrite, bittensor 10.5.0's, and gloo's send and recv.
 
-`orion` is what nodes of one machine do (bodies lie in memory that both sides read, `subnet.transport.beside`), `sent`
-what nodes of two machines do: bodies cross a TCP connection, here over loopback, as those of the other two do.
+`orion` is what nodes do: who pushes a tensor knows its digest, which stands in the ledger's leaf of the unit that made
+it, so a push hashes on the receiving side alone (`scripts.bench.overhead` has what the leaf's hash costs). `hashed` is
+the same for a tensor that is in no ledger: both sides hash.
 
     python -m scripts.bench.transport --json      (two minutes, and one more the first time; --quick: half a minute)
 
@@ -42,8 +43,8 @@ LARGE: Final = ("2MiB", "16MiB")
 RATIOS: Final = {
     "ratio_vs_bittensor10": ("orion", "bittensor10"),
     "ratio_vs_gloo": ("orion", "gloo"),
-    "ratio_sent_vs_bittensor10": ("sent", "bittensor10"),
-    "ratio_sent_vs_gloo": ("sent", "gloo"),
+    "ratio_hashed_vs_bittensor10": ("hashed", "bittensor10"),
+    "ratio_hashed_vs_gloo": ("hashed", "gloo"),
 }
 """Whose speed over whose."""
 PATIENCE_S: Final = 120.0
@@ -205,7 +206,7 @@ def table(results: Mapping[str, object]) -> str:
 
 async def run(options: argparse.Namespace) -> dict[str, object]:
     ours = (sys.executable, "-m", "scripts.bench.transport_ends")
-    commands: dict[str, Sequence[str]] = {name: (*ours, name) for name in ("orion", "sent", "gloo")}
+    commands: dict[str, Sequence[str]] = {name: (*ours, name) for name in ("orion", "hashed", "gloo")}
     notes: dict[str, str] = {}
     try:
         if options.quick and not (options.venv / f"bittensor-{PEER}").exists():

@@ -29,7 +29,8 @@ from bittensor.sp_core import Keypair
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
-from subnet.transport.synapse import Specs, Synapse, TensorSpec
+from subnet.transport.synapse import Specs, Synapse, TensorSpec, tensor_bytes
+from subnet.trust.ledger import digest
 
 HOST: Final = "127.0.0.1"
 PATIENCE_S: Final = 120.0
@@ -75,24 +76,29 @@ async def serve_orion() -> None:
     await axon.stop()
 
 
-async def stream(dendrite: Dendrite, endpoint: str, x: torch.Tensor, left: Iterator[int]) -> None:
+async def stream(
+    dendrite: Dendrite, endpoint: str, x: torch.Tensor, payload: bytes | None, left: Iterator[int]
+) -> None:
     bob = Keypair.create_from_uri("//Bob").ss58_address
     for _ in left:
         push = Push(count=x.numel())
-        done, _tensors = await dendrite.call(endpoint, bob, push, {"x": x}, reply=Done, deadline=PATIENCE_S)
+        done, _tensors = await dendrite.call(
+            endpoint, bob, push, {"x": x}, reply=Done, deadline=PATIENCE_S, payload=payload
+        )
         if done.received != x.nbytes:
             raise RuntimeError(f"{done.received} of {x.nbytes} bytes arrived")
 
 
-async def send_orion(port: int, *, beside: bool) -> None:
+async def send_orion(port: int, *, known: bool) -> None:
     endpoint = f"http://{HOST}:{port}"
-    async with Dendrite(Keypair.create_from_uri("//Alice"), now_ns=time.time_ns, beside=beside) as dendrite:
+    async with Dendrite(Keypair.create_from_uri("//Alice"), now_ns=time.time_ns) as dendrite:
         while line := await asyncio.to_thread(sys.stdin.readline):
             size, messages, in_flight = map(int, line.split())
             x = tensor_of(size)
+            payload = digest(tensor_bytes(x)) if known else None
             left = iter(range(messages))
             start = time.perf_counter()
-            await asyncio.gather(*(stream(dendrite, endpoint, x, left) for _ in range(in_flight)))
+            await asyncio.gather(*(stream(dendrite, endpoint, x, payload, left) for _ in range(in_flight)))
             print(time.perf_counter() - start, flush=True)
 
 
@@ -145,10 +151,10 @@ def _join(meeting: str, rank: int) -> None:
 def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     match argv:
-        case ["orion" | "sent", "serve"]:
+        case ["orion" | "hashed", "serve"]:
             asyncio.run(serve_orion())
-        case ["orion" | "sent" as name, "send", port]:
-            asyncio.run(send_orion(int(port), beside=name == "orion"))
+        case ["orion" | "hashed" as name, "send", port]:
+            asyncio.run(send_orion(int(port), known=name != "hashed"))
         case ["gloo", "serve"]:
             serve_gloo()
         case ["gloo", "send", meeting]:

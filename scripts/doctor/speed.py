@@ -51,7 +51,7 @@ async def measure(
 ) -> tuple[Measured, ...]:
     """One peer after the other until `PEERS` have answered. Each comes with the seconds of a round trip to it."""
     found: list[Measured] = []
-    async with Dendrite(identity, now_ns=now_ns, beside=False) as dendrite:
+    async with Dendrite(identity, now_ns=now_ns) as dendrite:
         for neuron, round_trip in peers:
             found.append(await _with(dendrite, neuron, round_trip))
             if sum(not one.problem for one in found) == PEERS:

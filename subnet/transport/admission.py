@@ -18,7 +18,6 @@ from typing import Final
 from bittensor import http_auth
 
 from subnet.transport import auth
-from subnet.transport.beside import FIELD, Place
 from subnet.transport.digests import Digests
 from subnet.transport.errors import (
     Busy,
@@ -43,8 +42,6 @@ class Ticket:
     caller: str
     length: int
     digests: Digests
-    place: Place | None = None
-    """Where its body lies, if it is not sent."""
 
 
 class ReplayCache:
@@ -131,8 +128,7 @@ class Admission:
         Raises:
             Refused: the subclass says why; nothing is held then.
         """
-        place = Place.parse(headers[FIELD]) if FIELD in headers else None
-        length = _length(headers, max_bytes) if place is None else _beside(place, headers, max_bytes)
+        length = _length(headers, max_bytes)
         self._allow(auth.claimed_hotkey(headers), route)
         now = self._now_ns()
         claim = auth.verify(
@@ -160,20 +156,12 @@ class Admission:
         self._held[claim.caller] += 1
         self._buffered += length
         try:
-            yield Ticket(claim.caller, length, claim.digests, place)
+            yield Ticket(claim.caller, length, claim.digests)
         finally:
             self._buffered -= length
             self._held[claim.caller] -= 1
             if not self._held[claim.caller]:
                 del self._held[claim.caller]
-
-
-def _beside(place: Place, headers: Mapping[str, str], max_bytes: int) -> int:
-    if _length(headers, max_bytes):
-        raise MalformedRequest("a body besides one in memory", f"send either it or {FIELD}")
-    if place.length > max_bytes:
-        raise TooLarge(f"body of {place.length} bytes, limit {max_bytes} on this route", "send what the plan says")
-    return place.length
 
 
 def _length(headers: Mapping[str, str], max_bytes: int) -> int:

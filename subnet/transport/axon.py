@@ -24,14 +24,12 @@ import torch
 
 from subnet.transport import http1, protocol, sockets, synapse
 from subnet.transport.admission import Admission, Ticket
-from subnet.transport.beside import is_beside
 from subnet.transport.connection import Connection
-from subnet.transport.digests import Digests, Running
+from subnet.transport.digests import Running
 from subnet.transport.errors import (
     BadSignature,
     Broken,
     Busy,
-    Elsewhere,
     MalformedRequest,
     OtherVersion,
     Refused,
@@ -290,12 +288,6 @@ class Axon:
     async def _receive(self, request: _Request, ticket: Ticket) -> memoryview:
         """The body, in one buffer, proven to be the one that was signed."""
         body = self._memory.take(ticket.length)
-        if ticket.place is not None:
-            if self.shaper is not None or not is_beside(request.connection.source):
-                raise Elsewhere(f"{request.connection.peer} is not beside this axon", "send the body")
-            read = ticket.place.read
-            found = await asyncio.to_thread(read, body) if ticket.length >= synapse.OFF_LOOP else read(body)
-            return _proven(body, found, ticket)
         running = Running()
 
         def seen(piece: memoryview) -> None:
@@ -319,7 +311,9 @@ class Axon:
             pass  # cut off: the count below says so
         if request.received < ticket.length:
             raise MalformedRequest(f"{request.received} of {ticket.length} bytes received", "send the whole body")
-        return _proven(body, running.digests(), ticket)
+        if running.digests() != ticket.digests:
+            raise BadSignature("the body is not the one that was signed", "send the bytes that Content-Digest is of")
+        return body
 
     @staticmethod
     async def _receive_shaped(
@@ -408,10 +402,3 @@ class Axon:
 
     def _patience_s(self, size: int) -> float:
         return self._grace_s + size / self._min_rate
-
-
-def _proven(body: memoryview, digests: Digests, ticket: Ticket) -> memoryview:
-    """The body, if these are the digests that were signed."""
-    if digests != ticket.digests:
-        raise BadSignature("the body is not the one that was signed", "send the bytes that Content-Digest is of")
-    return body

@@ -18,12 +18,11 @@ from typing import Final, Self
 
 import torch
 
-from subnet.transport import auth, beside, http1, protocol, synapse
+from subnet.transport import auth, http1, protocol, synapse
 from subnet.transport.auth import Signer
-from subnet.transport.beside import Place, Sheets
 from subnet.transport.connection import Connection
 from subnet.transport.digests import Digests
-from subnet.transport.errors import BadReply, Elsewhere, OtherVersion, Refused, Silent, Unreachable, Unserved, from_wire
+from subnet.transport.errors import BadReply, OtherVersion, Refused, Silent, Unreachable, Unserved, from_wire
 from subnet.transport.http1 import BadHead, ResponseHead
 from subnet.transport.memory import Memory
 from subnet.transport.pool import Neighbour
@@ -72,7 +71,6 @@ class Dendrite:
         now_ns: Callable[[], int],
         streams: int = STREAMS,
         idle_s: float = 90.0,
-        beside: bool = True,
         shaper: Shaper | None = None,
         version: int = PROTOCOL,
     ) -> None:
@@ -82,7 +80,6 @@ class Dendrite:
             now_ns: Unix time in nanoseconds; nonces are made from it.
             streams: connections per neighbour, and calls in flight to it.
             idle_s: seconds a connection is kept warm without traffic.
-            beside: whether bodies for this machine's own nodes may lie in memory that both sides read.
             shaper: the emulated link that calls pass through, for tests.
             version: of the protocol; who speaks the one before is called in that.
         """
@@ -94,8 +91,6 @@ class Dendrite:
         self.shaper = shaper
         self._version = version
         self._memory = Memory()
-        self._sheets = Sheets()
-        self._beside = beside and shaper is None
         self._running = False
         self._neighbours: dict[str, Neighbour] = {}
         self._cooling: asyncio.TimerHandle | None = None
@@ -126,7 +121,6 @@ class Dendrite:
         for neighbour in self._neighbours.values():
             neighbour.close()
         self._neighbours.clear()
-        self._sheets.close()
 
     def _cool(self) -> None:
         """Close connections that nobody has used for a while."""
@@ -178,11 +172,9 @@ class Dendrite:
         parts = synapse.encode(message, tensors)
         neighbour = self._neighbours.get(endpoint)
         if neighbour is None:
-            neighbour = self._neighbours[endpoint] = Neighbour(
-                endpoint, self.streams, version=self._version, beside=self._beside
-            )
+            neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams, version=self._version)
         call = _Call(neighbour, receiver, message.route, max_reply_bytes, traffic, deadline)
-        queues = synapse.size_of(parts) > TURN and not neighbour.beside
+        queues = synapse.size_of(parts) > TURN
         try:
             async with asyncio.timeout(None if queues else deadline):
                 blob = await self._deliver(call, parts, payload=payload)
@@ -212,25 +204,6 @@ class Dendrite:
     async def _deliver(self, call: _Call, parts: Sequence[memoryview], *, payload: bytes | None) -> memoryview:
         neighbour, size = call.neighbour, synapse.size_of(parts)
         large = size >= synapse.OFF_LOOP
-        if neighbour.beside and size >= beside.FROM:
-            async with neighbour.gate:
-                sheet, read = self._sheets.take(), False
-                try:
-                    write = partial(sheet.write, parts, payload=payload)
-                    place, digests = await asyncio.to_thread(write) if large else write()
-                    blob = await self._exchange(call, (), digests, place=place)
-                    read = True
-                except Elsewhere:
-                    neighbour.beside = False
-                except Unserved:
-                    read = True
-                except Refused:
-                    read = True
-                    raise
-                else:
-                    return blob
-                finally:
-                    self._sheets.give_back(sheet, read=read)
         hashed = partial(Digests.of, parts, payload=payload)
         digests = await asyncio.to_thread(hashed) if large and payload is None else hashed()
         async with neighbour.gate:
@@ -239,10 +212,8 @@ class Dendrite:
             except Unserved:
                 return await self._exchange(call, parts, digests)
 
-    async def _exchange(
-        self, call: _Call, parts: Sequence[memoryview], digests: Digests, *, place: Place | None = None
-    ) -> memoryview:
-        """One request and its answer; with a `place` that is where its body lies, and `parts` are none."""
+    async def _exchange(self, call: _Call, parts: Sequence[memoryview], digests: Digests) -> memoryview:
+        """One request and its answer."""
         neighbour, traffic, size = call.neighbour, call.traffic, synapse.size_of(parts)
         version = neighbour.version
         shaper = None if self.shaper is None else self.shaper.towards(call.receiver)
@@ -258,12 +229,10 @@ class Dendrite:
             path, nonce = protocol.target(call.route, version), self._last_nonce
             signed = auth.sign(self._signer, path=path, digests=digests, receiver=call.receiver, nonce_ns=nonce)
             fields = {"Host": neighbour.authority, "Content-Length": str(size), **signed}
-            if place is not None:
-                fields[beside.FIELD] = str(place)
             return http1.request("POST", path, fields)
 
         async def answer(connection: Connection) -> tuple[ResponseHead, memoryview]:
-            traffic.sent += size if place is None else place.length
+            traffic.sent += size
             head = await _head(connection)
             limit = call.max_reply_bytes if head.status == 200 else _ERROR_LIMIT
             blob = await _read(connection, head, limit, self._memory, down)

@@ -171,12 +171,6 @@ class NotFinite(Refused):
     status, code = 422, "not_finite"
 
 
-class Elsewhere(Refused):
-    """The body does not lie where this node could read it: it has to be sent."""
-
-    status, code = 424, "elsewhere"
-
-
 class Busy(Refused):
     """BUSY: no slot for this caller now; back off for `retry_after` or try a sibling."""
 
@@ -205,7 +199,7 @@ REFUSALS: Final[dict[str, type[Refused]]] = {
     kind.code: kind
     for kind in (
         MalformedRequest, BadSignature, StaleRequest, UnknownHotkey, UnknownRoute, OtherVersion, UnknownRun, TooSlow,
-        ReplayedRequest, Dropped, LengthRequired, TooLarge, WrongReceiver, WrongTensor, NotFinite, Busy, Elsewhere,
+        ReplayedRequest, Dropped, LengthRequired, TooLarge, WrongReceiver, WrongTensor, NotFinite, Busy,
         Full, Broken, Unavailable, NotPicked, OverQuota,
     )
 }  # fmt: skip

@@ -7,7 +7,6 @@ import socket
 from urllib.parse import urlsplit
 
 from subnet.transport import sockets
-from subnet.transport.beside import OFFERED, is_beside
 from subnet.transport.connection import Address, Connection
 from subnet.transport.line import Line
 
@@ -16,7 +15,7 @@ class Neighbour:
     """Up to `streams` connections to one endpoint, kept for the next call: one for all large bodies, the others taken
     and given back inside `async with gate`."""
 
-    def __init__(self, endpoint: str, streams: int, *, version: int, beside: bool = False) -> None:
+    def __init__(self, endpoint: str, streams: int, *, version: int) -> None:
         """`version` of the protocol is spoken to it until it says that it is older.
 
         Raises `ValueError` if `endpoint` is not of the form ``http://host:port``.
@@ -33,8 +32,6 @@ class Neighbour:
         self._line: Line | None = None
         self._host, self._port = parts.hostname, parts.port
         self.version = version
-        self.beside = beside and OFFERED and is_beside(parts.hostname)
-        """Whether bodies may lie in memory that both sides see, as far as known."""
         self._idle: list[tuple[Connection, float]] = []
         """Open connections nobody uses, the one used last at the end, with the loop's time from when on."""
         self._used: set[Connection] = set()

@@ -129,7 +129,7 @@ def encode(synapse: Synapse, tensors: Mapping[str, torch.Tensor]) -> list[memory
         if end > offset:
             parts.append(part)
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = _WRITER.encode(header).encode()
     text += b" " * (-len(text) % 8)
     if 8 + len(text) > HEADER_LIMIT:
         raise ValueError(
@@ -222,6 +222,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return keys
 
 
+# Made once: `json.loads` and `json.dumps` make new ones for a hook or separators, which takes as long as their work.
+_READER: Final = json.JSONDecoder(object_pairs_hook=_unique)
+_WRITER: Final = json.JSONEncoder(separators=(",", ":"))
+
+
 def _read_header(blob: memoryview) -> tuple[dict[str, object], int]:
     """The header and the offset of the first tensor byte."""
     size = int.from_bytes(blob[:8], "little")
@@ -232,7 +237,7 @@ def _read_header(blob: memoryview) -> tuple[dict[str, object], int]:
             "send one safetensors blob",
         )
     try:
-        header = json.loads(bytes(blob[8:start]), object_pairs_hook=_unique)
+        header = _READER.decode(str(blob[8:start], "utf-8"))
     except (ValueError, RecursionError) as error:
         raise MalformedRequest(f"header is no JSON object ({error})", "send one safetensors blob") from None
     if not isinstance(header, dict):

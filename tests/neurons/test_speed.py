@@ -47,7 +47,7 @@ async def peer(allow: Callable[[str, str], None] = anybody) -> AsyncIterator[Axo
 
 async def carry(axon: Axon, caller: Identity, message: Synapse, *, body: int) -> int:
     """Bytes that came back."""
-    async with Dendrite(caller, now_ns=time.time_ns, beside=False) as dendrite:
+    async with Dendrite(caller, now_ns=time.time_ns) as dendrite:
         data = torch.zeros(1, body, dtype=torch.uint8)
         _, tensors = await dendrite.call(
             axon.endpoint,

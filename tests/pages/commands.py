@@ -111,8 +111,8 @@ def prepare(reader: Newcomer) -> None:
     """The files that pages speak of, under the names that they give them."""
     corpus = reader.clone / "corpus"
     corpus.mkdir()
-    for source in sorted((reader.clone / "docs").glob("*.md")):
-        (corpus / f"{source.stem}.txt").write_text(source.read_text())
+    for source in sorted((reader.clone / "tests").rglob("test_*.py")):
+        (corpus / f"{'-'.join(source.relative_to(reader.clone).parts)}.txt").write_text(source.read_text())
     (reader.clone / "tokenizer.json").write_bytes(tokenizer_json(vocab=600))
     trained = "--stages 2 --validators 1 --rounds 4 --round-seconds 20 --out runs/DIR"
     reader.shell(f"orion localnet {trained}", cwd=reader.clone)

@@ -54,7 +54,7 @@ def test_without_a_registry_the_peer_is_not_measured(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("name", ["orion", "sent", "gloo"])
+@pytest.mark.parametrize("name", ["orion", "hashed", "gloo"])
 async def test_both_ends_run(name: str) -> None:
     async with Ends(name, (sys.executable, "-m", "scripts.bench.transport_ends", name)) as ends:
         sample = await ends.measure(SIZES["64KiB"], 3, 2)

@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,19 +16,16 @@ import pytest
 import torch
 from bittensor.sp_core import Keypair
 
-from subnet.transport import auth, http1, synapse
+from subnet.transport import auth, synapse
 from subnet.transport.admission import Admission
 from subnet.transport.axon import Axon, Handler, _Request
-from subnet.transport.beside import Place, Sheet
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.digests import Digests, Running
 from subnet.transport.errors import (
     BadReply,
-    BadSignature,
     Broken,
     Busy,
     Dropped,
-    Elsewhere,
     NotFinite,
     PortTaken,
     Refused,
@@ -491,7 +487,7 @@ async def test_a_large_request_refused_at_the_door_says_why(node: Node, alice: D
     await push(alice, node)
 
 
-async def test_large_and_small_messages_take_turns_on_one_connection(node: Node) -> None:
+async def test_large_messages_share_one_connection_and_small_ones_another(node: Node) -> None:
     async with Dendrite(ALICE, now_ns=time.time_ns, streams=1) as one:
         peers: set[str] = set()
         accept = node.axon._on_request
@@ -508,7 +504,7 @@ async def test_large_and_small_messages_take_turns_on_one_connection(node: Node)
             )
             assert torch.equal(got["x"], x + 1)
             await push(one, node, Push(sample=number))
-        assert len(peers) == 1
+        assert len(peers) == 2
 
 
 async def test_two_requests_sent_at_once_are_answered_in_order(node: Node) -> None:
@@ -735,77 +731,3 @@ def test_routes_are_checked_when_they_are_made() -> None:
         axon.serve(Push, handler, specs=SPECS)
     with pytest.raises(ValueError, match="max_bytes is missing for Bulk"):
         axon.serve(Bulk, Node.bulk, specs=lambda _message: BIG)
-
-
-# -- bodies in memory that both sides see -----------------------------------------------------------------------------
-
-
-async def bulk(dendrite: Dendrite, node: Node) -> torch.Tensor:
-    x = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
-    _, reply = await dendrite.call(
-        node.axon.endpoint, BOB_KEY, Bulk(), {"x": x}, reply=Done, reply_specs=BIG, deadline=10
-    )
-    assert torch.equal(reply["x"], x + 1)
-    return x
-
-
-@pytest.mark.parametrize("shares", [True, False])
-async def test_a_large_body_arrives_either_way(node: Node, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[int] = []
-    write = Sheet.write
-
-    def spied(sheet: Sheet, parts: Sequence[memoryview], *, payload: bytes | None) -> tuple[Place, Digests]:
-        written.append(synapse.size_of(parts))
-        return write(sheet, parts, payload=payload)
-
-    monkeypatch.setattr(Sheet, "write", spied)
-    async with Dendrite(ALICE, now_ns=time.time_ns, beside=shares) as alice:
-        for _ in range(3):
-            await bulk(alice, node)
-    assert len(written) == 3 * shares
-    assert alice.counters["bulk"].sent > 3 * 4 * 1024 * 1024
-
-
-async def test_who_cannot_read_it_there_gets_it_sent(
-    node: Node, alice: Dendrite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tries: list[str] = []
-
-    def elsewhere(place: Place, _into: memoryview) -> Digests:
-        tries.append(str(place))
-        raise Elsewhere("another container", "send it over the connection")
-
-    monkeypatch.setattr(Place, "read", elsewhere)
-    for _ in range(3):
-        await bulk(alice, node)
-    assert len(tries) == 1, "asked once, then remembered"
-
-
-async def test_another_body_in_that_memory_is_found_out(
-    node: Node, alice: Dendrite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = Sheet.write
-
-    def changed(sheet: Sheet, parts: Sequence[memoryview], *, payload: bytes | None) -> tuple[Place, Digests]:
-        place, digests = write(sheet, parts, payload=payload)
-        os.pwrite(sheet.number, b"!", place.length - 1)
-        return place, digests
-
-    monkeypatch.setattr(Sheet, "write", changed)
-    with pytest.raises(BadSignature, match="not the one that was signed"):
-        await bulk(alice, node)
-
-
-@pytest.mark.parametrize(("length", "refusal"), [(5 * 1024 * 1024, "too_large"), (0, "malformed")])
-async def test_memory_is_admitted_as_a_body_is(node: Node, length: int, refusal: str) -> None:
-    """By the route's limit, and not together with a body."""
-    body = b"" if length else b"both"
-    signed = auth.sign(
-        ALICE, path="/1/bulk", digests=Digests(bytes(32), bytes(32)), receiver=BOB_KEY, nonce_ns=time.time_ns()
-    )
-    fields = {"Host": "x", "Content-Length": str(len(body)), **signed, "Orion-Memory": f"{os.getpid()}/0/{length}"}
-    reader, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
-    writer.write(http1.request("POST", "/1/bulk", fields) + body)
-    answer = await asyncio.wait_for(reader.read(4096), 10)
-    assert refusal.encode() in answer
-    writer.close()

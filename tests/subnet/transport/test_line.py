@@ -71,7 +71,7 @@ async def desk() -> AsyncIterator[Desk]:
 
 @pytest.fixture
 async def alice() -> AsyncIterator[Dendrite]:
-    async with Dendrite(ALICE, now_ns=time.time_ns, beside=False) as it:
+    async with Dendrite(ALICE, now_ns=time.time_ns) as it:
         yield it
 
 

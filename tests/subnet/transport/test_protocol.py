@@ -57,8 +57,8 @@ async def serving(version: int, *, asked: list[tuple[int, str]], port: int = 0) 
         await axon.stop()
 
 
-def dendrite(version: int, *, beside: bool = False) -> Dendrite:
-    return Dendrite(ALICE, now_ns=time.time_ns, version=version, beside=beside)
+def dendrite(version: int) -> Dendrite:
+    return Dendrite(ALICE, now_ns=time.time_ns, version=version)
 
 
 async def ask(caller: Dendrite, axon: Axon) -> None:
@@ -122,14 +122,6 @@ async def test_neighbouring_versions_talk(caller: int, called: int, send) -> Non
             await asyncio.gather(*(send(alice, axon) for _ in range(3)))
     assert {version for version, _ in asked} == {min(caller, called)}
     assert len(asked) == 6
-
-
-async def test_bodies_in_shared_memory_too() -> None:
-    asked: list[tuple[int, str]] = []
-    async with serving(1, asked=asked) as axon, dendrite(2, beside=True) as alice:
-        await give(alice, axon)
-        await give(alice, axon)
-    assert asked == [(1, "give"), (1, "give")]
 
 
 @pytest.mark.parametrize("send", [ask, give])

@@ -26,7 +26,7 @@ PAGES = [
 ]
 PROGRAMS = "orion|make|python|pip|btcli|docker|sudo|cd"
 KEPT = "-e corpus -e tokenizer.json -e manifest.toml -e .venv"
-SMALL = "--model pico --validators 1 --rounds 2 --round-seconds 12 --out runs/{}"
+SMALL = "--model pico --validators 1 --rounds 3 --round-seconds 15 --out runs/{}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class Way:
 
     add: str = ""
     """Options that make it small."""
+    change: tuple[tuple[str, str], ...] = ()
+    """Words of it, and what stands there instead."""
     sees: str = ""
     """What its output has, a regular expression."""
     stays: bool = False
@@ -78,7 +80,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"orion calibrate", Way("--model pico --stages 2 --microbatches 24 --out runs/calibration.toml")),
     (r"orion chain", Way("--port 0", sees="ws://", stays=True)),
     (r"python -m scripts\.bench\.boundary --grid", Way("--list", sees="form=t")),
-    (r"python -m scripts\.bench\.boundary --row", Way("steps=40")),
+    (r"python -m scripts\.bench\.boundary --row", Way(change=(("form=NAME", "form=t"), ("seed=0", "seed=0 steps=40")))),
 )
 """First that fits; what fits none is run as it is."""
 
@@ -128,7 +130,9 @@ def prepare(reader: Newcomer) -> None:
 def run(reader: Newcomer, command: Shown, number: int) -> str:
     """The last line of what it printed. Raises `NewcomerError` if it is not what it should be."""
     chosen = way(command)
-    line = command.line.replace("form=NAME", "form=t")
+    line = command.line
+    for old, new in chosen.change:
+        line = line.replace(old, new)
     before, pipe, after = line.partition(" | ") if " | " in line else line.partition(" > ")
     line = f"{before} {chosen.add.format(number)}{pipe}{after}"
     if chosen.stays:

@@ -76,6 +76,8 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"orion localnet --dashboard", Way(SMALL.format("seen") + " --stages 2", sees=r"http://127\.0\.0\.1:\d+")),
     (r"orion localnet --data", Way("--stages 2 --validators 1 --rounds 1 --round-seconds 20 --out runs/own")),
     (r"orion localnet", Way(SMALL, sees="tokens/s")),
+    (r"orion data prepare", Way("--held-out 0.2")),
+    (r"orion data section", Way(change=(("--sequence 4096", "--sequence 512"),))),
     (r"orion dashboard", Way("--port 0", sees="http://", stays=True)),
     (r"orion calibrate", Way("--model pico --stages 2 --microbatches 24 --out runs/calibration.toml")),
     (r"orion chain", Way("--port 0", sees="ws://", stays=True)),

@@ -25,7 +25,7 @@ PAGES = [
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 ]
 PROGRAMS = "orion|make|python|pip|btcli|docker|sudo|cd"
-KEPT = "-e corpus -e tokenizer.json -e manifest.toml -e .venv"
+KEPT = "-e corpus -e tokenizer.json -e manifest.toml -e runs -e .venv"
 SMALL = "--model pico --validators 1 --rounds 3 --round-seconds 15 --out runs/{}"
 
 
@@ -167,7 +167,7 @@ def walk(reader: Newcomer, pages: Collection[str]) -> int:
             done += 1
             if command.page != page:  # each begins with what was prepared
                 page = command.page
-                reader.shell(f"git clean -fdq {KEPT}", cwd=reader.clone)
+                reader.shell(f"git clean -fdxq {KEPT}", cwd=reader.clone)
             with step(f"{page}: {command.line}") as say:
                 say(run(reader, command, done))
     return done

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -136,6 +137,8 @@ def run(reader: Newcomer, command: Shown, number: int) -> str:
     for old, new in chosen.change:
         line = line.replace(old, new)
     before, pipe, after = line.partition(" | ") if " | " in line else line.partition(" > ")
+    if pipe == " | " and shutil.which(after.split()[0]) is None:
+        pipe = after = ""
     line = f"{before} {chosen.add.format(number)}{pipe}{after}"
     if chosen.stays:
         terminal = reader.start(f"exec {line}", cwd=reader.clone, name=f"command-{number}", run=reader.run)

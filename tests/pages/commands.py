@@ -61,12 +61,12 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"orion chain --port", "tests/subnet/localchain/test_btcli.py"),
     (r"orion localnet --resume", "tests/scripts/test_massacre.py"),
     (r"python -m scripts\.bench\.boundary --page", "tests/scripts/learning: the page is what the results say"),
-    (r"python -m scripts\.bench\.(cheats|adversaries)", "hours; make bench-quick has their small ones"),
 )
 """A command, and what runs it."""
 NOT_HERE: tuple[tuple[str, str], ...] = (
     (r"\bfinney\b|YOUR\.PUBLIC\.IP|203\.0\.113\.|192\.0\.2\.", "public network"),
     (r"--config orion\.toml|orion doctor( --role validator …)?$|orion miner …", "public network"),
+    (r"python -m scripts\.bench\.(cheats|adversaries)", "hours"),
     (r"^sudo |^docker ", "root or a container engine"),
     (r"^pip install 'orion-subnet", "public network"),
 )

@@ -89,7 +89,7 @@ def test_honest_drift_over_a_whole_training_is_never_refused(laplace: bool) -> N
 
 
 def test_refusals_stay_within_the_stated_share_where_honest_values_have_wide_laplace_tails() -> None:
-    """Wide enough that the factor of two does not protect: the bound is `WIDTHS` mean deviations, missed by e^-10."""
+    """Wide enough that the factor of two does not protect: the bounds are `WIDTHS` mean deviations, missed by e^-10."""
     refused = pushes = 0
     for seed in range(10):
         bounds = Bounds()
@@ -98,7 +98,18 @@ def test_refusals_stay_within_the_stated_share_where_honest_values_have_wide_lap
             off = rng.laplace(0.0, 0.2, 3)
             refused += bounds.judge("y", SENDERS[n % 3], (off[0], off[1], off[2])) is not None
             pushes += 1
-    assert refused <= 3 * math.exp(-WIDTHS) * pushes * 3
+    assert refused <= 3 * sum(math.exp(-width) for width in WIDTHS) * pushes
+
+
+def test_a_crest_has_room_for_its_tail_and_a_size_has_not() -> None:
+    for number, taken in ((0, False), (1, False), (2, True)):
+        bounds, rng = Bounds(), np.random.default_rng(3)
+        for _ in range(600):
+            off = rng.normal(0.0, 0.15, 3)
+            assert bounds.judge("g", "a", (off[0], off[1], off[2])) is None
+        far = [0.0, 0.0, 0.0]
+        far[number] = 13 * 0.15 * math.sqrt(2 / math.pi)
+        assert (bounds.judge("g", "a", (far[0], far[1], far[2])) is None) is taken
 
 
 @pytest.mark.parametrize("senders", [1, 2, 3])

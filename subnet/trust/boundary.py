@@ -27,7 +27,7 @@ two that sends with unnatural evenness narrows the other's bound, to the factor 
 *False refusals.* A push within a factor of two of its level is never refused. Of honest pushes whose deviations have
 normal tails, one in 1e15 lies beyond 10 mean absolute deviations; with Laplace tails e^-10 = 4.5e-5 do, so at most 1e-4
 of all pushes for size and peak. Of the three the crest alone has such tails: in 8,400 gradients of `pico` with Muon, 12
-seeds, it was once off by about 9 widths, a factor of 3, where size and peak never left a factor of 1.6. It is a maximum,
+seeds, once off by about 9 widths, a factor of 3, where size and peak never left a factor of 1.6. It is a maximum,
 and what a single value can do the size bounds as well, so it has 16 widths, beyond which e^-16 = 1e-7 lie. One refusal
 costs one microbatch's detour, or the microbatch where its sender is the last replica of its stage, and nothing else.
 

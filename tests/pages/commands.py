@@ -26,7 +26,7 @@ PAGES = [
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 ]
 PROGRAMS = "orion|make|python|pip|btcli|docker|sudo|cd"
-KEPT = "-e corpus -e tokenizer.json -e manifest.toml -e runs -e .venv"
+KEPT = "-e /corpus -e /tokenizer.json -e /manifest.toml -e /runs -e /.venv"
 SMALL = "--model pico --validators 1 --rounds 3 --round-seconds 15 --out runs/{}"
 
 

@@ -69,15 +69,8 @@ def print_section(
 def data_section(
     manifest: DataManifest, *, sequence: int, batch: int, samples_per_round: int, validation_batches: int
 ) -> DataSection:
-    """The section with which `Corpus` trains on exactly the training documents. Raises `DataError`."""
-    for name, value in (
-        ("sequence", sequence),
-        ("batch", batch),
-        ("samples-per-round", samples_per_round),
-        ("validation-batches", validation_batches),
-    ):
-        if value < 1:
-            raise DataError(f"--{name} {value} is below 1: raise it")
+    """The section with which `Corpus` trains on exactly the training documents; sizes are at least 1. Raises
+    `DataError`."""
     share = manifest.held_out_share(sequence)
     batches = (manifest.windows(sequence)[True] - 1) // batch
     if batches < validation_batches:

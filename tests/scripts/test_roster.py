@@ -35,6 +35,7 @@ async def test_the_roster_printed_is_the_one_that_a_node_has(
         assert second.members == {node.identity.hotkey}
         assert snapshot.kept(config.out / "rosters" / loaded.run_id.hex() / config.name) == [first, second]
 
+        await node.chain.wait_for_block(second.block + 1, timeout=5)
         for roster, flags in ((first, ["--at", str(first.block)]), (second, ["--at", str(second.block + 1)])):
             assert await asyncio.to_thread(main, ["roster", "--run", str(tmp_path), *flags]) == 0
             shown = capsys.readouterr().out

@@ -3,6 +3,8 @@
 #   make test              the test suite                     make lint    formatter, linter, type checker
 #   make test-swarm        tests of whole swarms, of many processes each
 #   make test-long         the tests that take minutes
+#   make sim               25 seeds of whole swarms on a virtual clock with faults
+#   make planted           planted bugs, and whether their tests see them
 #   make newcomer          a newcomer's first evening, every command as README and docs have it
 #   make pages             every command that README and docs show, run in a fresh clone
 #   make wheel             the package in dist/, installed for a try in an environment of its own
@@ -12,7 +14,7 @@ PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test test-swarm test-long lint newcomer pages wheel bench bench-quick clean
+.PHONY: install localnet test test-swarm test-long lint sim planted newcomer pages wheel bench bench-quick clean
 
 install: $(READY)
 
@@ -47,6 +49,12 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+sim: $(READY)
+	@$(VENV)/bin/orion sim --seeds 0-24 --jobs 2 $(ARGS)
+
+planted: $(READY)
+	@$(VENV)/bin/python -m tests.planted $(ARGS)
 
 newcomer: $(READY)
 	$(VENV)/bin/python -m tests.pages.newcomer --venv $(VENV) $(ARGS)

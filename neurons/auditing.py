@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
@@ -30,7 +30,7 @@ from model.optimizer import clip_bound
 from model.split import StagePlan
 from neurons.bench import Bench, forward_flops, other_data, replay_flops, replay_units
 from neurons.dossier import Dossier, Entry, RoundFacts
-from neurons.fetching import PATIENCE, Source, Spent, Unsound, Withheld, open_delta
+from neurons.fetching import PATIENCE, Absent, Source, Spent, Unsound, Withheld, open_delta
 from neurons.steps import PIECES, StepJudge, moved, show, show_matrix
 from neurons.windows import root_of
 from subnet.manifest import LoadedManifest
@@ -60,6 +60,8 @@ log = logging.getLogger("orion.neurons.auditing")
 
 T = TypeVar("T")
 
+AGAIN = 10.0
+"""Seconds until who could not be reached is asked again."""
 BATCH = 4
 """Units replayed between two looks at the sequential test."""
 MEMORY = 8 << 30
@@ -127,9 +129,27 @@ class Auditor:
             for hotkey in replicas
         }
 
-    async def audit(self, facts: RoundFacts, dossiers: Mapping[str, Dossier]) -> None:
-        """Everything but other validators' reports."""
-        await asyncio.gather(*(self.guarded(dossier, self._miner(facts, dossier)) for dossier in dossiers.values()))
+    async def audit(
+        self, facts: RoundFacts, dossiers: Mapping[str, Dossier], *, closing: asyncio.Future[None] | None = None
+    ) -> None:
+        """Everything but other validators' reports. Who cannot be reached is asked again until `closing` is done."""
+        asked = list(dossiers.values())
+        while asked:
+            await asyncio.gather(*(self.guarded(dossier, self._miner(facts, dossier)) for dossier in asked))
+            asked = [dossier for dossier in asked if dossier.absent]
+            if closing is None or closing.done():
+                break
+            await asyncio.wait([closing], timeout=AGAIN)
+        self._miss(facts, dossiers.values(), asked)
+
+    def _miss(self, facts: RoundFacts, dossiers: Iterable[Dossier], absent: Sequence[Dossier]) -> None:
+        """Who never answered has withheld its evidence; unless most have, which is this validator's line."""
+        answered = sum(dossier.evidence is not None for dossier in dossiers)
+        for dossier in absent:
+            if len(absent) > answered:
+                dossier.broken = f"{len(absent)} miners did not answer and {answered} did: {dossier.absent}"
+            else:
+                self._withhold(facts, dossier, dossier.absent)
 
     def _dossier(self, facts: RoundFacts, hotkey: str, stage: int) -> Dossier:
         source = Source(
@@ -162,10 +182,15 @@ class Auditor:
         if record is None or not record.fixes(facts.roster.round):
             log.warning("round %d: %s fixed no evidence on chain in time", facts.roster.round, dossier.hotkey)
             return
+        dossier.absent = ""
         try:
             dossier.evidence = await dossier.source.tables(
                 record, samples=self._loaded.manifest.samples(facts.roster.round)
             )
+        except Absent as error:
+            dossier.absent = str(error)
+            dossier.source.ask_again()
+            return
         except Withheld as error:
             self._withhold(facts, dossier, str(error))
             return

@@ -25,7 +25,7 @@ class Lane(IntEnum):
     FORWARD = 1
 
 
-class _Job:
+class Job:
     """A call and where its answer goes."""
 
     __slots__ = ("_call", "_future", "index")
@@ -35,7 +35,7 @@ class _Job:
         self._call: Callable[[], object] = call
         self._future = cast("asyncio.Future[object]", future)
 
-    def __lt__(self, other: _Job) -> bool:
+    def __lt__(self, other: Job) -> bool:
         return self.index < other.index
 
     def cancel(self) -> None:
@@ -69,7 +69,7 @@ class ComputeThread:
         self._ordered = ordered
         self._settle = settle
         self._ready = threading.Condition()
-        self._queues: dict[Lane, list[_Job]] = {lane: [] for lane in Lane}
+        self._queues: dict[Lane, list[Job]] = {lane: [] for lane in Lane}
         self._next = dict.fromkeys(Lane, 0)
         self._busy = False
         self._stopped = False
@@ -82,7 +82,7 @@ class ComputeThread:
         """Queue a job. Its exception, if any, arrives through the future."""
         future: asyncio.Future[T] = self._loop.create_future()
         with self._ready:
-            heapq.heappush(self._queues[lane], _Job(index, call, future))
+            heapq.heappush(self._queues[lane], Job(index, call, future))
             self._ready.notify_all()
         return future
 
@@ -115,7 +115,7 @@ class ComputeThread:
         with self._ready:
             self._ready.wait_for(lambda: not self._busy)
 
-    def _take(self) -> _Job | None:
+    def _take(self) -> Job | None:
         for lane, queue in self._queues.items():
             if queue and (not self._ordered or queue[0].index == self._next[lane]):
                 self._next[lane] += 1

@@ -365,7 +365,7 @@ class Delivery:
 
     async def probe(self, current: TrainingRound, push: Forward, leaf: Leaf, y: torch.Tensor) -> None:
         """Offer an activation again to those who signed for it, only to learn whether they are still there."""
-        for hop in current.sinks.get(push.sample, ()):
+        for hop in sorted(current.sinks.get(push.sample, ())):  # a copy: others may sign meanwhile
             try:
                 await self._push(current, hop, push, {"y": y}, leaf)
             except TransportError as error:

@@ -74,8 +74,10 @@ class Dossier:
     deltas: dict[int, bytes] = field(default_factory=dict)
     """By version: what the weights of picked windows differ by from public state."""
     flops: float = 0.0
+    absent: str = ""
+    """Why there are no tables yet: nobody answered. Empty if somebody did."""
     broken: str = ""
-    """The fault of this code that ended the audit; then what passed speaks for nobody. Empty if there was none."""
+    """What ended the audit on this validator's side; then what passed speaks for nobody. Empty if nothing did."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by who replays because of another's report."""
 

@@ -75,6 +75,10 @@ class Withheld(Exception):  # noqa: N818 - what happened, as the transport's err
     """A miner did not show what it must, or showed something else: one line."""
 
 
+class Absent(Withheld):
+    """Nobody answered where it should be: it is gone, it is silent, or the reader's own line is down."""
+
+
 class Spent(Exception):  # noqa: N818
     """This reader has had its part of what the miner shows of the round: one line."""
 
@@ -168,6 +172,10 @@ class Source:
         except LedgerError as error:
             raise Unsound(str(error)) from error
         return evidence
+
+    def ask_again(self) -> None:
+        """Have patience with it anew: it could not be reached."""
+        self._left = self._patience
 
     def limit(self, evidence: Evidence, picked: Iterable[WindowHead]) -> None:
         """From here on ask for no more than this reader's part of the picked windows; without stake at work it is one
@@ -284,7 +292,8 @@ class Source:
                 self._left -= loop.time() - start + pause
                 self._asked += limit if isinstance(error, Unreachable) else 0
                 if self._left <= 0:
-                    raise Withheld(f"{message.route}: {error}") from error
+                    kind = Absent if isinstance(error, Unreachable) else Withheld
+                    raise kind(f"{message.route}: {error}") from error
                 turn += 1
                 await asyncio.sleep(pause)
             except TransportError as error:

@@ -92,8 +92,8 @@ class PublicStates:
         thetas = [flatten(stage) for stage in bench.stages]
         empty = self._codec.error_feedback
         self._public = [Merged(theta, torch.empty(0) if empty else torch.zeros_like(theta)) for theta in thetas]
-        self._before = list(self._public)
-        """By stage: the state one merge earlier."""
+        self._before: list[Merged | None] = list(self._public)
+        """By stage: the state one merge earlier, None where it is not known."""
         self.held = [0] * len(node.plans)
         self._payloads: dict[str, bytes] = {}
         """Payloads of the last merge that was followed, by source; all-gather only."""
@@ -173,7 +173,7 @@ class PublicStates:
         if found is None:
             log.warning("nobody served the state of stage %d after round %d", stage, roster.round)
             return
-        self._public[stage] = self._before[stage] = found
+        self._public[stage], self._before[stage] = found, None
         self.held[stage] = roster.round + 1
 
     def round_start(self, roster: Roster) -> RoundStart:
@@ -183,10 +183,12 @@ class PublicStates:
         known = set(roster.members)
         overlapped = self._node.loaded.manifest.round.overlapped and roster.round > 0
         for stage, held in enumerate(self.held):
-            if held == roster.round:
-                public[stage] = self._public[stage].theta
-            if held == roster.round and self._codec.error_feedback:
-                base[stage] = self._before[stage].theta if overlapped else self._public[stage].theta
+            if held != roster.round:
+                continue
+            public[stage] = self._public[stage].theta
+            cut_from = self._before[stage] if overlapped else self._public[stage]
+            if cut_from is not None and self._codec.error_feedback:
+                base[stage] = cut_from.theta
         if overlapped and self._round == roster.round - 1:
             # Who was not in the round before has sent nothing; of who was and is no source here, nothing is known.
             newcomers = known - self._members

@@ -113,7 +113,8 @@ class Heads:
             pause = await self._exchange(current, hotkey, link)
             current.room.set()
             try:
-                await asyncio.wait_for(link.news.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await link.news.wait()
             except TimeoutError:
                 continue
 

@@ -11,6 +11,7 @@ import hashlib
 import ipaddress
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ from neurons.bootstrap import BootstrapError, RosterDesk, join_history
 from neurons.callback import CallbackDesk
 from neurons.config import NeuronConfig, parse
 from neurons.history import History, HistoryError
-from neurons.machine import DeviceError, device_of, open_files
+from neurons.machine import DeviceError, device_of, free_memory, open_files
 from neurons.needs import least_files
 from neurons.speed import SpeedDesk
 from neurons.telemetry import NodeFailed, NodeStarted, RecordPublished, Telemetry
@@ -52,6 +53,7 @@ from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Busy, PortTaken, UnknownHotkey
 from subnet.transport.shaping import Link, Shaper
+from subnet.transport.sockets import THIS_MACHINE, Sockets
 from subnet.wallets import load_wallet
 
 log = logging.getLogger("orion.neurons.node")
@@ -115,6 +117,20 @@ class Neighbourhood:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a node has of the world besides files and its chain. A simulation gives it another one."""
+
+    now: Callable[[], float] = time.time
+    """Seconds since 1970."""
+    now_ns: Callable[[], int] = time.time_ns
+    entropy: Callable[[int], bytes] = secrets.token_bytes
+    """So many bytes that nobody can guess."""
+    free_memory: Callable[[], int] = free_memory
+    """Bytes that the process can take."""
+    sockets: Sockets = THIS_MACHINE
+
+
 @dataclass
 class Node:
     role: str
@@ -130,6 +146,7 @@ class Node:
     dendrite: Dendrite
     telemetry: Telemetry
     _stack: AsyncExitStack
+    around: Surroundings = field(default_factory=Surroundings)
     device: torch.device = field(default=torch.device("cpu"))
     """Where it computes."""
     flags: int = 0
@@ -152,18 +169,37 @@ class Node:
         """Check everything, connect, listen. Raises one of the typed errors of what was checked."""
         if config.threads:
             torch.set_num_threads(config.threads)
-        device = device_of(config.device) if role == "miner" else torch.device("cpu")
         loaded = load_manifest(config.manifest)
-        manifest = loaded.manifest
         wallet = load_wallet(config.wallet, config.hotkey, config.wallet_path)
-        identity = Identity(wallet)
-        async with AsyncExitStack() as stack:
-            telemetry = Telemetry.open(config.out / "events" / f"{config.name}.jsonl", now=time.time)
-            stack.callback(telemetry.close)
-            corpus = await asyncio.to_thread(open_corpus, loaded, config.data)
-            chain = await BittensorChain.connect(
+
+        async def connect() -> BittensorChain:
+            return await BittensorChain.connect(
                 config.network, config.netuid, wallet, timeout=CONNECT_TIMEOUT, archive=config.archive
             )
+
+        return await cls.stand(
+            config, role=role, loaded=loaded, identity=Identity(wallet), connect=connect, around=Surroundings()
+        )
+
+    @classmethod
+    async def stand(
+        cls,
+        config: NeuronConfig,
+        *,
+        role: str,
+        loaded: LoadedManifest,
+        identity: Identity,
+        connect: Callable[[], Awaitable[Chain]],
+        around: Surroundings,
+    ) -> Node:
+        """`open` from what it has read and where it is."""
+        device = device_of(config.device) if role == "miner" else torch.device("cpu")
+        manifest = loaded.manifest
+        async with AsyncExitStack() as stack:
+            telemetry = Telemetry.open(config.out / "events" / f"{config.name}.jsonl", now=around.now)
+            stack.callback(telemetry.close)
+            corpus = await asyncio.to_thread(open_corpus, loaded, config.data)
+            chain = await connect()
             stack.push_async_callback(chain.close)
             state = await chain.state_at((await chain.finalized()).number)
             authority = state.by_hotkey(manifest.run.authority)
@@ -185,13 +221,14 @@ class Node:
             _require_files(manifest)
             _require_address(config)
             axon = Axon(
-                Admission(identity.hotkey, allow=neighbours.allow, now_ns=time.time_ns),
+                Admission(identity.hotkey, allow=neighbours.allow, now_ns=around.now_ns),
                 host=config.host,
                 port=config.port,
                 shaper=shaper,
+                sockets=around.sockets,
             )
             stack.push_async_callback(axon.stop)
-            dendrite = Dendrite(identity, now_ns=time.time_ns, shaper=shaper)
+            dendrite = Dendrite(identity, now_ns=around.now_ns, shaper=shaper, sockets=around.sockets)
             await stack.enter_async_context(dendrite)
             return cls(
                 role=role,
@@ -207,6 +244,7 @@ class Node:
                 dendrite=dendrite,
                 telemetry=telemetry,
                 _stack=stack.pop_all(),
+                around=around,
                 device=device,
             )
 

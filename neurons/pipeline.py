@@ -74,6 +74,7 @@ class StageWorker:
         endpoint_of: Callable[[str], str | None],
         telemetry: Telemetry,
         synchronous: bool = False,
+        compute: Callable[..., ComputeThread] = ComputeThread,
     ) -> None:
         self.engine = engine
         self.plan = engine.plan
@@ -113,7 +114,7 @@ class StageWorker:
             release=self._release,
             spawn=self._spawn,
         )
-        self._compute = ComputeThread(name=f"stage-{self.plan.index}", ordered=synchronous, settle=self._ferry.settle)
+        self._compute = compute(name=f"stage-{self.plan.index}", ordered=synchronous, settle=self._ferry.settle)
         self.shortage = Shortage(engine, telemetry)
         self._round: TrainingRound | None = None
         self._windows: Windows | None = None

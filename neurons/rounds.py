@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -29,7 +28,7 @@ from neurons.journal import Journal
 from neurons.keeper import Keeper, KeptCut
 from neurons.kept import Vector
 from neurons.library import Library
-from neurons.machine import card, free_memory
+from neurons.machine import card
 from neurons.merging import merge
 from neurons.needs import fitted
 from neurons.node import CHAIN_STALL, Node
@@ -150,7 +149,7 @@ class RoundMachine:
         self._picking: set[asyncio.Task[None]] = set()
         """One a round: windows that no seed picks are dropped, until its last slot's seed is known."""
         self._sizes = Sizes.of(node.plans[stage], node.layouts[stage], node.shapes)
-        self._secret = secrets.token_bytes(32)
+        self._secret = node.around.entropy(32)
 
     def _build(self) -> StageWorker:
         return build_worker(self._node, self.stage)
@@ -484,7 +483,7 @@ def build_worker(
     manifest = node.loaded.manifest
     config = manifest.model.config()
     plan, layout = node.plans[stage], node.layouts[stage]
-    memory = fitted(manifest, plan, layout, memory=free_memory(), card=card(node.device))
+    memory = fitted(manifest, plan, layout, memory=node.around.free_memory(), card=card(node.device))
     held = Holding(memory.recompute, memory.graphs)
     what = "stage %d computes on %s: %s, the least recompute that fits; it takes %s of %s free"
     log.info(what, stage, node.device, held, written(memory.total), written(memory.card))

@@ -285,7 +285,8 @@ class Convicted:
 
 @dataclass(frozen=True, slots=True)
 class AuditBroken:
-    """A fault of the validator's code ended its audit of one miner, which counts as not audited in that round."""
+    """A fault of the validator's code, or of its line, ended its audit of one miner, which counts as not audited in the
+    round."""
 
     round: int
     hotkey: str

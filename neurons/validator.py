@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import sys
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 
 from model.stage import build_stage
 from neurons.adopting import Adopter
@@ -49,13 +49,11 @@ MARGIN = 4
 class Validator:
     """One validator in one run. `new_secret` gives the bytes that a round's record commits to."""
 
-    def __init__(
-        self, node: Node, *, new_secret: Callable[[], bytes] = lambda: secrets.token_bytes(SECRET_BYTES)
-    ) -> None:
+    def __init__(self, node: Node, *, new_secret: Callable[[], bytes] | None = None) -> None:
         manifest = node.loaded.manifest
         config = manifest.model.config()
         self._node = node
-        self._new_secret = new_secret
+        self._new_secret = new_secret or partial(node.around.entropy, SECRET_BYTES)
         self._bench = Bench([build_stage(config, plan, manifest.run.seed) for plan in node.plans])
         self._states = PublicStates(node, self._bench)
         rule = rule_of(manifest, validators=1)
@@ -210,7 +208,11 @@ class Validator:
         self._suspicions.begin(roster.round, roster.members, anomaly=self._judge.anomalies())
         dossiers = self._auditor.open(facts)
         end = roster.block + marks.cut + marks.length - MARGIN
-        await self._until(end, self._auditor.audit(facts, dossiers))
+        closing = asyncio.create_task(node.wait(min(end, roster.block + marks.cut + rules.report) - 1))
+        try:
+            await self._until(end, self._auditor.audit(facts, dossiers, closing=closing))
+        finally:
+            closing.cancel()
         self._desk.publish(write_report(node, facts, dossiers, self._late))
         await node.wait(roster.block + marks.cut + rules.report)
         await self._until(end, self._reader.read_all(facts, dossiers, at_work))

@@ -163,6 +163,14 @@ def _simulate(flags: argparse.Namespace) -> int:
     return show_simulation(plan_options(given), options, as_json=flags.json)
 
 
+def _sim(flags: argparse.Namespace) -> int:
+    from scripts.sim.command import SimOptions, simulate_faults  # noqa: PLC0415 - heavy, and only for this command
+
+    given = vars(flags)
+    options = SimOptions(**{name: given[name] for name in SimOptions.__dataclass_fields__})
+    return simulate_faults(options, as_json=flags.json)
+
+
 def _data(flags: argparse.Namespace) -> int:
     from scripts.data.report import print_section, show_data, verify_data  # noqa: PLC0415 - heavy, only for this command
 
@@ -259,6 +267,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "calibrate": _calibrate,
     "plan": _plan,
     "simulate": _simulate,
+    "sim": _sim,
     "data": _data,
     "alive": _alive,
     "events": _events,

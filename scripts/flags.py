@@ -187,6 +187,31 @@ def _add_simulate(commands: argparse._SubParsersAction[Parser]) -> None:
     simulate.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_sim(commands: argparse._SubParsersAction[Parser]) -> None:
+    sim = commands.add_parser(
+        "sim",
+        help="play a whole swarm in one process, with everything going wrong that a seed asks for",
+        description="Run real miners and validators in one process, on a virtual clock, over a simulated network and "
+        "chain, and let go wrong what the seed draws: nodes, lines, clocks, chain. Then look whether everything that "
+        "docs/reliability.md promises still holds. A seed plays the same every time.",
+        epilog="Exit status: 0 everything holds, 1 something does not, 2 usage.",
+    )
+    sim.add_argument("--seed", type=within(0), default=None, help="what goes wrong and when (default: 0)")
+    sim.add_argument("--seeds", default=None, metavar="A-B", help="play all of these")
+    sim.add_argument("--jobs", type=within(1), default=1, help="seeds to play at a time (default: 1)")
+    sim.add_argument("--minutes", type=float, default=20.0, help="virtual minutes to play (default: 20)")
+    sim.add_argument("--stages", type=within(2), default=4, help="pipeline stages (default: 4)")
+    sim.add_argument("--replicas", type=within(1), default=3, help="miners of each stage (default: 3)")
+    sim.add_argument("--joiners", type=within(0), default=1, help="miners that come later (default: 1)")
+    sim.add_argument("--validators", type=within(1), default=3, help="validators (default: 3)")
+    sim.add_argument("--calm", action="store_true", help="nothing goes wrong")
+    sim.add_argument("--faults", type=Path, default=None, help="schedule to play in place of the drawn one, JSON")
+    sim.add_argument("--trace", type=Path, default=None, help="file for all faults and events in order, JSON lines")
+    sim.add_argument("--log", type=Path, default=None, help="file for what the nodes log")
+    sim.add_argument("--shrink", type=Path, default=None, help="file for the least schedule that still fails, JSON")
+    sim.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _add_calibrate(commands: argparse._SubParsersAction[Parser]) -> None:
     calibrate = commands.add_parser(
         "calibrate",
@@ -460,6 +485,7 @@ def parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_plan(commands)
     _add_simulate(commands)
+    _add_sim(commands)
     _add_data(commands)
     # Their options are their own: `main` hands them over unparsed.
     for role, does in (("miner", "hold one stage and train it"), ("validator", "audit, score and set weights")):

@@ -80,7 +80,7 @@ def local_manifest(
     """
     config = preset(model)
     inner = inner_of(model, optimizer)
-    marks = _round(rounds, round_blocks, phase_blocks, overlap=overlap)
+    marks = marks_of(rounds, round_blocks, phase_blocks, overlap=overlap)
     return Manifest(
         version=1,
         run=RunSection(
@@ -115,7 +115,8 @@ def local_manifest(
     )
 
 
-def _round(count: int, length: int, phase: int, *, overlap: bool) -> RoundSection:
+def marks_of(count: int, length: int, phase: int, *, overlap: bool) -> RoundSection:
+    """Deadlines of `count` rounds of `length` blocks whose merges have phases of `phase` blocks."""
     merge = length + 3 * phase if overlap else length - RECORD_BLOCKS
     return RoundSection(
         count=count,

@@ -6,12 +6,15 @@ sr25519 over raw bytes, with the SDK's compiled primitives. Importing this file 
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import bittensor_core
 
 SIGNATURE_BYTES = 64
+SCHEME: Final[ContextVar[int]] = ContextVar("signature scheme", default=bittensor_core.CRYPTO_SR25519)
+"""Of hotkeys. Only a simulation has another one: sr25519 draws at random for each signature."""
 
 
 class IdentityError(Exception):
@@ -36,7 +39,7 @@ class Identity:
 
     def __init__(self, wallet: HasHotkey) -> None:
         keypair = wallet.hotkey
-        if keypair.crypto_type != bittensor_core.CRYPTO_SR25519:
+        if keypair.crypto_type != SCHEME.get():
             raise IdentityError(
                 f"hotkey {keypair.ss58_address} is not an sr25519 key, peers could not verify it; "
                 "create an sr25519 hotkey"
@@ -49,7 +52,7 @@ class Identity:
     @classmethod
     def from_uri(cls, uri: str) -> Identity:
         """From a development URI such as `//Alice`; its secret is public."""
-        return cls(_Bare(bittensor_core.Keypair.create_from_uri(uri)))
+        return cls(_Bare(bittensor_core.Keypair.create_from_uri(uri, SCHEME.get())))
 
     def sign(self, message: bytes) -> bytes:
         """64 bytes that only this hotkey can make for `message`."""
@@ -61,6 +64,6 @@ def verify(hotkey: str, message: bytes, signature: bytes) -> bool:
     if len(signature) != SIGNATURE_BYTES:
         return False
     try:
-        return bool(bittensor_core.verify(message, signature, hotkey, bittensor_core.CRYPTO_SR25519))
+        return bool(bittensor_core.verify(message, signature, hotkey, SCHEME.get()))
     except ValueError:
         return False

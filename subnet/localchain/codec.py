@@ -93,6 +93,9 @@ class Codec:
         """The call as a dict (`call_module`, `call_function`, `call_args`); ValueError for other bytes."""
         return cast("Mapping[str, object]", self._rt.decode_call(data))
 
+    def encode_call(self, pallet: str, function: str, args: Mapping[str, object]) -> bytes:
+        return bytes(self._rt.compose_call(pallet, function, dict(args)))
+
     def timestamp_inherent(self, now_ms: int) -> bytes:
         """The unsigned extrinsic that opens every block."""
         body = b"\x04" + bytes(self._rt.compose_call("Timestamp", "set", {"now": now_ms}))
@@ -120,6 +123,30 @@ class Codec:
                 era_block_hash=era_hash,
             )
         )
+
+    def signed_extrinsic(
+        self,
+        call: bytes,
+        *,
+        public_key: bytes,
+        scheme: int,
+        signature: bytes,
+        era: Mapping[str, int] | str,
+        nonce: int,
+        tip: int,
+    ) -> bytes:
+        """A call with its signature, as it travels."""
+        data, _ = self._rt.encode_signed_extrinsic(
+            call,
+            public_key=public_key,
+            signature=signature,
+            signature_version=scheme,
+            era=era if isinstance(era, str) else dict(era),
+            nonce=nonce,
+            tip=tip,
+            tip_asset_id=None,
+        )
+        return bytes(data)
 
     def encode_events(self, records: Sequence[Mapping[str, object]]) -> bytes:
         return bytes(self._rt.encode(self._events, list(records)))

@@ -1,4 +1,4 @@
-"""Signed extrinsics: their wire form taken apart, and everything that the runtime checks before it runs one.
+"""Signed extrinsics: made, taken apart, and everything that the runtime checks before it runs one.
 
 Version 4: compact length, 0x84, MultiAddress, MultiSignature, era, compact nonce, compact tip, metadata-hash
 mode, call. What is signed is the call, these extensions, and what is implied and never travels: spec and
@@ -8,7 +8,7 @@ chain, another runtime or another block is a bad signature, exactly as on a Subs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import bittensor_core
@@ -56,6 +56,31 @@ class Extrinsic:
     tip: int
     call_data: bytes
     call: Call
+
+
+def make(
+    codec: Codec,
+    call: bytes,
+    key: bittensor_core.Keypair,
+    *,
+    period: int,
+    nonce: int,
+    current: tuple[int, bytes],
+    genesis: bytes,
+) -> bytes:
+    """A call signed by `key`, valid in the `period` blocks (0: always) that begin with block `current`."""
+    era: Mapping[str, int] | str = {"period": period, "current": current[0]} if period else "00"
+    first = current[1] if period else genesis
+    payload = codec.signature_payload(call, era=era, nonce=nonce, tip=0, genesis_hash=genesis, era_hash=first)
+    return codec.signed_extrinsic(
+        call,
+        public_key=bytes(key.public_key),
+        scheme=key.crypto_type,
+        signature=bytes(key.sign(payload)),
+        era=era,
+        nonce=nonce,
+        tip=0,
+    )
 
 
 def parse(codec: Codec, raw: bytes) -> Extrinsic:

@@ -22,7 +22,7 @@ from typing import Final, TypeAlias
 
 import torch
 
-from subnet.transport import http1, protocol, sockets, synapse
+from subnet.transport import http1, protocol, synapse
 from subnet.transport.admission import Admission, Ticket
 from subnet.transport.connection import Connection
 from subnet.transport.digests import Running
@@ -41,6 +41,7 @@ from subnet.transport.http1 import BadHead, RequestHead
 from subnet.transport.memory import Memory
 from subnet.transport.protocol import PROTOCOL
 from subnet.transport.shaping import TURN, Pipe, Shaper
+from subnet.transport.sockets import THIS_MACHINE, Sockets
 from subnet.transport.synapse import Received, S, Specs, Synapse
 
 _log = logging.getLogger("orion.subnet.axon")
@@ -99,6 +100,7 @@ class Axon:
         idle_s: float = 120.0,
         shaper: Shaper | None = None,
         version: int = PROTOCOL,
+        sockets: Sockets = THIS_MACHINE,
     ) -> None:
         """
         Args:
@@ -120,6 +122,7 @@ class Axon:
         self._idle_s = idle_s
         self.shaper = shaper
         self._version = version
+        self._sockets = sockets
         self._stated = (f"{protocol.FIELD}: {version}",)
         self._routes: dict[str, _Route] = {}
         self._memory = Memory()
@@ -178,7 +181,7 @@ class Axon:
         Raises:
             PortTaken: the address cannot be bound.
         """
-        self._listening = sockets.listening(self._host, self._wanted_port)
+        self._listening = self._sockets.listening(self._host, self._wanted_port)
         self._port = self._listening.getsockname()[1]
         self._accepting = asyncio.create_task(self._accept(self._listening))
 

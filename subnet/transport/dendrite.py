@@ -28,6 +28,7 @@ from subnet.transport.memory import Memory
 from subnet.transport.pool import Neighbour
 from subnet.transport.protocol import PROTOCOL
 from subnet.transport.shaping import TURN, Pipe, Shaper
+from subnet.transport.sockets import THIS_MACHINE, Sockets
 from subnet.transport.synapse import S, Specs, Synapse
 
 NO_TENSORS: Final[Mapping[str, torch.Tensor]] = MappingProxyType({})
@@ -73,6 +74,7 @@ class Dendrite:
         idle_s: float = 90.0,
         shaper: Shaper | None = None,
         version: int = PROTOCOL,
+        sockets: Sockets = THIS_MACHINE,
     ) -> None:
         """
         Args:
@@ -90,6 +92,7 @@ class Dendrite:
         self._idle_s = idle_s
         self.shaper = shaper
         self._version = version
+        self._sockets = sockets
         self._memory = Memory()
         self._running = False
         self._neighbours: dict[str, Neighbour] = {}
@@ -172,7 +175,9 @@ class Dendrite:
         parts = synapse.encode(message, tensors)
         neighbour = self._neighbours.get(endpoint)
         if neighbour is None:
-            neighbour = self._neighbours[endpoint] = Neighbour(endpoint, self.streams, version=self._version)
+            neighbour = self._neighbours[endpoint] = Neighbour(
+                endpoint, self.streams, version=self._version, sockets=self._sockets
+            )
         call = _Call(neighbour, receiver, message.route, max_reply_bytes, traffic, deadline)
         queues = synapse.size_of(parts) > TURN
         try:

@@ -6,16 +6,16 @@ import asyncio
 import socket
 from urllib.parse import urlsplit
 
-from subnet.transport import sockets
 from subnet.transport.connection import Address, Connection
 from subnet.transport.line import Line
+from subnet.transport.sockets import THIS_MACHINE, Sockets
 
 
 class Neighbour:
     """Up to `streams` connections to one endpoint, kept for the next call: one for all large bodies, the others taken
     and given back inside `async with gate`."""
 
-    def __init__(self, endpoint: str, streams: int, *, version: int) -> None:
+    def __init__(self, endpoint: str, streams: int, *, version: int, sockets: Sockets = THIS_MACHINE) -> None:
         """`version` of the protocol is spoken to it until it says that it is older.
 
         Raises `ValueError` if `endpoint` is not of the form ``http://host:port``.
@@ -30,6 +30,7 @@ class Neighbour:
         """Held while a large body leaves. Side by side they would all arrive last: four tensors that share a link take
         four times as long, each of them and on every hop."""
         self._line: Line | None = None
+        self._sockets = sockets
         self._host, self._port = parts.hostname, parts.port
         self.version = version
         self._idle: list[tuple[Connection, float]] = []
@@ -49,7 +50,7 @@ class Neighbour:
         for family, address in await self._addresses():
             if self._closed:
                 raise ConnectionAbortedError("closed by this node")
-            connection = Connection(sockets.outgoing(family, address[0]), self.endpoint)
+            connection = Connection(self._sockets.outgoing(family, address[0]), self.endpoint)
             self._used.add(connection)
             try:
                 await connection.connect(address)

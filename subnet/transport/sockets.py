@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 from subnet.transport.errors import PortTaken
@@ -53,6 +55,17 @@ def listening(host: str, port: int) -> socket.socket:
         ) from None
     sock.setblocking(False)
     return sock
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """Where a node gets its sockets: this machine's, unless told otherwise."""
+
+    outgoing: Callable[[int, str | int], socket.socket] = outgoing
+    listening: Callable[[str, int], socket.socket] = listening
+
+
+THIS_MACHINE: Final = Sockets()
 
 
 def _tuned(sock: socket.socket, host: str) -> socket.socket:

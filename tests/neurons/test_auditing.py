@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neurons import fetching
+from neurons import auditing, fetching
 from neurons.dossier import Dossier, RoundFacts
 from neurons.faults import of_merge
 from neurons.fetching import NamedState, Source, Withheld
@@ -389,6 +389,39 @@ async def test_who_is_unreachable_withheld_and_who_fixed_nothing_did_not(closed:
     assert_only(judge, gone.hotkey)
     assert dossiers[dead.hotkey].evidence is None
     assert not judge.of(dead.hotkey).convicted
+
+
+async def test_who_cannot_be_reached_is_asked_again_while_there_is_time(
+    closed: ClosedRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditing, "AGAIN", 0.05)
+    away = victim(closed)
+    async with Court(closed, patience=0.3) as court:
+        endpoint = court.endpoints.pop(away.hotkey)
+        judge, facts = court.validators["one"], closed.facts(SECRET)
+        dossiers = judge.auditor.open(facts)
+        closing = asyncio.get_running_loop().create_future()
+        going = asyncio.create_task(judge.auditor.audit(facts, dossiers, closing=closing))
+        while not dossiers[away.hotkey].absent:  # noqa: ASYNC110 - a flag, set once
+            await asyncio.sleep(0)
+        court.endpoints[away.hotkey] = endpoint
+        await going
+    assert dossiers[away.hotkey].evidence is not None
+    assert dossiers[away.hotkey].replayed
+    assert not judge.of(away.hotkey).convicted
+
+
+async def test_a_validator_that_most_do_not_answer_blames_its_own_line(closed: ClosedRound) -> None:
+    answering = closed.stage(1)[0]
+    async with Court(closed, patience=0.3) as court:
+        for hotkey in list(court.endpoints):
+            if hotkey != answering.hotkey:
+                del court.endpoints[hotkey]
+        judge = court.validators["one"]
+        dossiers = await judge.audit(closed.facts(SECRET))
+    for hotkey, dossier in dossiers.items():
+        assert not judge.of(hotkey).convicted
+        assert bool(dossier.broken) == (hotkey != answering.hotkey)
 
 
 async def test_a_busy_miner_is_asked_again(closed: ClosedRound) -> None:

@@ -7,7 +7,6 @@ door to the ledger, is the code that miners run. A run is a function of its argu
 from __future__ import annotations
 
 import asyncio
-import heapq
 import io
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -17,13 +16,13 @@ import torch
 
 from model.split import split
 from neurons.archive import Archive
-from neurons.compute import Lane, _Job
 from neurons.pipeline import StageWorker
 from neurons.ring import capacity_of
 from neurons.telemetry import MicrobatchDone, Telemetry, read_events
 from scripts.bench.standin.engine import Hold, StandInEngine, StandInStage, Times
 from scripts.bench.standin.node import INCARNATIONS, SEED, Swarm
 from scripts.bench.standin.spec import SAMPLES, Boundary, Place, Spec, Steady
+from scripts.sim.compute import VirtualCompute
 from subnet.messages import Backward, Forward, HolderRequest, InputRequest, Notice
 from subnet.transport.dendrite import Traffic
 from subnet.transport.errors import Refused, Silent, Unreachable
@@ -65,54 +64,10 @@ class VirtualHold(Hold):
         self._loop.ahead += seconds
 
 
-class VirtualCompute:
-    """`ComputeThread`, without a thread: a job's answer is there when the clock has come to where the job left it."""
-
-    def __init__(self, **_names: object) -> None:
-        self._loop: Loop = asyncio.get_running_loop()  # type: ignore[assignment]
-        self._queues: dict[Lane, list[_Job]] = {lane: [] for lane in Lane}
-        self._busy = self._stopped = False
-        self.busy_seconds = 0.0
-
-    def submit(self, lane: Lane, index: int, call: Callable[[], Any]) -> asyncio.Future[Any]:
-        answer = self._loop.create_future()
-        heapq.heappush(self._queues[lane], _Job(index, call, answer))
-        if not self._busy:
-            self._busy = True
-            self._loop.call_soon(self._next)
-        return answer
-
-    def _next(self) -> None:
-        queue = next((queue for queue in self._queues.values() if queue), None)
-        if queue is None or self._stopped:
-            self._busy = False
-            return
-        deliver = heapq.heappop(queue).run()
-        took, self._loop.ahead = self._loop.ahead, 0.0
-        self.busy_seconds += took
-        self._loop.call_later(took, self._end, deliver)
-
-    def _end(self, deliver: Callable[[], None]) -> None:
-        if not self._stopped:
-            deliver()
-            self._next()
-
-    def clear(self) -> None:
-        for queue in self._queues.values():
-            for job in queue:
-                job.cancel()
-            queue.clear()
-
-    async def idle(self) -> None:
-        pass
-
-    def stop(self) -> None:
-        self.clear()
-        self._stopped = True
-
-
 class Member:
     """One life of a node."""
+
+    streams = STREAMS
 
     def __init__(self, world: World, node: int, life: int) -> None:
         spec, swarm = world.spec, world.swarm
@@ -141,6 +96,7 @@ class Member:
             dendrite=self,  # type: ignore[arg-type]
             endpoint_of=lambda hotkey: hotkey,
             telemetry=Telemetry(world.logs[node], now=asyncio.get_running_loop().time),
+            compute=VirtualCompute,
         )
         self.round = self.worker.begin(0, swarm.roster, SEED, Archive(limit=0).open(0))
         self.round.started = self.round.lease = life * (SAMPLES // spec.replicas // INCARNATIONS)
@@ -274,7 +230,7 @@ def play(
     kills: Mapping[int, tuple[float, float]],
     boundary_bytes: int = 118_080,
 ) -> World:
-    """One swarm from its start until `seconds` later. `neurons.pipeline.ComputeThread` must be `VirtualCompute`."""
+    """One swarm from its start until `seconds` later."""
     spec = Spec(
         stages=stages,
         replicas=replicas,
@@ -285,6 +241,14 @@ def play(
         nodes=[Place(host="127.0.0.1", port=1 + node) for node in range(stages * replicas)],
         steady=Steady(warm_up=0.0, seconds=seconds),
     )
+
+    return run(spec, link, seconds=seconds, kills=kills, boundary_bytes=boundary_bytes)
+
+
+def run(
+    spec: Spec, link: Link, *, seconds: float, kills: Mapping[int, tuple[float, float]], boundary_bytes: int
+) -> World:
+    """`play` of a spec."""
 
     async def whole() -> World:
         world = World(spec, link, boundary_bytes)

@@ -55,7 +55,9 @@ class Way:
 
 
 ELSEWHERE: tuple[tuple[str, str], ...] = (
-    (r"make (install|test|lint|wheel|localnet|newcomer|pages)\b", ".ci/run itself, make newcomer"),
+    (r"make (install|test|lint|wheel|localnet|newcomer|pages|sim)\b", ".ci/run itself, make newcomer"),
+    (r"orion sim", "make sim, tests/simulation"),
+    (r"make planted", "tests/planted: by hand, 16 small test runs"),
     (r"cd orion && make install", "make newcomer"),
     (r"btcli .*-n \$NET|btcli wallet ", "make newcomer and tests/subnet/localchain/test_btcli.py"),
     (r"orion chain --port", "tests/subnet/localchain/test_btcli.py"),

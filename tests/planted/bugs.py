@@ -1,0 +1,137 @@
+"""Bugs that a hurried change could bring, each with the test that has to see it.
+
+`python -m tests.planted` plants them one by one in a copy of the checkout and runs that test there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """One change of one file. `old` stands there exactly `times`; the first of them is changed."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_by: str
+    """What pytest is told, or `orion sim` with its options."""
+    times: int = 1
+
+
+BUGS = (
+    Planted(
+        "a gradient that comes twice is computed twice",
+        "neurons/pipeline.py",
+        "            first, receipt = current.receipts[key]\n            return Accepted(",
+        "            first, receipt = current.receipts.pop(key)\n            return Accepted(",
+        "tests/neurons/test_pipeline.py",
+    ),
+    Planted(
+        "acknowledgements of windows are lost",
+        "neurons/rounds.py",
+        "return replace(evidence, acks=await journal.settle())",
+        "return replace(evidence, acks=(await journal.settle())[:0])",
+        "sim --seed 1 --calm --minutes 9 --stages 2 --replicas 2",
+    ),
+    Planted(
+        "a round's base is off by one",
+        "neurons/rounds.py",
+        "return max(0, roster.round - self.overlapped)",
+        "return roster.round",
+        "sim --seed 1 --calm --minutes 9 --stages 2 --replicas 2",
+    ),
+    Planted(
+        "the seed of a slot is known before the slot ends",
+        "neurons/slots.py",
+        "slot_end(slot, rules.slot) + rules.seed_delay",
+        "slot_end(slot, rules.slot) - rules.slot",
+        "sim --seed 1 --calm --minutes 9 --stages 2 --replicas 2",
+    ),
+    Planted(
+        "unsigned receipts are taken",
+        "subnet/trust/settlement.py",
+        "self._signed[key] = consumer is not None and self.verify(",
+        "self._signed[key] = consumer is not None or self.verify(",
+        "tests/subnet/trust/test_settlement.py",
+    ),
+    Planted(
+        "evidence need not hash to its root",
+        "neurons/fetching.py",
+        "        if bind_roots(bytes.fromhex(reply.payload), tables.root) != record.root:",
+        "        if not bind_roots(bytes.fromhex(reply.payload), tables.root):",
+        "tests/neurons/test_auditing.py",
+    ),
+    Planted(
+        "a request may be sent twice",
+        "subnet/transport/admission.py",
+        "        if key in self._young or key in self._old:",
+        "        if key in self._old:",
+        "tests/subnet/transport",
+    ),
+    Planted(
+        "a body need not be the one that was signed",
+        "subnet/transport/axon.py",
+        "if running.digests() != ticket.digests:",
+        "if running.digests() is ticket.digests:",
+        "tests/subnet/transport/test_axon.py",
+    ),
+    Planted(
+        "graphs survive a step",
+        "model/engine.py",
+        "        self._drop_graphs()  # they end with these weights,",
+        "        # they end with these weights,",
+        "tests/model/test_engine.py",
+    ),
+    Planted(
+        "a checkpoint is read without its proof",
+        "model/checkpoint.py",
+        "    if found != header.digest:",
+        "    if not found:",
+        "tests/model/test_checkpoint.py",
+    ),
+    Planted(
+        "a newcomer is held to a state that it cannot have had",
+        "neurons/follower.py",
+        "self._public[stage], self._before[stage] = found, None",
+        "self._public[stage] = self._before[stage] = found",
+        "tests/neurons/test_follower.py",
+    ),
+    Planted(
+        "a validator with a dead line condemns everybody",
+        "neurons/auditing.py",
+        "            if len(absent) > answered:",
+        "            if len(absent) < answered:",
+        "tests/neurons/test_auditing.py",
+    ),
+    Planted(
+        "weights may change without a merge",
+        "subnet/trust/continuity.py",
+        "if not head.merged and head.weights != before.next_weights:",
+        "if head.merged and head.weights != before.next_weights:",
+        "tests/subnet/trust",
+    ),
+    Planted(
+        "heads start one sample twice",
+        "subnet/swarm/routing.py",
+        "    return base + index * heads + head\n",
+        "    return base + index * (heads - 1) + head\n",
+        "tests/subnet/swarm",
+    ),
+    Planted(
+        "a unit may be in a ledger twice",
+        "subnet/trust/ledger.py",
+        "if leaf.stage != stage or leaf.sample not in samples or leaf.key in seen:",
+        "if leaf.stage != stage or leaf.sample not in samples:",
+        "tests/subnet/trust",
+    ),
+    Planted(
+        "windows that nobody acknowledged are paid",
+        "subnet/trust/heads.py",
+        "return tuple(sum(stakes[name] for name in names) * 2 > whole for names in have)",
+        "return tuple(sum(stakes[name] for name in names) * 2 >= 0 for names in have)",
+        "tests/subnet/trust",
+    ),
+)

@@ -249,6 +249,16 @@ def pay_is_for_work(story: Story) -> Iterator[str]:
             yield f"{node}, round {number}, stage {stage}: {sums} units paid of {started[number]} started"
 
 
+def work_is_paid(story: Story) -> Iterator[str]:
+    """Where nothing went wrong, every unit that a miner claims pays."""
+    for entry in story.of_kind(MinerScored):
+        scored = entry.event
+        if story.begins.get(scored.round, 0.0) < story.faults_end + MERGE_SECONDS:
+            continue
+        if scored.units != scored.claimed:
+            yield f"{entry.node}, round {scored.round}: {story.names[scored.hotkey]} claimed {scored.claimed}: {scored}"
+
+
 def validators_pay_alike(story: Story) -> Iterator[str]:
     """What counts of a miner's work is the same for all validators that saw its evidence."""
     units: dict[tuple[int, str], dict[tuple[int, int], list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -315,6 +325,7 @@ CHECKS: tuple[Check, ...] = (
     nothing_goes_back,
     honest_stay_unconvicted,
     pay_is_for_work,
+    work_is_paid,
     validators_pay_alike,
     memory_is_bounded,
     work_goes_on,

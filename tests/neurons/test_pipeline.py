@@ -475,6 +475,26 @@ async def test_a_repeated_push_gets_the_same_receipt_and_is_computed_once(tmp_pa
         assert len(evidence.leaves) <= 1
 
 
+async def test_a_repeated_gradient_gets_the_same_receipt_and_counts_once(tmp_path: Path) -> None:
+    async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
+        head, tail = swarm.stage(0)[0], swarm.stage(1)[0]
+        await head.worker.drive(limit=1)
+        key = UnitKey(next(iter(head.worker._current().sinks)), Direction.BACKWARD)
+        signed = head.worker._current().receipts[key]
+        for _ in range(3):
+            reply, _ = await tail.dendrite.call(
+                head.axon.endpoint,
+                head.identity.hotkey,
+                push(swarm, Backward, sample=key.sample),
+                {"g": torch.zeros(4, 32, 8, dtype=torch.bfloat16)},
+                reply=Accepted,
+                deadline=5,
+            )
+            assert (tail.identity.hotkey, reply.receipt) == signed
+        _, evidence = await head.worker.close()
+        assert [leaf.key for leaf in evidence.leaves].count(key) == 1
+
+
 async def test_closed_round_drops_pushes(tmp_path: Path) -> None:
     async with swarm_of(tmp_path, stages=2, replicas=1) as swarm:
         head, tail = swarm.stage(0)[0], swarm.stage(1)[0]

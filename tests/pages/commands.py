@@ -56,7 +56,7 @@ class Way:
 
 ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"make (install|test|lint|wheel|localnet|newcomer|pages|sim)\b", ".ci/run itself, make newcomer"),
-    (r"orion sim", "make sim, tests/simulation"),
+    (r"orion sim --seeds", "make sim"),
     (r"make planted", "tests/planted: by hand, 16 small test runs"),
     (r"cd orion && make install", "make newcomer"),
     (r"btcli .*-n \$NET|btcli wallet ", "make newcomer and tests/subnet/localchain/test_btcli.py"),
@@ -76,6 +76,7 @@ NOT_HERE: tuple[tuple[str, str], ...] = (
 BLOCKS = {"run", "doctor", "miner", "score"}
 """Blocks of docs/miner.md that `make newcomer` runs."""
 WAYS: tuple[tuple[str, Way], ...] = (
+    (r"orion sim --seed ", Way("--minutes 8 --stages 2 --replicas 2", sees="1 of 1 hold")),
     (r"orion localnet --dashboard", Way(SMALL.format("seen") + " --stages 2", sees=r"http://127\.0\.0\.1:\d+")),
     (r"orion localnet --data", Way("--stages 2 --validators 1 --rounds 1 --round-seconds 20 --out runs/own")),
     (r"orion localnet", Way(SMALL, sees="tokens/s")),

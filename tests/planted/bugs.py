@@ -25,8 +25,8 @@ BUGS = (
     Planted(
         "a gradient that comes twice is computed twice",
         "neurons/pipeline.py",
-        "            first, receipt = current.receipts[key]\n            return Accepted(",
-        "            first, receipt = current.receipts.pop(key)\n            return Accepted(",
+        "        if key in current.receipts:\n            first, receipt",
+        "        if key not in current.receipts and not caller:\n            first, receipt",
         "tests/neurons/test_pipeline.py",
     ),
     Planted(
@@ -48,7 +48,7 @@ BUGS = (
         "neurons/slots.py",
         "slot_end(slot, rules.slot) + rules.seed_delay",
         "slot_end(slot, rules.slot) - rules.slot",
-        "sim --seed 1 --calm --minutes 9 --stages 2 --replicas 2",
+        "tests/neurons/test_slots.py",
     ),
     Planted(
         "unsigned receipts are taken",
@@ -132,6 +132,6 @@ BUGS = (
         "subnet/trust/heads.py",
         "return tuple(sum(stakes[name] for name in names) * 2 > whole for names in have)",
         "return tuple(sum(stakes[name] for name in names) * 2 >= 0 for names in have)",
-        "tests/subnet/trust",
+        "tests/neurons/test_notary.py",
     ),
 )

@@ -142,6 +142,7 @@ BROKEN: Mapping[str, list[Callable[[Told], None]]] = {
         said("v0", 330, scored(2, 0, number=0)),
         said("v0", 330, scored(1, 1, claimed=1, number=1)),
     ],
+    "work is paid": [said("v0", 330, scored(0, 1, number=1))],
     "validators pay alike": [said("m1", 330, scored(1, 0))],
     "memory is bounded": [said("m0", 210, EvidenceHeld(0, 9, 8, 1, 2)), said("m0", 210, EvidenceHeld(0, 1, 8, 3, 2))],
     "work goes on": [

@@ -34,6 +34,7 @@ from neurons.telemetry import (
 from scripts.sim.chain import EPOCH_MS
 from scripts.sim.faults import DOWN, MERGE_SECONDS, PARTITIONS
 from scripts.sim.world import RESTARTS, SimNode, World
+from subnet.trust.settlement import Unpaid
 
 SLACK = 20.0
 """Seconds by which a fault may be felt after its end."""
@@ -250,12 +251,12 @@ def pay_is_for_work(story: Story) -> Iterator[str]:
 
 
 def work_is_paid(story: Story) -> Iterator[str]:
-    """Where nothing went wrong, every unit that a miner claims pays."""
+    """Where nothing went wrong, every unit that a miner claims pays, but for what a full replica sent elsewhere."""
     for entry in story.of_kind(MinerScored):
         scored = entry.event
         if story.begins.get(scored.round, 0.0) < story.faults_end + MERGE_SECONDS:
             continue
-        if scored.units != scored.claimed:
+        if scored.units + scored.unpaid.get(Unpaid.OFF_PLAN.value, 0) != scored.claimed:
             yield f"{entry.node}, round {scored.round}: {story.names[scored.hotkey]} claimed {scored.claimed}: {scored}"
 
 

@@ -5,6 +5,7 @@
 #   make test-long         the tests that take minutes
 #   make sim               25 seeds of whole swarms on a virtual clock with faults
 #   make planted           planted bugs, and whether their tests see them
+#   make fuzz              a minute of fuzzing over all that takes bytes from strangers
 #   make newcomer          a newcomer's first evening, every command as README and docs have it
 #   make pages             every command that README and docs show, run in a fresh clone
 #   make wheel             the package in dist/, installed for a try in an environment of its own
@@ -14,7 +15,7 @@ PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test test-swarm test-long lint sim planted newcomer pages wheel bench bench-quick clean
+.PHONY: install localnet test test-swarm test-long lint sim planted fuzz newcomer pages wheel bench bench-quick clean
 
 install: $(READY)
 
@@ -55,6 +56,11 @@ sim: $(READY)
 
 planted: $(READY)
 	@$(VENV)/bin/python -m tests.planted $(ARGS)
+
+fuzz: $(READY)
+	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || \
+		$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,fuzz]'
+	@$(VENV)/bin/python -m tests.fuzz $(ARGS)
 
 newcomer: $(READY)
 	$(VENV)/bin/python -m tests.pages.newcomer --venv $(VENV) $(ARGS)

@@ -57,7 +57,8 @@ class Way:
 ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"make (install|test|lint|wheel|localnet|newcomer|pages|sim)\b", ".ci/run itself, make newcomer"),
     (r"orion sim --seeds", "make sim"),
-    (r"make planted", "tests/planted: by hand, 16 small test runs"),
+    (r"make planted", "by hand: a small test run for each bug"),
+    (r"make fuzz", ".ci/run, by hand for longer"),
     (r"cd orion && make install", "make newcomer"),
     (r"btcli .*-n \$NET|btcli wallet ", "make newcomer and tests/subnet/localchain/test_btcli.py"),
     (r"orion chain --port", "tests/subnet/localchain/test_btcli.py"),

@@ -315,6 +315,12 @@ def weights_are_on_chain(story: Story) -> Iterator[str]:
             yield f"{node.name}: {wanted} was set, the chain holds {row}"
 
 
+def secrets_stay_secret(story: Story) -> Iterator[str]:
+    """Nothing that a node drew for itself is in an event or a log."""
+    said = "\n".join(story.world.said)
+    yield from (f"{secret[:8]}… was told" for secret in story.world.secrets if secret in said)
+
+
 CHECKS: tuple[Check, ...] = (
     nothing_unforeseen,
     everybody_finishes,
@@ -331,6 +337,7 @@ CHECKS: tuple[Check, ...] = (
     memory_is_bounded,
     work_goes_on,
     weights_are_on_chain,
+    secrets_stay_secret,
 )
 
 

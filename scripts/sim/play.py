@@ -72,6 +72,7 @@ class _Watch(logging.Handler):
             self._world.wrong.append(
                 f"{who} at {self._loop.time():.1f} s: {record.getMessage()}: {last.splitlines()[-1]}"
             )
+        self._world.said.append(line)
         if self._stream is not None:
             self._stream.write(line + "\n")
 
@@ -94,11 +95,12 @@ def play(
         watch = _Watch(loop, world, stream)
         root = logging.getLogger()
         root.handlers = [watch]
-        root.setLevel(logging.WARNING if log is None else logging.INFO)
+        root.setLevel(logging.INFO)  # as nodes have it
         loop.set_exception_handler(lambda _loop, context: _unheard(watch, context))
         loop.run_until_complete(world.run(faults))
         story = Story.of(world, _events(folder))
         lines = list(_trace(story))
+        world.said += lines
         if trace is not None:
             trace.write_text("".join(line + "\n" for line in lines))
         return Outcome(

@@ -215,6 +215,10 @@ class World:
         self._active: list[Fault] = []
         self.wrong: list[str] = []
         """What no program may do: errors that nobody foresaw."""
+        self.secrets: list[str] = []
+        """All that nodes drew for themselves, hex."""
+        self.said: list[str] = []
+        """What they logged."""
         self._ended = asyncio.Event()
 
     @property
@@ -284,7 +288,12 @@ class World:
 
     async def _live(self, node: SimNode) -> None:
         """What `neurons.node.main` does."""
-        entropy = np.random.default_rng(self.entropy.integers(1 << 62))
+        chance = np.random.default_rng(self.entropy.integers(1 << 62))
+
+        def entropy(count: int) -> bytes:
+            drawn = chance.bytes(count)
+            self.secrets.append(drawn.hex())
+            return drawn
 
         async def connect() -> SimChain:
             chain = SimChain(self.blocks, node.key, lag=node.lag)
@@ -295,7 +304,7 @@ class World:
         around = Surroundings(
             now=lambda: EPOCH_MS / 1000 + self.loop.time() + node.skew,
             now_ns=lambda: EPOCH_MS * 1_000_000 + int((self.loop.time() + node.skew) * 1e9),
-            entropy=entropy.bytes,
+            entropy=entropy,
             free_memory=lambda: MEMORY,
             sockets=self.network.sockets(node.host),
         )

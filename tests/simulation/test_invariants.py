@@ -41,6 +41,7 @@ class Told:
     events: list[tuple[str, float, Event]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=lambda: ["12"])
     endings: list[str] = field(default_factory=list)
     finished: bool = True
     cuts: dict[str, list[tuple[int, int, tuple[int, ...]]]] = field(default_factory=dict)
@@ -62,6 +63,8 @@ class Told:
         world = SimpleNamespace(
             faults=self.faults,
             wrong=self.wrong,
+            said=self.said,
+            secrets=["ab12"],
             nodes=nodes,
             size=Size(),
             loaded=SimpleNamespace(manifest=SimpleNamespace(round=SimpleNamespace(count=2))),
@@ -149,6 +152,7 @@ BROKEN: Mapping[str, list[Callable[[Told], None]]] = {
         said("m1", 230, TrainingClosed(1, 0, 2, 1, 0, 0, 0, 1, 1, 1.0)),
     ],
     "weights are on chain": [having(chain={}), having(chain={2: {0: 0.9, 1: 0.1}})],
+    "secrets stay secret": [having(said=["x", "drew ab12"])],
 }
 
 

@@ -54,6 +54,8 @@ class Churn:
         self._casting = casting or Casting({})
         self._telemetry = Telemetry.open(out / "events" / f"{COMMAND}.jsonl", now=now)
         self._nodes: dict[str, NodeProcess] = {}
+        self._killed: set[str] = set()
+        """Nodes that were told to end a moment ago: their processes may be there still."""
 
     @property
     def nodes(self) -> list[NodeProcess]:
@@ -74,6 +76,7 @@ class Churn:
         log = self._out / "logs" / f"{name}.log"
         cheat = self._casting.arguments.get(name, [])
         flags = [*cheat, *self._flags(name)]
+        self._killed.discard(name)
         self._nodes[name] = start_node(
             name, "adversary" if cheat else role, flags, log=log, lock=lock_path(self._out, name)
         )
@@ -98,15 +101,15 @@ class Churn:
             self.start(name, "miner")
         else:
             node.signal(SIGNALS[action])
+            self._killed |= {name} if action == "kill" else set()
         return f"{DONE[action]} {name} in round {tally.round}, as asked"
 
-    @staticmethod
-    def _fits(action: str, node: NodeProcess | None) -> bool:
+    def _fits(self, action: str, node: NodeProcess | None) -> bool:
         if action == "join":
             return node is None
         if action == "restart":
             return node is not None
-        return node is not None and not node.finished
+        return node is not None and not node.finished and node.name not in self._killed
 
     def close(self) -> None:
         self._telemetry.close()

@@ -102,3 +102,24 @@ def test_a_fault_that_finds_nobody_says_so_and_is_no_event(tmp_path: Path, start
     churn.close()
     events = [item.event for item in read_events((tmp_path / "events" / "localnet.jsonl").read_text().splitlines())]
     assert events == [Intervention("resume", "", 0, "")]
+
+
+def test_who_was_killed_a_moment_ago_is_not_frozen(
+    tmp_path: Path, started: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may be there still; as a frozen node it would be missed at the end."""
+
+    def send(node: NodeProcess, number: signal.Signals) -> None:
+        node.process.signals.append(number)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(NodeProcess, "signal", send)
+    plan = FaultPlan(parse_faults({"kill": ["miner:0@round0"], "freeze": ["miner:0@round0:1"]}), round_seconds=10.0)
+    tally = Tally(1000)
+    tally.round = 0
+    churn = Churn(tmp_path, plan, flags=lambda _name: [], now=lambda: 1.0)
+    churn.start("miner-0", "miner")
+    churn.strike(tally, now=100.0)
+    lines = churn.strike(tally, now=104.5)
+    churn.close()
+    assert started[0].signals == [signal.SIGKILL]
+    assert [line for line in lines if "there is no such node" in line] == [lines[-1]]

@@ -16,13 +16,10 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from model.engine import StageEngine, StepReport
-from neurons.archive import Archive
 from neurons.compute import ComputeThread, Job, Lane
-from neurons.keeper import Keeper
-from neurons.library import Library
-from neurons.node import Node
 from neurons.pipeline import StageWorker
 from neurons.rounds import RoundMachine, build_worker
+from subnet.swarm.merge import Merged
 from subnet.swarm.roster import Roster
 from subnet.trust.ledger import Evidence
 
@@ -143,12 +140,13 @@ def machine_at(pace: Pace) -> type[RoundMachine]:
     """The round machine of a miner that computes at this pace."""
 
     class Paced(RoundMachine):
-        def __init__(self, node: Node, stage: int, *, archive: Archive, library: Library, keeper: Keeper) -> None:
-            super().__init__(node, stage, archive=archive, library=library, keeper=keeper)
-
         def _build(self) -> StageWorker:
             engine, worker = partial(PacedEngine, pace=pace), partial(StageWorker, compute=VirtualCompute)
             return build_worker(self._node, self.stage, engine=engine, worker=worker)
+
+        def adopt(self, public: Merged, held: int) -> None:
+            pace.applied.clear()  # they were in the weights that go
+            super().adopt(public, held)
 
         async def _cut(self, roster: Roster, evidence: Evidence) -> None:
             pace.cuts.append((roster.round, self.stage, tuple(pace.applied)))

@@ -47,6 +47,7 @@ from subnet.manifest import (
     ShardSection,
     SwarmSection,
 )
+from subnet.swarm.roster import Roster
 
 log = logging.getLogger("orion.scripts.sim")
 
@@ -180,6 +181,8 @@ class SimNode:
     paces: list[Pace] = field(default_factory=list)
     """Of each life: what it computed."""
 
+    opened: Node | None = None
+    """What runs, or ran last."""
     is_cut: bool = False
 
     def cut_off(self, cut: bool) -> None:
@@ -233,15 +236,17 @@ class World:
         blocks = marks.count * marks.length + max(0, marks.merge - marks.length) + marks.linger
         return self.begin + (blocks + 40) * self.size.block_time * 1.1
 
-    @property
-    def groups(self) -> list[list[str]]:
-        """Names of each stage's first miners, and of the validators."""
-        size = self.size
-        stages = [
-            [f"miner-{stage * size.replicas + replica}" for replica in range(size.replicas)]
-            for stage in range(size.stages)
-        ]
-        return [*stages, [f"validator-{number}" for number in range(size.validators)]]
+    async def groups(self) -> list[list[str]]:
+        """Names of each stage's miners, and of the validators, once round 0 has begun."""
+        names = {node.identity.hotkey: node.name for node in self.nodes.values()}
+        validators = [node.name for node in self.nodes.values() if node.role == "validator"]
+        while (roster := self._roster()) is None:  # noqa: ASYNC110 - on a virtual clock
+            await asyncio.sleep(1.0)
+        return [*([names[hotkey] for hotkey in stage] for stage in roster.stages), validators]
+
+    def _roster(self) -> Roster | None:
+        opened = (node.opened for node in self.nodes.values())
+        return next((node.history.newest for node in opened if node is not None and node.history.newest), None)
 
     def found(self) -> None:
         """Data, hotkeys, registrations and the manifest on chain."""
@@ -318,6 +323,7 @@ class World:
                 connect=connect,
                 around=around,
             ) as opened:
+                node.opened = opened
                 try:
                     await body(opened)
                 except Exception as error:
@@ -402,13 +408,14 @@ class World:
         self.found()
         size, marks = self.size, self.loaded.manifest.round
         over = self.begin + marks.count * marks.length * size.block_time
-        drawn = draw(self._fault_draw, self.groups, begin=self.begin, end=over)
-        self.faults = drawn if faults is None else list(faults)
         making = asyncio.create_task(self.blocks.run())
         joiners = {f"miner-{size.stages * size.replicas + i}" for i in range(size.joiners)}
         for name in self.nodes:
             latest = 0.4 * over if name in joiners else 6.0
             self.loop.call_at(float(self.generator.uniform(0, latest)), self.start, name)
+        if faults is None:
+            faults = draw(self._fault_draw, await self.groups(), begin=self.loop.time(), end=over)
+        self.faults = list(faults)
         for fault in self.faults:
             self.loop.call_at(fault.at, self._strike, fault)
             self.loop.call_at(fault.ends, self._lift, fault)

@@ -10,6 +10,7 @@ import logging
 import os
 import select
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -31,8 +32,8 @@ from scripts.sim.invariants import Entry, Story, violations
 from scripts.sim.world import Size, World, logs
 from subnet.identity import SCHEME
 
-WALL_SECONDS: Final = 600.0
-"""Of real time, after which a simulation is taken to hang."""
+WALL_SECONDS = 600
+"""Of real time, after which a simulation is taken to hang, and killed."""
 MEMORY_FOLDER: Final = Path("/dev/shm")  # noqa: S108 - a file system in memory, where there is one
 
 
@@ -78,42 +79,44 @@ class _Watch(logging.Handler):
 
 
 def play(
-    seed: int, size: Size, *, faults: Sequence[Fault] | None = None, trace: Path | None = None, log: Path | None = None
+    seed: int,
+    size: Size,
+    folder: Path,
+    *,
+    faults: Sequence[Fault] | None = None,
+    trace: Path | None = None,
+    log: Path | None = None,
 ) -> Outcome:
-    """Run one swarm from its first process to its last. Ends this process's usefulness for others: what killed lives
-    leave behind stays until it ends."""
+    """Run one swarm, with its disks in `folder`, from its first process to its last. Ends this process's usefulness for
+    others: what killed lives leave behind stays until it ends."""
     SCHEME.set(bittensor_core.CRYPTO_ED25519)
     torch.set_num_threads(1)
     began = time.process_time()
-    folder = Path(tempfile.mkdtemp(prefix="orion-sim-", dir=MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else None))
     stream = None if log is None else log.open("w", encoding="utf-8", buffering=1)
     loop = SimLoop(np.random.default_rng((seed, 1)))
     asyncio.set_event_loop(loop)
     gc.disable()  # killed coroutines must not run their last lines
-    try:
-        world = World(loop, seed, size, folder)
-        watch = _Watch(loop, world, stream)
-        root = logging.getLogger()
-        root.handlers = [watch]
-        root.setLevel(logging.INFO)  # as nodes have it
-        loop.set_exception_handler(lambda _loop, context: _unheard(watch, context))
-        loop.run_until_complete(world.run(faults))
-        story = Story.of(world, _events(folder))
-        lines = list(_trace(story))
-        world.said += lines
-        if trace is not None:
-            trace.write_text("".join(line + "\n" for line in lines))
-        return Outcome(
-            seed=seed,
-            faults=[fault.row() for fault in world.faults],
-            wrong=violations(story),
-            virtual_seconds=loop.time(),
-            cpu_seconds=time.process_time() - began,
-            digest=hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
-            counts=_counts(story),
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    world = World(loop, seed, size, folder)
+    watch = _Watch(loop, world, stream)
+    root = logging.getLogger()
+    root.handlers = [watch]
+    root.setLevel(logging.INFO)  # as nodes have it
+    loop.set_exception_handler(lambda _loop, context: _unheard(watch, context))
+    loop.run_until_complete(world.run(faults))
+    story = Story.of(world, _events(folder))
+    lines = list(_trace(story))
+    world.said += lines
+    if trace is not None:
+        trace.write_text("".join(line + "\n" for line in lines))
+    return Outcome(
+        seed=seed,
+        faults=[fault.row() for fault in world.faults],
+        wrong=violations(story),
+        virtual_seconds=loop.time(),
+        cpu_seconds=time.process_time() - began,
+        digest=hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
+        counts=_counts(story),
+    )
 
 
 def _unheard(watch: _Watch, context: dict[str, object]) -> None:
@@ -168,16 +171,18 @@ def in_child(
 ) -> Running:
     """Begin a simulation in a process of its own, which has all modules already."""
     prepare()
+    folder = Path(tempfile.mkdtemp(prefix="orion-sim-", dir=MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else None))
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child:
         os.close(writer)
-        return Running(seed, child, reader, time.monotonic())
+        return Running(seed, child, reader, folder)
     os.close(reader)
+    signal.alarm(WALL_SECONDS)
     try:
-        outcome = play(seed, size, faults=faults, trace=trace, log=log)
+        outcome = play(seed, size, folder, faults=faults, trace=trace, log=log)
     except BaseException:  # noqa: BLE001 - the process ends here, and its parent says so
         outcome = _broken(seed, traceback.format_exc())
     with os.fdopen(writer, "w") as stream:
@@ -196,23 +201,37 @@ class Running:
     seed: int
     child: int
     reader: int
-    since: float
+    folder: Path
+
+    def stop(self) -> None:
+        """End it, whatever it has come to."""
+        os.kill(self.child, signal.SIGKILL)
+        self.outcome()
 
     def outcome(self) -> Outcome:
         """Wait for it."""
         with os.fdopen(self.reader) as stream:
             text = stream.read()
         os.waitpid(self.child, 0)
-        return Outcome(**json.loads(text)) if text else _broken(self.seed, "its process was killed")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return (
+            Outcome(**json.loads(text))
+            if text
+            else _broken(self.seed, f"its process was killed, or took longer than {WALL_SECONDS} s")
+        )
 
 
 def many(seeds: Sequence[int], size: Size, *, jobs: int) -> Iterator[Outcome]:
     """Outcomes as they come, `jobs` at a time."""
     waiting, running = list(seeds), dict[int, Running]()
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            begun = in_child(waiting.pop(0), size)
-            running[begun.reader] = begun
-        ready, _, _ = select.select(list(running), [], [])
-        for reader in ready:
-            yield running.pop(reader).outcome()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                begun = in_child(waiting.pop(0), size)
+                running[begun.reader] = begun
+            ready, _, _ = select.select(list(running), [], [])
+            for reader in ready:
+                yield running.pop(reader).outcome()
+    finally:
+        for begun in running.values():
+            begun.stop()

@@ -48,6 +48,12 @@ def test_a_schedule_that_failed_once_holds(path: Path) -> None:
     assert played("--seed", path.stem, "--faults", str(path))["wrong"] == {}
 
 
+def test_a_simulation_that_hangs_is_ended_and_said() -> None:
+    code = "import scripts.sim.play as p; p.WALL_SECONDS = 1; print(p.in_child(3, p.Size()).outcome().wrong)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "took longer than 1 s" in done.stdout
+
+
 def test_what_cannot_be_played_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("{}")
     for flags, words, status in (

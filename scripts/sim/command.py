@@ -18,6 +18,8 @@ from scripts.sim.world import Size
 from subnet.commandline import UsageError, status_of
 
 HASHES: Final = "PYTHONHASHSEED"
+STOPPED: Final = 130
+"""Exit status of what Ctrl-C has ended."""
 SHOWN: Final = 3
 """Lines of each check that did not hold."""
 
@@ -83,16 +85,17 @@ def simulate_faults(options: SimOptions, *, as_json: bool) -> int:
         print(f"orion sim: {error}", file=sys.stderr)
         return status_of(error)
     began = time.monotonic()
-    if len(seeds) > 1 and given is None:
-        played = many(seeds, options.size(), jobs=options.jobs)
-    else:
-        begun = [in_child(seed, options.size(), faults=given, trace=options.trace, log=options.log) for seed in seeds]
-        played = (child.outcome() for child in begun)
+    played = many(seeds, options.size(), jobs=options.jobs, faults=given, trace=options.trace, log=options.log)
     outcomes = []
-    for outcome in played:
-        outcomes.append(outcome)
-        if not as_json:
-            print(_line(outcome), flush=True)
+    try:
+        for outcome in played:
+            outcomes.append(outcome)
+            if not as_json:
+                print(_line(outcome), flush=True)
+    except KeyboardInterrupt:
+        played.close()
+        print(f"orion sim: stopped after {len(outcomes)} of {len(seeds)} seeds", file=sys.stderr)
+        return STOPPED
     if as_json:
         print(json.dumps([asdict(outcome) for outcome in outcomes]))
     else:

@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final, TextIO
@@ -221,13 +221,21 @@ class Running:
         )
 
 
-def many(seeds: Sequence[int], size: Size, *, jobs: int) -> Iterator[Outcome]:
+def many(
+    seeds: Sequence[int],
+    size: Size,
+    *,
+    jobs: int,
+    faults: Sequence[Fault] | None = None,
+    trace: Path | None = None,
+    log: Path | None = None,
+) -> Generator[Outcome, None, None]:
     """Outcomes as they come, `jobs` at a time."""
     waiting, running = list(seeds), dict[int, Running]()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                begun = in_child(waiting.pop(0), size)
+                begun = in_child(waiting.pop(0), size, faults=faults, trace=trace, log=log)
                 running[begun.reader] = begun
             ready, _, _ = select.select(list(running), [], [])
             for reader in ready:

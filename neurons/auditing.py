@@ -137,7 +137,7 @@ class Auditor:
         while asked:
             await asyncio.gather(*(self.guarded(dossier, self._miner(facts, dossier)) for dossier in asked))
             asked = [dossier for dossier in asked if dossier.absent]
-            if closing is None or closing.done():
+            if not asked or closing is None or closing.done():
                 break
             await asyncio.wait([closing], timeout=AGAIN)
         self._miss(facts, dossiers.values(), asked)

@@ -205,14 +205,13 @@ class World:
         self.size = size
         self.folder = folder
         draws = iter(np.random.SeedSequence(seed).spawn(6))
-        chance = partial(np.random.default_rng)
+        chance = np.random.default_rng
         self.blocks = Blocks(chance(next(draws)), seed, NETUID, TEMPO, size.block_time)
         self.network = Network(loop, chance(next(draws)))
         self.generator = chance(next(draws))
         self._fault_draw = chance(next(draws))
         self.entropy = chance(next(draws))
         self.nodes: dict[str, SimNode] = {}
-        self.activation = 0
         self.loaded: LoadedManifest
         self.faults: list[Fault] = []
         self._active: list[Fault] = []
@@ -258,10 +257,10 @@ class World:
             self._add(f"{role}-{i}", role, number)
         stakes = {node.identity.hotkey: STAKE if node.role == "validator" else 0.0 for node in self.nodes.values()}
         self.blocks.found(stakes)
-        self.activation = self.blocks.chain.head.number
+        activation = self.blocks.chain.head.number
         path = self.folder / "manifest.toml"
-        self.loaded = manifest(size, entry, activation_block=self.activation).write(path)
-        self.blocks.announce(Announcement(self.activation, self.loaded.digest).encode())
+        self.loaded = manifest(size, entry, activation_block=activation).write(path)
+        self.blocks.announce(Announcement(activation, self.loaded.digest).encode())
 
     def _add(self, name: str, role: str, number: int) -> None:
         size, chance = self.size, self.generator

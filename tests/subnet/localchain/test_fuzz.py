@@ -15,6 +15,7 @@ from websockets.asyncio.client import connect
 
 from subnet.localchain import ChainConfig, LocalChain
 from subnet.localchain.errors import RpcError
+from subnet.localchain.extrinsic import make
 from subnet.localchain.genesis import address
 from subnet.localchain.pallets import TABLE
 from tests.subnet.localchain.test_localchain_blocks import BOB, BOB_HOTKEY, TX, Bench
@@ -132,14 +133,8 @@ class Fuzzed:
         key = bittensor_core.Keypair.create_from_uri(
             self.chance.choice((BOB, BOB_HOTKEY, "//Alice", "//Alice//hotkey"))
         )
-        nonce = chain.next_nonce(key.ss58_address)
-        signed = {"era": "00", "nonce": nonce, "tip": 0, "tip_asset_id": None}
-        first = chain.hash_of(0)
-        payload = chain.codec._rt.signature_payload(call, genesis_hash=first, era_block_hash=first, **signed)
-        data, _ = chain.codec._rt.encode_signed_extrinsic(
-            call, public_key=bytes(key.public_key), signature=key.sign(payload), signature_version=1, **signed
-        )
-        return bytes(data)
+        nonce, first = chain.next_nonce(key.ss58_address), chain.hash_of(0) or b""
+        return make(chain.codec, call, key, period=0, nonce=nonce, current=(0, first), genesis=first)
 
     def run(self, step: Callable[[], None], seconds: float) -> None:
         end = time.perf_counter() + seconds

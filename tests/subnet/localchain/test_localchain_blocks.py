@@ -12,6 +12,7 @@ from subnet.localchain.block import Block
 from subnet.localchain.blocks import Chain
 from subnet.localchain.codec import blake2_256
 from subnet.localchain.errors import RpcError
+from subnet.localchain.extrinsic import make
 from subnet.localchain.genesis import DEVELOPMENT_TAO, RAO_PER_TAO, ChainConfig, address, keypair
 from subnet.localchain.metadata import compact
 from subnet.localchain.pallets import balances
@@ -41,23 +42,11 @@ class Bench:
         scheme: int = bittensor_core.CRYPTO_SR25519,
     ) -> bytes:
         """A signed extrinsic, as a client would make it on the newest block."""
-        codec, key = self.chain.codec._rt, bittensor_core.Keypair.create_from_uri(uri, scheme)
-        call = codec.compose_call(module, function, dict(args))
-        head = self.chain.head
-        era = {"period": period, "current": head.number} if period else "00"
-        first = self.chain.hash_of(0) if period is None else head.hash
-        nonce = self.chain.next_nonce(key.ss58_address) if nonce is None else nonce
-        signed = {"era": era, "nonce": nonce, "tip": 0, "tip_asset_id": None}
-        genesis = genesis or self.chain.hash_of(0)
-        payload = codec.signature_payload(call, genesis_hash=genesis, era_block_hash=first, **signed)
-        data, _ = codec.encode_signed_extrinsic(
-            call,
-            public_key=bytes(key.public_key),
-            signature=key.sign(payload),
-            signature_version=scheme,
-            **signed,
-        )
-        return bytes(data)
+        chain, key = self.chain, bittensor_core.Keypair.create_from_uri(uri, scheme)
+        call = chain.codec.encode_call(module, function, args)
+        nonce = chain.next_nonce(key.ss58_address) if nonce is None else nonce
+        current, genesis = (chain.head.number, chain.head.hash), genesis or chain.hash_of(0) or b""
+        return make(chain.codec, call, key, period=period or 0, nonce=nonce, current=current, genesis=genesis)
 
     def block(self, *extrinsics: bytes) -> Block:
         for raw in extrinsics:

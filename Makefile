@@ -4,6 +4,7 @@
 #   make test-swarm        tests of whole swarms, of many processes each
 #   make test-long         the tests that take minutes
 #   make sim               25 seeds of whole swarms on a virtual clock with faults
+#   make explore           every property and state machine on new examples
 #   make planted           planted bugs, and whether their tests see them
 #   make fuzz              a minute of fuzzing over all that takes bytes from strangers
 #   make newcomer          a newcomer's first evening, every command as README and docs have it
@@ -15,7 +16,7 @@ PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: install localnet test test-swarm test-long lint sim planted fuzz newcomer pages wheel bench bench-quick clean
+.PHONY: install localnet test test-swarm test-long lint sim explore planted fuzz newcomer pages wheel bench bench-quick clean
 
 install: $(READY)
 
@@ -53,6 +54,9 @@ lint: $(READY)
 
 sim: $(READY)
 	@$(VENV)/bin/orion sim --seeds 0-24 --jobs 2 $(ARGS)
+
+explore: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m "hypothesis and not long" --hypothesis-profile explore $(ARGS)
 
 planted: $(READY)
 	@$(VENV)/bin/python -m tests.planted $(ARGS)

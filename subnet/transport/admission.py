@@ -66,7 +66,7 @@ class ReplayCache:
             ReplayedRequest: seen before.
         """
         if now_ns >= self._turn:
-            self._floor = max((nonce + 1 for _, nonce in self._old), default=self._floor)
+            self._floor = max(self._floor, max((nonce + 1 for _, nonce in self._old), default=0))
             self._old, self._young = self._young, set()
             self._turn = now_ns + self._window
         if nonce_ns < self._floor:

@@ -199,6 +199,16 @@ def test_no_clock_lets_a_nonce_in_twice() -> None:
     assert len(cache._young) + len(cache._old) <= 60
 
 
+def test_what_was_forgotten_stays_refused_when_later_generations_are_older() -> None:
+    """A clock that steps back fills a generation with smaller nonces than the one before it had."""
+    cache = ReplayCache(window_ns=12, now_ns=100)
+    cache.accept("a", 112, now_ns=100)
+    for now, nonce in [(112, 111), (124, 124), (136, 136)]:
+        cache.accept("a", nonce, now_ns=now)
+    with pytest.raises(StaleRequest):
+        cache.accept("a", 112, now_ns=136)
+
+
 def test_a_restart_does_not_let_a_recorded_request_in() -> None:
     clock = Clock()
     recorded = request(clock.ns)

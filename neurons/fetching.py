@@ -40,7 +40,16 @@ from subnet.messages import (
 from subnet.swarm.content import LEAF_BYTES as HASH_BYTES
 from subnet.swarm.record import Record, bind_roots
 from subnet.transport.dendrite import Dendrite
-from subnet.transport.errors import Busy, OverQuota, Refused, Silent, TransportError, Unavailable, Unreachable
+from subnet.transport.errors import (
+    Busy,
+    OverQuota,
+    Refused,
+    ReplayedRequest,
+    Silent,
+    TransportError,
+    Unavailable,
+    Unreachable,
+)
 from subnet.transport.synapse import HEADER_LIMIT, S, Specs, Synapse, tensor_bytes, wire_bytes
 from subnet.trust import delta
 from subnet.trust.audit import UnitTensors
@@ -58,7 +67,7 @@ from subnet.trust.ledger import (
     digest,
 )
 from subnet.trust.quota import RETRIES, Sizes, joiners_part, least_rate, validators_part
-from subnet.trust.tree import PIECE_BYTES, PIECE_VALUES, PROOF_LIMIT, pieces_in, pieces_of, proven
+from subnet.trust.tree import PIECE_BYTES, PIECE_VALUES, longest_proof, pieces_in, pieces_of, proven
 
 log = logging.getLogger("orion.neurons.fetching")
 
@@ -68,7 +77,9 @@ CALL_DEADLINE = 10.0
 """Seconds for one call, besides the transfer. A call that gets no answer is tried again within `PATIENCE`."""
 PAUSE = 0.2
 LONGEST_PAUSE = 5.0
-TRY_AGAIN = (Busy, Unavailable, Unreachable)
+TRY_AGAIN = (Busy, Unavailable, Unreachable, ReplayedRequest)
+ABSENT = (Unreachable, ReplayedRequest)
+"""What tells nothing of the miner: the last says that somebody on the way was there first with the same request."""
 
 
 class Withheld(Exception):  # noqa: N818 - what happened, as the transport's errors say it
@@ -226,7 +237,8 @@ class Source:
             pieces=[index for _, index in wanted],
         )
         sizes = [state.size(index) for state, index in wanted]
-        limit = sum(sizes) + len(wanted) * PROOF_LIMIT * HASH_BYTES
+        proofs = sum(longest_proof(pieces_of(4 * state.values)) for state, _ in wanted)
+        limit = sum(sizes) + proofs * HASH_BYTES
         fields, tensors = await self._call(message, StatePieces, lambda reply: reply.specs(), limit)
         if fields.sizes != sizes or len(fields.hashes) != len(wanted):
             raise Withheld(f"pieces of window {version} have other sizes than they must")
@@ -290,9 +302,9 @@ class Source:
                 asked = error.retry_after if isinstance(error, Refused) else None
                 pause = min(LONGEST_PAUSE, asked or PAUSE * 2.0**turn)
                 self._left -= loop.time() - start + pause
-                self._asked += limit if isinstance(error, Unreachable) else 0
+                self._asked += limit if isinstance(error, ABSENT) else 0
                 if self._left <= 0:
-                    kind = Absent if isinstance(error, Unreachable) else Withheld
+                    kind = Absent if isinstance(error, ABSENT) else Withheld
                     raise kind(f"{message.route}: {error}") from error
                 turn += 1
                 await asyncio.sleep(pause)

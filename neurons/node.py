@@ -80,10 +80,15 @@ class Neighbourhood:
     validators: frozenset[str] = frozenset()
     registered: frozenset[str] = frozenset()
 
+    left: frozenset[str] = frozenset()
+    """Who was in the roster before: its merge, and the audit of its work, are not over."""
+
     _block: int = -1
     """Of the newest state seen."""
 
     def update(self, roster: Roster, state: ChainState) -> None:
+        if self.roster is not None and self.roster.round < roster.round:
+            self.left = self.roster.members
         self.roster = roster
         self.relocate(state)
 
@@ -101,15 +106,15 @@ class Neighbourhood:
         self.registered = frozenset(neuron.hotkey for neuron in state.neurons)
 
     def allow(self, hotkey: str, route: str) -> None:
-        """Pushes come from who counts; the rest is fetched by whoever is in the roster and by permitted validators; the
-        roster itself, a call back and a measurement, by anyone registered."""
+        """Pushes come from who counts; the rest is fetched by whoever is in the roster or was in the last, and by
+        permitted validators; the roster itself, a call back and a measurement, by anyone registered."""
         opens = route in OPEN_ROUTES and hotkey in self.registered
         if self.roster is None:
             if opens:
                 return
             raise Busy("the first roster is not known here yet", "push again after the pause", retry_after=0.2)
-        fetches = route not in PUSH_ROUTES and (hotkey in self.validators or self.roster.state_of(hotkey) is not None)
-        if hotkey in self.roster.members or fetches or opens:
+        reads = hotkey in self.validators or hotkey in self.left or self.roster.state_of(hotkey) is not None
+        if hotkey in self.roster.members or (reads and route not in PUSH_ROUTES) or opens:
             return
         raise UnknownHotkey(
             f"{hotkey[:60]} may not use {route} in round {self.roster.round}",

@@ -32,7 +32,7 @@ class Kind(StrEnum):
     SKEW = "skew"
     """Its clock is `amount` seconds ahead."""
     LEAVE = "leave"
-    """It is told to leave."""
+    """It is told to leave, and started again later."""
     ISOLATE = "isolate"
     """Nobody reaches it and it reaches nobody; the chain it does."""
     MUTE = "mute"
@@ -47,6 +47,8 @@ class Kind(StrEnum):
     """Its line has `amount` of its bandwidth."""
     FAR = "far"
     """Its line has `amount` seconds more of latency."""
+    REPEAT = "repeat"
+    """Somebody on its way sends a share `amount` of the requests to it again, some of them before the first comes."""
     CUT_OFF = "cut-off"
     """Its chain endpoint says nothing."""
     STALL = "stall"
@@ -61,11 +63,12 @@ DOWN: Final = frozenset({Kind.KILL, Kind.WIPE, Kind.DARK})
 """After which a process is started again."""
 PARTITIONS: Final = frozenset({Kind.ISOLATE, Kind.MUTE, Kind.DEAF, Kind.SPLIT})
 """In which both sides may go on with the same work."""
-SOFT: Final = (Kind.SLOW, Kind.SKEW, Kind.LOSSY, Kind.NARROW, Kind.FAR)
+SOFT: Final = (Kind.SLOW, Kind.SKEW, Kind.LOSSY, Kind.NARROW, Kind.FAR, Kind.REPEAT)
 GLOBAL: Final = (Kind.STALL, Kind.LATE)
 HARD_SECONDS: Final = (2.0, 150.0)
 SOFT_SECONDS: Final = (20.0, 300.0)
 STALL_SECONDS: Final = (10.0, 60.0)
+LEAVE_SECONDS: Final = (60.0, 600.0)
 QUIET_FROM: Final = 0.65
 """Share of a run after which nothing more goes wrong."""
 
@@ -104,19 +107,30 @@ class Fault:
         return f"{self.at:7.1f} s  {self.kind.value:<8} {whom}{amount} for {self.seconds:.1f} s"
 
 
-def draw(generator: np.random.Generator, groups: Sequence[Sequence[str]], *, begin: float, end: float) -> list[Fault]:
-    """The faults of one run between two moments, in order. `groups` are the nodes of each stage, and the validators."""
+def draw(
+    generator: np.random.Generator,
+    groups: Sequence[Sequence[str]],
+    newcomers: Sequence[str] = (),
+    *,
+    begin: float,
+    end: float,
+) -> list[Fault]:
+    """The faults of one run between two moments, in order. `groups` are the nodes of each stage, and the validators;
+    on `newcomers` nothing depends."""
     faults: list[Fault] = []
     last = begin + QUIET_FROM * (end - begin)
     rate = generator.uniform(0.2, 2.0)  # some runs are calm, others are not
+    targets = [*groups, newcomers] if newcomers else groups
     for _ in range(int(generator.poisson(rate * (last - begin) / 60))):
-        found = _one(generator, groups, begin=begin, last=last)
+        found = _one(generator, targets, validators=len(groups) - 1, begin=begin, last=last)
         if _survivable(faults, found, groups):
             faults.append(found)
     return sorted(faults, key=lambda fault: (fault.at, fault.kind.value, fault.nodes))
 
 
-def _one(generator: np.random.Generator, groups: Sequence[Sequence[str]], *, begin: float, last: float) -> Fault:
+def _one(
+    generator: np.random.Generator, groups: Sequence[Sequence[str]], *, validators: int, begin: float, last: float
+) -> Fault:
     at = round(float(generator.uniform(begin, last)), 3)
     pick = float(generator.random())
 
@@ -125,8 +139,11 @@ def _one(generator: np.random.Generator, groups: Sequence[Sequence[str]], *, beg
         seconds = least * math.exp(math.log(most / least) * float(generator.random()))
         return round(min(seconds, last - at), 3)
 
-    group = groups[int(generator.integers(len(groups)))]
+    number = int(generator.integers(len(groups)))
+    group = groups[number]
     node = group[int(generator.integers(len(group)))]
+    if pick < 0.05 and number != validators:
+        return Fault(Kind.LEAVE, at, lasting(LEAVE_SECONDS), (node,))
     if pick < 0.55:
         return Fault(HARD[int(generator.integers(len(HARD)))], at, lasting(HARD_SECONDS), (node,))
     if pick < 0.85:
@@ -146,24 +163,29 @@ def _amount(generator: np.random.Generator, kind: Kind) -> float:
         Kind.LOSSY: (0.02, 0.3),
         Kind.NARROW: (0.002, 0.2),
         Kind.FAR: (0.05, 1.0),
+        Kind.REPEAT: (0.1, 1.0),
     }
     return float(generator.uniform(*ranges[kind]))
 
 
 MERGE_SECONDS: Final = 180.0
 """How long a replica may take after a fault until it counts again."""
+AWAY: Final = frozenset({*HARD, Kind.SPLIT, Kind.LEAVE})
+
+
+def _back(fault: Fault) -> float:
+    """From when on its nodes count again. Who left comes back as somebody new, to whichever stage."""
+    return math.inf if fault.kind is Kind.LEAVE else fault.ends + MERGE_SECONDS
 
 
 def _survivable(faults: Sequence[Fault], found: Fault, groups: Sequence[Sequence[str]]) -> bool:
     """Whether every group keeps a node to which nothing of the kind happens about that time; of validators, most."""
-    if found.kind not in (*HARD, Kind.SPLIT):
+    if found.kind not in AWAY:
         return True
     away = {
         name
         for fault in (*faults, found)
-        if fault.kind in (*HARD, Kind.SPLIT)
-        and fault.at - MERGE_SECONDS < found.ends
-        and found.at < fault.ends + MERGE_SECONDS
+        if fault.kind in AWAY and fault.at < _back(found) and found.at < _back(fault)
         for name in fault.nodes
     }
     *stages, validators = groups

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
+from http import HTTPStatus
 from typing import Generic, TypeVar, cast
 
 from neurons.telemetry import (
@@ -32,14 +33,20 @@ from neurons.telemetry import (
     WeightsSet,
 )
 from scripts.sim.chain import EPOCH_MS
-from scripts.sim.faults import DOWN, MERGE_SECONDS, PARTITIONS
+from scripts.sim.faults import DOWN, MERGE_SECONDS, PARTITIONS, Kind
 from scripts.sim.world import RESTARTS, SimNode, World
+from subnet.trust.finding import Check, Grade
 from subnet.trust.settlement import Unpaid
 
 SLACK = 20.0
 """Seconds by which a fault may be felt after its end."""
+HARMLESS = frozenset({Kind.LEAVE, Kind.REPEAT, Kind.SKEW, Kind.SLOW})
+"""Faults of a node in which everything that it is asked for can be had."""
+ENOUGH = 60
+"""Windows whose weights were looked at: some of any kind of check should be among them."""
+ALWAYS = (Check.FORWARD, Check.BACKWARD, Check.LOSS, Check.STEP, Check.GRADIENT)
 SAME_MACHINE = 1e-4
-"""What a check of honest work may be off by where all compute alike."""
+"""What a measurement of honest work may be off by where all compute alike."""
 
 
 E = TypeVar("E", bound=Event)
@@ -85,7 +92,8 @@ class Story:
     def ailing(self, name: str, begin: float, end: float) -> bool:
         """Whether something was wrong with a node's way to others, or with itself, between two moments."""
         return any(
-            name in fault.nodes and fault.at - SLACK < end and begin < fault.ends + SLACK for fault in self.world.faults
+            name in fault.nodes and fault.kind not in HARMLESS and fault.at - SLACK < end and begin < fault.ends + SLACK
+            for fault in self.world.faults
         )
 
     def died(self, entry: Entry[MicrobatchDone]) -> bool:
@@ -104,6 +112,18 @@ class Story:
             for fault in self.world.faults
         )
 
+    def narrow(self, number: int) -> bool:
+        """Whether a stage had fewer than half as many replicas as there were heads: these start more at a round's
+        beginning than such a stage can do until its end, where a round is as short as here."""
+        return any(2 * min(sizes) < sizes[0] for sizes in self._sizes[number])
+
+    @cached_property
+    def _sizes(self) -> dict[int, list[list[int]]]:
+        found: dict[int, list[list[int]]] = defaultdict(list)
+        for entry in self.of_kind(RoundStarted):
+            found[entry.event.round].append(entry.event.replicas)
+        return found
+
     @cached_property
     def begins(self) -> dict[int, float]:
         """When each round began, as whoever saw it first says."""
@@ -113,7 +133,7 @@ class Story:
         return found
 
 
-Check = Callable[[Story], Iterator[str]]
+Invariant = Callable[[Story], Iterator[str]]
 
 
 def nothing_unforeseen(story: Story) -> Iterator[str]:
@@ -173,6 +193,13 @@ def nothing_counts_twice(story: Story) -> Iterator[str]:
             yield f"stage {stage}, sample {unit}: {', '.join(f'{name} in round {number}' for name, number in found)}"
 
 
+def requests_are_taken_once(story: Story) -> Iterator[str]:
+    """Of a request and its copies, whoever sends them and in whichever order, one at most is answered."""
+    for request in story.world.repeater.repeated:
+        if request.statuses.count(HTTPStatus.OK) > 1:
+            yield f"nonce {request.nonce} was answered with {request.statuses}"
+
+
 def replicas_agree(story: Story) -> Iterator[str]:
     """After a merge all replicas of a stage hold the same bits."""
     digests: dict[tuple[int, int], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -211,7 +238,7 @@ def nothing_goes_back(story: Story) -> Iterator[str]:
 
 
 def honest_stay_unconvicted(story: Story) -> Iterator[str]:
-    """Nobody here cheats, so no check of work fails and nobody is convicted, but by silence who could not be reached.
+    """No check of honest work fails and nobody honest is convicted, but by silence who could not be reached.
 
     Who shows nothing of a picked window cannot be told from who has something to hide; but the fault must be its own.
     """
@@ -222,16 +249,27 @@ def honest_stay_unconvicted(story: Story) -> Iterator[str]:
     for entry in story.of_kind(Convicted):
         convicted = entry.event
         name = story.names[convicted.hotkey]
+        if name in story.world.cheats:
+            continue
         since = story.begins.get(convicted.round, 0.0)
         silent = convicted.reason.startswith("withheld") and story.ailing(name, since, entry.time)
         if not silent:
             yield f"{entry.node} at {entry.time:.1f} s convicts {name} for round {convicted.round}: {convicted.reason}"
     for looked in story.of_kind(Checked):
         checked = looked.event
-        if not checked.passed and checked.grade != "withheld":
+        if story.names[checked.hotkey] in story.world.cheats:
+            continue
+        if not checked.passed and checked.grade != Grade.WITHHELD:
             yield f"{looked.node}: {checked}"
-        elif checked.passed and checked.error > SAME_MACHINE:
+        elif checked.passed and checked.grade == Grade.MEASUREMENT and checked.error > SAME_MACHINE:
             yield f"{looked.node}: error {checked.error:g} of {checked.hotkey[:8]} in {checked.check}"
+
+
+def every_check_is_made(story: Story) -> Iterator[str]:
+    """Of all that audits can look at something is looked at, where there are windows enough."""
+    made = Counter(entry.event.check for entry in story.of_kind(Checked))
+    if made[Check.WEIGHTS] >= ENOUGH:
+        yield from (f"none of {made.total()} checks is of kind {kind}" for kind in ALWAYS if not made[kind])
 
 
 def pay_is_for_work(story: Story) -> Iterator[str]:
@@ -254,7 +292,12 @@ def work_is_paid(story: Story) -> Iterator[str]:
     """Where nothing went wrong, every unit that a miner claims pays, but for what a full replica sent elsewhere."""
     for entry in story.of_kind(MinerScored):
         scored = entry.event
-        if story.begins.get(scored.round, 0.0) < story.faults_end + MERGE_SECONDS:
+        cheats = story.names[scored.hotkey] in story.world.cheats
+        if (
+            cheats
+            or story.narrow(scored.round)
+            or story.begins.get(scored.round, 0.0) < story.faults_end + MERGE_SECONDS
+        ):
             continue
         if scored.units + scored.unpaid.get(Unpaid.OFF_PLAN.value, 0) != scored.claimed:
             yield f"{entry.node}, round {scored.round}: {story.names[scored.hotkey]} claimed {scored.claimed}: {scored}"
@@ -291,7 +334,7 @@ def work_goes_on(story: Story) -> Iterator[str]:
             continue
         if not done[number]:
             yield f"round {number}, {began - story.faults_end:.0f} s after the last fault: nothing came back"
-        elif lost[number]:
+        elif lost[number] and not story.narrow(number):
             yield f"round {number}, {began - story.faults_end:.0f} s after the last fault: {lost[number]} lost"
 
 
@@ -321,16 +364,18 @@ def secrets_stay_secret(story: Story) -> Iterator[str]:
     yield from (f"{secret[:8]}… was told" for secret in story.world.secrets if secret in said)
 
 
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[Invariant, ...] = (
     nothing_unforeseen,
     everybody_finishes,
     microbatches_are_accounted_for,
     nothing_is_done_twice,
     nothing_counts_twice,
+    requests_are_taken_once,
     replicas_agree,
     validators_agree,
     nothing_goes_back,
     honest_stay_unconvicted,
+    every_check_is_made,
     pay_is_for_work,
     work_is_paid,
     validators_pay_alike,

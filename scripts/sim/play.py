@@ -16,20 +16,21 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, TextIO
 
 import bittensor_core
 import numpy as np
 import torch
 
-from neurons.telemetry import Event, MicrobatchDone, MicrobatchStarted, Stamped, read_events
+from neurons.telemetry import Convicted, Event, MicrobatchDone, MicrobatchStarted, Stamped, read_events
 from scripts.sim.clock import LIFE, SimLoop
 from scripts.sim.faults import Fault
 from scripts.sim.invariants import Entry, Story, violations
-from scripts.sim.world import Size, World, logs
+from scripts.sim.world import Program, Size, World, logs
 from subnet.identity import SCHEME
 
 WALL_SECONDS = 600
@@ -50,6 +51,8 @@ class Outcome:
     digest: str
     """Of the trace: equal for equal runs."""
     counts: dict[str, int] = field(default_factory=dict)
+    convicted: dict[str, str] = field(default_factory=dict)
+    """Cheats, and what each was first convicted of."""
 
     @property
     def holds(self) -> bool:
@@ -84,6 +87,7 @@ def play(
     folder: Path,
     *,
     faults: Sequence[Fault] | None = None,
+    cheats: Mapping[str, Program] = MappingProxyType({}),
     trace: Path | None = None,
     log: Path | None = None,
 ) -> Outcome:
@@ -96,7 +100,7 @@ def play(
     loop = SimLoop(np.random.default_rng((seed, 1)))
     asyncio.set_event_loop(loop)
     gc.disable()  # killed coroutines must not run their last lines
-    world = World(loop, seed, size, folder)
+    world = World(loop, seed, size, folder, cheats)
     watch = _Watch(loop, world, stream)
     root = logging.getLogger()
     root.handlers = [watch]
@@ -116,6 +120,7 @@ def play(
         cpu_seconds=time.process_time() - began,
         digest=hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
         counts=_counts(story),
+        convicted=_convicted(story),
     )
 
 
@@ -154,8 +159,18 @@ def _counts(story: Story) -> dict[str, int]:
         "events": len(story.entries),
         "blocks": story.world.blocks.finalized,
         "calls": story.world.loop.calls,
+        "repeated": story.world.repeater.copies,
         **asdict(network),
     }
+
+
+def _convicted(story: Story) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in story.of_kind(Convicted):
+        name = story.names[entry.event.hotkey]
+        if name in story.world.cheats:
+            found.setdefault(name, entry.event.reason)
+    return found
 
 
 # -- many -------------------------------------------------------------------------------------------------------------
@@ -167,7 +182,13 @@ def prepare() -> None:
 
 
 def in_child(
-    seed: int, size: Size, *, faults: Sequence[Fault] | None = None, trace: Path | None = None, log: Path | None = None
+    seed: int,
+    size: Size,
+    *,
+    faults: Sequence[Fault] | None = None,
+    cheats: Mapping[str, Program] = MappingProxyType({}),
+    trace: Path | None = None,
+    log: Path | None = None,
 ) -> Running:
     """Begin a simulation in a process of its own, which has all modules already."""
     prepare()
@@ -182,7 +203,7 @@ def in_child(
     os.close(reader)
     signal.alarm(WALL_SECONDS)
     try:
-        outcome = play(seed, size, folder, faults=faults, trace=trace, log=log)
+        outcome = play(seed, size, folder, faults=faults, cheats=cheats, trace=trace, log=log)
     except BaseException:  # noqa: BLE001 - the process ends here, and its parent says so
         outcome = _broken(seed, traceback.format_exc())
     with os.fdopen(writer, "w") as stream:

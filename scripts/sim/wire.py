@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 import numpy as np
 
@@ -79,6 +79,13 @@ class Counts:
     """Chunks that a partition stopped for a while."""
 
 
+class Tap(Protocol):
+    """Somebody on the way between all hosts."""
+
+    def passes(self, sender: SimSocket, piece: memoryview) -> float:
+        """Look at what is being sent; seconds for which it is held back."""
+
+
 @dataclass(eq=False)
 class Network:
     """All hosts and what is between them."""
@@ -89,6 +96,7 @@ class Network:
     blocked: set[tuple[str, str]] = field(default_factory=set)
     """Pairs of addresses between which nothing passes, from the first to the second."""
     counts: Counts = field(default_factory=Counts)
+    tap: Tap | None = None
     _held: list[tuple[Host, Host, Callable[[], None]]] = field(default_factory=list)
     _next: int = FIRST_NUMBER
     _ports: int = 40_000
@@ -115,8 +123,18 @@ class Network:
     def passes(self, source: Host, target: Host) -> bool:
         return not source.dark and not target.dark and (source.address, target.address) not in self.blocked
 
-    def carry(self, source: Host, target: Host, size: int, left: Callable[[], None], came: Callable[[], None]) -> None:
-        """Take so many bytes from one host to another: `left` when they are on the line, `came` when they are there."""
+    def carry(
+        self,
+        source: Host,
+        target: Host,
+        size: int,
+        left: Callable[[], None],
+        came: Callable[[], None],
+        *,
+        held: float = 0.0,
+    ) -> None:
+        """Take so many bytes from one host to another: `left` when they are on the line, `came` when they are there,
+        `held` seconds later than they could be."""
         now = self.loop.time()
         self.counts.chunks += 1
         self.counts.bytes += size
@@ -124,12 +142,12 @@ class Network:
         source.up_free = max(source.up_free, now) + seconds
         if source.up_free - now < AT_ONCE:
             left()
-            self._cross(source, target, size, came, source.up_free - now)
+            self._cross(source, target, size, came, source.up_free - now + held)
         else:
 
             def gone() -> None:
                 left()
-                self._cross(source, target, size, came)
+                self._cross(source, target, size, came, held)
 
             self.at(source.up_free, gone)
 
@@ -413,9 +431,12 @@ class SimSocket(_Descriptor):
             self._since = self.network.loop.time() if self._on_the_way or self._unsent else None
             self.stir()
 
-        self._in_order(number, size, left, there)
+        tap = self.network.tap
+        self._in_order(number, size, left, there, held=0.0 if tap is None else tap.passes(self, piece))
 
-    def _in_order(self, number: int, size: int, left: Callable[[], None], there: Callable[[], None]) -> None:
+    def _in_order(
+        self, number: int, size: int, left: Callable[[], None], there: Callable[[], None], *, held: float = 0.0
+    ) -> None:
         """What is sent is there after all that was sent before."""
         peer = self.peer
         assert peer is not None  # noqa: S101 - there is one to send to
@@ -426,7 +447,7 @@ class SimSocket(_Descriptor):
                 self._early.pop(self._due)()
                 self._due += 1
 
-        self.network.carry(self.host, peer.host, size, left, came)
+        self.network.carry(self.host, peer.host, size, left, came, held=held)
 
     def _look(self) -> None:
         """Nothing was acknowledged for too long: the system ends the stream."""

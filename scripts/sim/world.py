@@ -6,12 +6,13 @@ import asyncio
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Final, Protocol
 
 import bittensor_core
 import numpy as np
@@ -29,6 +30,7 @@ from scripts.sim.chain import EPOCH_MS, Blocks, SimChain
 from scripts.sim.clock import LIFE, Life, SimLoop
 from scripts.sim.compute import Pace, machine_at
 from scripts.sim.faults import DOWN, Fault, Kind, draw
+from scripts.sim.repeater import Repeater
 from scripts.sim.wire import Host, Line, Network
 from subnet.chain_errors import one_line
 from subnet.identity import SCHEME, Identity
@@ -57,6 +59,8 @@ STAKE: Final = 10_000.0
 VOCAB: Final = 64
 TOKENS: Final = 40_000
 PORT: Final = 8091
+REPEATER: Final = "10.255.0.1"
+"""Address of somebody on the way."""
 MEMORY: Final = 8 << 30
 RESTART_SECONDS: Final = 10.0
 RESTARTS: Final = 4
@@ -157,6 +161,12 @@ def tokens(folder: Path) -> ShardEntry:
     return ShardEntry(name=SHARD, sha256=hashlib.sha256(raw).hexdigest(), dtype="uint16")
 
 
+class Program(Protocol):
+    """What a node does from its start to its end, computing at a pace."""
+
+    async def __call__(self, node: Node, *, pace: Pace) -> None: ...
+
+
 @dataclass(eq=False)
 class SimNode:
     """One hotkey, its machine, and its lives."""
@@ -183,6 +193,10 @@ class SimNode:
 
     opened: Node | None = None
     """What runs, or ran last."""
+    leaving: Life | None = None
+    """The life that was told to leave."""
+    returns: bool = False
+    """It is started again once it has left."""
     is_cut: bool = False
 
     def cut_off(self, cut: bool) -> None:
@@ -199,18 +213,24 @@ class SimNode:
 class World:
     """Everything of one run. Create it inside the running loop."""
 
-    def __init__(self, loop: SimLoop, seed: int, size: Size, folder: Path) -> None:
+    def __init__(
+        self, loop: SimLoop, seed: int, size: Size, folder: Path, cheats: Mapping[str, Program] = MappingProxyType({})
+    ) -> None:
+        """`cheats` are what nodes run in place of an honest program, by name."""
         self.loop = loop
+        self.cheats = cheats
         self.seed = seed
         self.size = size
         self.folder = folder
-        draws = iter(np.random.SeedSequence(seed).spawn(6))
+        draws = iter(np.random.SeedSequence(seed).spawn(7))
         chance = np.random.default_rng
         self.blocks = Blocks(chance(next(draws)), seed, NETUID, TEMPO, size.block_time)
         self.network = Network(loop, chance(next(draws)))
         self.generator = chance(next(draws))
         self._fault_draw = chance(next(draws))
         self.entropy = chance(next(draws))
+        repeater = self.network.host(REPEATER, Line(latency=0.02))
+        self.repeater = Repeater(self.network, repeater, chance(next(draws)))
         self.nodes: dict[str, SimNode] = {}
         self.loaded: LoadedManifest
         self.faults: list[Fault] = []
@@ -313,6 +333,8 @@ class World:
             sockets=self.network.sockets(node.host),
         )
         body = partial(mine, machine=machine_at(node.pace)) if node.role == "miner" else validate
+        if node.name in self.cheats:
+            body = partial(self.cheats[node.name], pace=node.pace)
         try:
             async with await Node.stand(
                 self._config(node),
@@ -329,6 +351,8 @@ class World:
                     opened.telemetry.emit(NodeFailed(message=one_line(error)))
                     raise
             node.finished = True
+            if node.returns and node.leaving is node.lives[-1]:
+                self._come_back(node)
         except Exception as error:
             node.endings.append(f"{type(error).__name__}: {one_line(error)}")
             log.warning("%s ended: %s", node.name, node.endings[-1], exc_info=error)
@@ -398,7 +422,15 @@ class World:
         """SIGUSR1."""
         node = self.nodes[name]
         if node.running and node.lives[-1].on_signal is not None:
+            node.leaving, node.returns = node.lives[-1], False
             self.loop.begin(node.lives[-1], _call(node.lives[-1]))
+
+    def _come_back(self, node: SimNode) -> None:
+        """Its operator starts it again."""
+        node.finished, node.lives[-1].over = False, True
+        context = copy_context()
+        context.run(LIFE.set, None)
+        self.loop.call_later(RESTART_SECONDS, self._start_again, node, len(node.lives), context=context)
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -413,8 +445,12 @@ class World:
             latest = 0.4 * over if name in joiners else 6.0
             self.loop.call_at(float(self.generator.uniform(0, latest)), self.start, name)
         if faults is None:
-            faults = draw(self._fault_draw, await self.groups(), begin=self.loop.time(), end=over)
+            groups = await self.groups()
+            newcomers = sorted(set(self.nodes).difference(*groups))
+            faults = draw(self._fault_draw, groups, newcomers, begin=self.loop.time(), end=over)
         self.faults = list(faults)
+        if any(fault.kind is Kind.REPEAT for fault in faults):
+            self.network.tap = self.repeater
         for fault in self.faults:
             self.loop.call_at(fault.at, self._strike, fault)
             self.loop.call_at(fault.ends, self._lift, fault)
@@ -452,6 +488,11 @@ class World:
             node, held = self.nodes[name], {other.kind for other in self._active if name in other.nodes}
             if fault.kind in DOWN and not held & DOWN:
                 self.start(name)
+            if fault.kind is Kind.LEAVE and node.leaving is not None and node.leaving is node.lives[-1]:
+                if node.finished:
+                    self._come_back(node)
+                else:
+                    node.returns = True
             if fault.kind is Kind.PAUSE and Kind.PAUSE not in held and node.running:
                 self.loop.go_on(node.lives[-1])
 
@@ -460,6 +501,8 @@ class World:
         for node in self.nodes.values():
             self._settle_node(node, [fault for fault in self._active if node.name in fault.nodes])
         self.network.between(pair for fault in self._active for pair in self._blocked(fault))
+        repeats = [fault for fault in self._active if fault.kind is Kind.REPEAT]
+        self.repeater.shares = {self.nodes[name].host.address: row.amount for row in repeats for name in row.nodes}
         late = [int(fault.amount) for fault in self._active if fault.kind is Kind.LATE]
         self.blocks.stalled = any(fault.kind is Kind.STALL for fault in self._active)
         self.blocks.late = max(late, default=0)

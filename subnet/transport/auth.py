@@ -82,6 +82,11 @@ def sign(signer: Signer, *, path: str, digests: Digests, receiver: str, nonce_ns
     return headers
 
 
+def stated_nonce(headers: Mapping[str, str]) -> str:
+    """What a request gives as its nonce, proven or not; nothing if it gives none."""
+    return headers.get(http_auth.HEADER_NONCE, "")
+
+
 def claimed_hotkey(headers: Mapping[str, str]) -> str:
     """The hotkey that the request says it is from; nothing is proven yet."""
     return _header(headers, http_auth.HEADER_HOTKEY)

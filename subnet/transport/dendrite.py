@@ -22,7 +22,16 @@ from subnet.transport import auth, http1, protocol, synapse
 from subnet.transport.auth import Signer
 from subnet.transport.connection import Connection
 from subnet.transport.digests import Digests
-from subnet.transport.errors import BadReply, OtherVersion, Refused, Silent, Unreachable, Unserved, from_wire
+from subnet.transport.errors import (
+    BadReply,
+    OtherVersion,
+    Refused,
+    ReplayedRequest,
+    Silent,
+    Unreachable,
+    Unserved,
+    from_wire,
+)
 from subnet.transport.http1 import BadHead, ResponseHead
 from subnet.transport.memory import Memory
 from subnet.transport.pool import Neighbour
@@ -214,7 +223,7 @@ class Dendrite:
         async with neighbour.gate:
             try:
                 return await self._exchange(call, parts, digests)
-            except Unserved:
+            except (Unserved, ReplayedRequest):  # nobody else signs in this name: a copy of the request came first
                 return await self._exchange(call, parts, digests)
 
     async def _exchange(self, call: _Call, parts: Sequence[memoryview], digests: Digests) -> memoryview:

@@ -21,6 +21,7 @@ from subnet.messages import Shapes
 from subnet.transport.synapse import wire_bytes
 from subnet.trust import delta
 from subnet.trust.heads import WindowHead
+from subnet.trust.tree import HASH_BYTES, PIECE_BYTES, longest_proof, pieces_of
 
 ROUNDS_KEPT = 2
 """A round is answered for until so many more have begun."""
@@ -36,6 +37,8 @@ LEAST_UPLINK = 80e6
 """Bits per second that a miner must have."""
 JOINER_UNITS = 4
 """Units that a joiner compares."""
+LOOKS = 32
+"""Pieces of states that the checks of one window look at, at most, but for whole matrices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +51,30 @@ class Sizes:
     """The weights as they are."""
     state: int
     """Weights and moments."""
+    looks: int
+    """What checks of one window ask for beyond its states: pieces that several of them look at, and proofs."""
     forward: int
     """Tensors of a forward unit."""
     backward: int
 
     @classmethod
     def of(cls, plan: StagePlan, layout: Layout, shapes: Shapes) -> Sizes:
+        weights, moments = delta.VALUE_BYTES * layout.values, delta.VALUE_BYTES * layout.moments
+        larger = max(weights, moments)
+        proof = HASH_BYTES * longest_proof(pieces_of(larger))
         return cls(
             weights=delta.limit_of(layout.values),
-            flat=delta.VALUE_BYTES * layout.values,
-            state=delta.VALUE_BYTES * (layout.values + layout.moments),
+            flat=weights,
+            state=weights + moments,
+            looks=LOOKS * min(PIECE_BYTES, larger) + (LOOKS + 2 * pieces_of(moments)) * proof,
             forward=wire_bytes(shapes.unit(plan, backward=False)),
             backward=wire_bytes(shapes.unit(plan, backward=True)),
         )
 
     def window(self, head: WindowHead) -> int:
-        """Both states of a window, its units, and the weights before a merge."""
+        """Both states of a window, its units, the weights before a merge, and what is looked at again."""
         previous = self.flat if head.merged else 0
-        return 2 * self.state + previous + head.forward * self.forward + head.backward * self.backward
+        return 2 * self.state + self.looks + previous + head.forward * self.forward + head.backward * self.backward
 
 
 def validators_part(sizes: Sizes, picked: Collection[WindowHead], *, tables: int, share: float) -> int:

@@ -34,6 +34,11 @@ def pieces_of(total: int) -> int:
     return -(-total // PIECE_BYTES)
 
 
+def longest_proof(pieces: int) -> int:
+    """Hashes beside the way from one of so many leaves to the top, at most."""
+    return max(0, pieces - 1).bit_length()
+
+
 def pieces_in(span: range) -> range:
     """The pieces in which values of a flat fp32 vector lie; of no values none."""
     if not span:

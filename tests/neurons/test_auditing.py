@@ -27,7 +27,7 @@ from subnet.messages import (
     WindowRequest,
 )
 from subnet.transport.axon import Reply
-from subnet.transport.errors import Busy, Dropped, OverQuota, Unavailable
+from subnet.transport.errors import Busy, Dropped, OverQuota, ReplayedRequest, Unavailable
 from subnet.transport.synapse import Synapse
 from subnet.trust.audit import select_units, select_windows
 from subnet.trust.finding import Check, Grade
@@ -320,6 +320,7 @@ SILENCES = {
     "dropped units": when(UnitRequest, refuse(Dropped("no", "no"))),
     "over quota at once": when(UnitRequest, refuse(OverQuota("no", "no"))),
     "busy for ever": when(UnitRequest, refuse(Busy("no", "no", retry_after=0.3))),
+    "a copy first, for ever": when(UnitRequest, refuse(ReplayedRequest("no", "no"))),
     "a fault": when(UnitRequest, refuse(RuntimeError("a bug of theirs"))),
     "garbage delta": when(WindowRequest, lambda _, __: (WeightsDelta(size=100), {"delta": rows(b"x" * 100, 100)})),
     "giant delta": when(WindowRequest, lambda _, __: (WeightsDelta(size=GIANT.numel()), {"delta": GIANT.view(1, -1)})),
@@ -377,6 +378,24 @@ async def test_who_hangs_costs_its_own_patience_and_nobody_elses_audit(closed: C
         assert max(finished, key=finished.__getitem__) == work.hotkey
         assert finished[work.hotkey] - start < 10
     assert_only(judge, work.hotkey)
+
+
+async def test_who_is_asked_by_somebodys_copies_first_withheld_nothing(closed: ClosedRound) -> None:
+    work, asked = victim(closed), 0
+
+    async def beaten(request: RunSynapse, reply: Synapse, tensors: Answer) -> Reply:
+        nonlocal asked
+        asked += 1
+        if asked % 4:
+            raise ReplayedRequest("nonce 1 was used", "sign every try with a new nonce")
+        return reply, tensors
+
+    async with Court(closed, bends={work.hotkey: beaten}) as court:
+        judge = court.validators["one"]
+        dossiers = await judge.audit(closed.facts(SECRET))
+    assert not judge.failed()
+    assert dossiers[work.hotkey].replayed
+    assert asked > 8
 
 
 async def test_who_is_unreachable_withheld_and_who_fixed_nothing_did_not(closed: ClosedRound) -> None:

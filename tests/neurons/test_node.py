@@ -182,6 +182,21 @@ def test_pushes_are_for_who_counts_fetches_for_who_is_known() -> None:
                     around.allow(name(uid), route)
 
 
+def test_who_left_fetches_until_the_next_round_is_over() -> None:
+    """A leaver has a merge to see through, and its siblings' pieces are what it merges."""
+    around, known = Neighbourhood(), state([neuron(0), neuron(1)])
+    rounds = [Roster.of([[name(0), name(1)]]), *(Roster.of([[name(0)]]) for _ in range(2))]
+    for number, roster in enumerate(rounds):
+        around.update(dataclasses.replace(roster, round=number), known)
+        if number < 2:
+            around.allow(name(1), "pieces")
+        if number == 1:
+            with pytest.raises(UnknownHotkey):
+                around.allow(name(1), "forward")
+    with pytest.raises(UnknownHotkey):
+        around.allow(name(1), "pieces")
+
+
 def test_usage_errors_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
     async def body(_node: Node) -> None:
         raise AssertionError("never reached")

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import neurons.quota
 import subnet.trust.quota
+from model.config import preset
+from model.layout import Layout
+from model.optimizer import Kind
+from model.split import split
 from neurons.fetching import NamedState, Source, Spent, Withheld
 from neurons.node import Neighbourhood
 from neurons.quota import BURST, IN_WORK, Audience, Bucket, Uplink
 from subnet.identity import Identity
-from subnet.messages import EvidenceRequest, StateRequest, UnitRequest, WindowRequest
+from subnet.messages import EvidenceRequest, Shapes, StateRequest, UnitRequest, WindowRequest
 from subnet.swarm.roster import Roster
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.errors import Busy, OverQuota, UnknownHotkey
 from subnet.transport.shaping import Link, Shaper
+from subnet.transport.synapse import TensorSpec
 from subnet.trust.heads import WindowHead
 from subnet.trust.ledger import Evidence
 from subnet.trust.quota import (
@@ -34,11 +41,12 @@ from subnet.trust.quota import (
     rates,
     validators_part,
 )
-from subnet.trust.tree import pieces_of
+from subnet.trust.step import spans_of
+from subnet.trust.tree import HASH_BYTES, PIECE_BYTES, longest_proof, pieces_in, pieces_of
 from tests.neurons.test_evidence import Shown, shown
 from tests.virtual import run
 
-SIZES = Sizes(weights=100, flat=333, state=1000, forward=10, backward=30)
+SIZES = Sizes(weights=100, flat=333, state=1000, looks=50, forward=10, backward=30)
 ONE, TWO = Identity.from_uri("//reader-one"), Identity.from_uri("//reader-two")
 
 
@@ -64,19 +72,45 @@ def head(version: int, *, forward: int = 2, backward: int = 1) -> WindowHead:
 
 def test_a_validators_part_follows_its_stake_and_holds_a_window_at_least() -> None:
     picked = [head(0), head(1, backward=4)]
-    held = (2000 + 20 + 30) + (2000 + 20 + 120)
+    held = (2050 + 20 + 30) + (2050 + 20 + 120)
     assert sum(map(SIZES.window, picked)) == held
     assert validators_part(SIZES, picked, tables=7, share=1.0) == 7 + held
-    assert validators_part(SIZES, picked, tables=7, share=0.75) == 7 + 3143, "rounded up"
-    assert validators_part(SIZES, picked, tables=7, share=0.01) == 7 + 2140, "the largest window"
+    assert validators_part(SIZES, picked, tables=7, share=0.75) == 7 + 3218, "rounded up"
+    assert validators_part(SIZES, picked, tables=7, share=0.01) == 7 + 2190, "the largest window"
     assert validators_part(SIZES, [], tables=7, share=1.0) == 7
     assert joiners_part(SIZES, tables=7) == 7 + 100 + 4 * 30
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("hidden", [8, 64, 1024])
+def test_all_checks_of_a_window_are_within_its_part(hidden: int, kind: Kind) -> None:
+    """However small a stage is, where proofs and pieces that are asked for twice are most of it."""
+    boundary = replace(preset("pico").boundary, width=4, rank=2)
+    config = replace(preset("pico"), hidden=hidden, ffn=2 * hidden, heads=2, kv_heads=1, vocab=64, boundary=boundary)
+    plan = split(config, 2)[0]
+    layout = Layout.planned(config, plan, kind)
+    sizes = Sizes.of(plan, layout, Shapes(TensorSpec(torch.bfloat16, (1, 8, 4)), TensorSpec(torch.int64, (1, 8))))
+
+    def cost(count: int, *spans: range) -> int:
+        asked = [index for span in spans for index in pieces_in(span)]
+        data = sum(min(PIECE_BYTES, 4 * count - index * PIECE_BYTES) for index in asked)
+        return data + len(asked) * HASH_BYTES * longest_proof(pieces_of(4 * count))
+
+    last = pieces_of(sizes.flat) - 1
+    looks = [spans_of(piece, layout) for piece in ([0] if last == 0 else [0, last])]
+    step = sum(2 * (cost(layout.values, span) + cost(layout.moments, span, later)) for span, later in looks)
+    whole = max((place.span for place in layout.matrices), key=len, default=range(0))
+    matrix = 2 * (cost(layout.values, looks[0][0]) + cost(layout.moments, whole))
+    taken_over = 2 * cost(layout.values, looks[0][0])
+    merged = replace(head(0), merged=1)
+    units = 2 * sizes.forward + sizes.backward
+    assert sizes.weights + step + matrix + taken_over + units <= sizes.window(merged)
 
 
 def test_a_quota_is_exact_to_the_byte() -> None:
     audience, picked = Audience({"one": 0.5, "two": 0.5}, SIZES), [head(0), head(1)]
     limit = audience.limit("one", picked, tables=7)
-    assert limit == RETRIES * (7 + 2050)
+    assert limit == RETRIES * (7 + 2100)
     assert audience.limit("joiner", picked, tables=7) == RETRIES * joiners_part(SIZES, tables=7)
     audience.take("one", limit - 10)
     audience.require("one", 10, limit)

@@ -6,33 +6,38 @@ import numpy as np
 import pytest
 
 from scripts.sim.command import SimError, SimOptions, least
-from scripts.sim.faults import HARD, MERGE_SECONDS, QUIET_FROM, Fault, Kind, draw
+from scripts.sim.faults import AWAY, MERGE_SECONDS, QUIET_FROM, Fault, Kind, draw
 
 GROUPS = [["a0", "a1"], ["b0", "b1", "b2"], ["v0", "v1", "v2"]]
-AWAY = {*HARD, Kind.SPLIT}
+NEWCOMERS = ["n0"]
 
 
 def drawn(seed: int) -> list[Fault]:
-    return draw(np.random.default_rng(seed), GROUPS, begin=40.0, end=1000.0)
+    return draw(np.random.default_rng(seed), GROUPS, NEWCOMERS, begin=40.0, end=1000.0)
 
 
 def test_a_seed_draws_the_same_and_survivable_faults() -> None:
-    kinds = set()
+    kinds, struck = set(), set()
     for seed in range(300):
         faults = drawn(seed)
         assert faults == drawn(seed)
         kinds |= {fault.kind for fault in faults}
         for fault in faults:
+            struck |= {*fault.nodes}
             assert 40.0 <= fault.at <= fault.ends <= 40.0 + QUIET_FROM * 960.0 + 0.001
             away = {
                 name
                 for other in faults
-                if other.kind in AWAY and other.at <= fault.at < other.ends + MERGE_SECONDS
+                if other.kind in AWAY
+                and other.at <= fault.at
+                and (fault.at < other.ends + MERGE_SECONDS or other.kind is Kind.LEAVE)
                 for name in other.nodes
             }
             assert all(not away.issuperset(group) for group in GROUPS[:2]), (seed, fault)
             assert len(away & {*GROUPS[2]}) <= 1, (seed, fault)
-    assert kinds == {*Kind} - {Kind.LEAVE}
+            assert fault.kind is not Kind.LEAVE or not {*fault.nodes} & {*GROUPS[2]}
+    assert kinds == {*Kind}
+    assert struck == {*NEWCOMERS}.union(*GROUPS)
 
 
 def test_a_schedule_is_written_and_read_back() -> None:

@@ -1,7 +1,7 @@
 """Every check of a simulation fails where what it is there for does not hold, and passes where it does."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -29,6 +29,7 @@ from scripts.sim.chain import EPOCH_MS
 from scripts.sim.compute import Pace
 from scripts.sim.faults import Fault, Kind
 from scripts.sim.invariants import CHECKS, Story, violations
+from scripts.sim.repeater import Request
 from scripts.sim.world import Size, World
 
 KEPT = {"m0": "hm0", "m1": "hm1", "v0": "hv0"}
@@ -45,6 +46,9 @@ class Told:
     endings: list[str] = field(default_factory=list)
     finished: bool = True
     cuts: dict[str, list[tuple[int, int, tuple[int, ...]]]] = field(default_factory=dict)
+    cheats: bool = False
+    """Whether the second miner does."""
+    repeated: list[Request] = field(default_factory=list)
     chain: dict[int, dict[int, float]] = field(default_factory=lambda: {2: {0: 0.5, 1: 0.5}})
 
     def story(self) -> Story:
@@ -65,6 +69,8 @@ class Told:
             wrong=self.wrong,
             said=self.said,
             secrets=["ab12"],
+            repeater=SimpleNamespace(repeated=self.repeated),
+            cheats={"m1": None} if self.cheats else {},
             nodes=nodes,
             size=Size(),
             loaded=SimpleNamespace(manifest=SimpleNamespace(round=SimpleNamespace(count=2))),
@@ -111,6 +117,10 @@ def checked(*, passed: bool, error: float = 0.0, grade: str = "measurement") -> 
     return Checked(0, "hm0", 0, "forward", grade, passed, error, 0.02, 1, 7, None, "", "")
 
 
+def looked(check: str) -> Checked:
+    return replace(checked(passed=True), check=check)
+
+
 def said(node: str, at: float, *events: Event) -> Callable[[Told], None]:
     return lambda told: told.events.extend((node, at, event) for event in events)
 
@@ -128,6 +138,7 @@ BROKEN: Mapping[str, list[Callable[[Told], None]]] = {
     ],
     "nothing is done twice": [said("m1", 70, MicrobatchDone(0, 7, 4.0, 1.0, 1))],
     "nothing counts twice": [having(cuts={"m0": [(0, 0, (7,))], "m1": [(0, 0, (7,))]})],
+    "requests are taken once": [having(repeated=[Request(nonce="1", statuses=[200, 409, 200])])],
     "replicas agree": [said("m1", 260, merged(1, "bb")), said("m1", 260, merged(0, "bb"))],
     "validators agree": [said("m1", 310, Validated(1, 4.1, 8))],
     "nothing goes back": [
@@ -141,6 +152,7 @@ BROKEN: Mapping[str, list[Callable[[Told], None]]] = {
         said("v0", 330, checked(passed=True, error=0.001)),
         said("v0", 330, AuditBroken(0, "hm0", "KeyError")),
     ],
+    "every check is made": [said("v0", 330, *[looked("weights")] * 80, *map(looked, ("forward", "step", "loss")))],
     "pay is for work": [
         said("v0", 330, scored(2, 0, number=0)),
         said("v0", 330, scored(1, 1, claimed=1, number=1)),
@@ -195,3 +207,15 @@ def test_what_was_a_faults_doing_is_excused() -> None:
     assert violations(told.story()) == {}
     told.faults = [Fault(Kind.KILL, 65.0, 20.0, ("m1",))]
     assert set(violations(told.story())) == {"nothing is done twice", "honest stay unconvicted"}
+
+
+def test_who_cheats_may_be_found_out_and_nobody_else() -> None:
+    told = Told(cheats=True, repeated=[Request(nonce="1", statuses=[409, 200, 409])])
+    told.events += [("v0", 330.0, Convicted(0, "hm1", 3, "forward: error 3")), ("v0", 331.0, failing("hm1"))]
+    assert violations(told.story()) == {}
+    told.events.append(("v0", 332.0, failing("hm0")))
+    assert set(violations(told.story())) == {"honest stay unconvicted"}
+
+
+def failing(hotkey: str) -> Checked:
+    return replace(checked(passed=False, error=1.0), hotkey=hotkey)

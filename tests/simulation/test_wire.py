@@ -11,12 +11,13 @@ import torch
 
 from scripts.sim.chain import EPOCH_MS
 from scripts.sim.clock import Life, SimLoop
+from scripts.sim.repeater import LATER_SECONDS, Repeater
 from scripts.sim.wire import SYN_SECONDS, Line, Network
 from subnet.identity import SCHEME, Identity
-from subnet.transport.admission import Admission
+from subnet.transport.admission import Admission, ReplayCache
 from subnet.transport.axon import Axon
 from subnet.transport.dendrite import Dendrite
-from subnet.transport.errors import PortTaken, Silent, Unreachable
+from subnet.transport.errors import PortTaken, ReplayedRequest, Silent, Unreachable
 from subnet.transport.synapse import Received, Synapse, TensorSpec
 
 HERE, THERE = "10.0.0.1", "10.0.0.2"
@@ -181,5 +182,31 @@ def test_a_port_is_taken_once() -> None:
         await ask(0)
         with pytest.raises(PortTaken):
             net.network.sockets(net.hosts[THERE]).listening(THERE, 9)
+
+    Net().play(scene)
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_requests_that_somebody_repeats_are_taken_once(remembers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sooner or later, before or after the first; and where nonces are not remembered the repeater sees it."""
+    if not remembers:
+        monkeypatch.setattr(ReplayCache, "accept", lambda *_, **__: None)
+
+    async def scene(net: Net, ask: Asking) -> None:
+        repeater = Repeater(net.network, net.network.host("10.0.0.9", Line()), np.random.default_rng(3))
+        net.network.tap, repeater.shares = repeater, {THERE: 1.0}
+        answers = await asyncio.gather(*(ask(number) for number in range(20)), return_exceptions=True)
+        await asyncio.sleep(2 * LATER_SECONDS[1])
+        taken = [request.statuses.count(200) for request in repeater.repeated]
+        assert 20 <= len(taken) < repeater.copies
+        assert net.handled == sum(taken)
+        assert any(request.held for request in repeater.repeated)
+        assert all(isinstance(answer, int | ReplayedRequest) for answer in answers)
+        if remembers:
+            assert set(taken) == {1}
+            assert sum(isinstance(answer, int) for answer in answers) > 15, "who came second asks again"
+            assert {status for request in repeater.repeated for status in request.statuses} > {200}
+        else:
+            assert max(taken) > 1
 
     Net().play(scene)

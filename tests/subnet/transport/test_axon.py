@@ -17,7 +17,7 @@ import torch
 from bittensor.sp_core import Keypair
 
 from subnet.transport import auth, synapse
-from subnet.transport.admission import Admission
+from subnet.transport.admission import Admission, ReplayCache
 from subnet.transport.axon import Axon, Handler, _Request
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.digests import Digests, Running
@@ -29,6 +29,7 @@ from subnet.transport.errors import (
     NotFinite,
     PortTaken,
     Refused,
+    ReplayedRequest,
     StaleRequest,
     TooLarge,
     Unavailable,
@@ -721,6 +722,26 @@ async def test_concurrent_calls_never_share_a_nonce(node: Node) -> None:
         for sample in range(3):
             await push(stopped_clock, node, Push(sample=sample))
     assert len(node.seen) == 3
+
+
+async def test_a_call_that_a_copy_of_it_came_before_is_made_once_more(
+    node: Node, alice: Dendrite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody on the way can be quicker; that costs a try, and two in a row a refusal."""
+    accept, nonces = ReplayCache.accept, []
+
+    def beaten(self: ReplayCache, hotkey: str, nonce_ns: int, *, now_ns: int) -> None:
+        nonces.append(nonce_ns)
+        if len(nonces) in {1, 3, 4}:
+            accept(self, hotkey, nonce_ns, now_ns=now_ns)  # the copy's
+        accept(self, hotkey, nonce_ns, now_ns=now_ns)
+
+    monkeypatch.setattr(ReplayCache, "accept", beaten)
+    await push(alice, node, Push(sample=1))
+    assert len(set(nonces)) == len(nonces) == 2
+    with pytest.raises(ReplayedRequest):
+        await push(alice, node, Push(sample=2))
+    assert [sample for _, sample in node.seen] == [1]
 
 
 def test_routes_are_checked_when_they_are_made() -> None:

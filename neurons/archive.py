@@ -258,7 +258,8 @@ class RoundArchive:
 class Archive:
     """The rounds a miner still answers for, within `limit` bytes of tensors in host memory.
 
-    What is picked goes to the `shelf`, in the background and one after the other; without one it stays in memory.
+    What is picked goes to the `shelf`, in the background and one after the other; without one, or while it has no room,
+    it stays in memory.
     """
 
     def __init__(
@@ -279,6 +280,8 @@ class Archive:
         self._rounds: dict[int, RoundArchive] = {}
         self._poorer: set[int] = set()
         """Rounds that had to give up a window."""
+        self._stuck: dict[tuple[int, int], str] = {}
+        """Picked windows, by round and version, that the shelf had no room for, and why: in memory while that lasts."""
         self._working: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
         """To write or delete on the shelf: in the order in which that was asked for."""
@@ -343,6 +346,7 @@ class Archive:
         for number in old:
             self._rounds.pop(number).clear()
             self._poorer.discard(number)
+        self._stuck = {key: reason for key, reason in self._stuck.items() if key[0] not in old}
         if old and self._shelf is not None:
             self._start(self._clear_shelf(self._shelf, newest))
 
@@ -355,6 +359,10 @@ class Archive:
                 if number not in self._poorer:
                     self._poorer.add(number)
                     self._given_up(number, version)
+        while self._tally.bytes > self._limit and self._stuck:
+            number, version = min(self._stuck)
+            self._rounds[number].put_away(version, None)
+            self._lost(number, version, self._stuck.pop((number, version)))
 
     # -- the shelf --------------------------------------------------------------------------------------------------
 
@@ -368,12 +376,20 @@ class Archive:
             if held is None or held.picked.get(version) is not window:
                 return
             try:
-                written: PickedWindow | None = await shelf.put_window(number, version, window)
+                written = await shelf.put_window(number, version, window)
             except (StoreError, CheckpointError) as error:
-                self._lost(number, version, str(error))
-                written = None
+                if number in self._rounds:
+                    log.warning("round %d: window %d stays in memory: %s", number, version, error)
+                    self._stuck[number, version] = str(error)
+                    self._grown()
+                return
             if held.picked.get(version) is window:
                 held.put_away(version, written)
+        stuck, self._stuck = list(self._stuck), {}
+        for other, one in stuck:  # there is room again
+            again = self._rounds[other].picked.get(one)
+            if again is not None:
+                self._put_away(other, one, again)
 
     async def _write_cut(self, shelf: Shelf, number: int, cut: Cut) -> None:
         async with self._turn:
@@ -383,6 +399,9 @@ class Archive:
             try:
                 written = await shelf.put_cut(number, cut)
             except (StoreError, CheckpointError) as error:
+                if self._tally.bytes <= self._limit:
+                    log.warning("round %d: what its cut was taken from stays in memory: %s", number, error)
+                    return
                 self._lost(number, None, str(error))
                 written = Cut()
             if held.cut is cut:

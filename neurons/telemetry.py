@@ -8,13 +8,16 @@ classes it was written: logs are cut, searched, and gone on with by a newer Orio
 from __future__ import annotations
 
 import json
-import os
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from io import TextIOBase
 from pathlib import Path
 from typing import Final
+
+from neurons.logfile import Lines, LogFile
+
+log = logging.getLogger("orion.neurons.telemetry")
 
 SCHEMA: Final = 1
 """Of the lines: goes up with every release that adds, changes or drops a kind of event or a field of one."""
@@ -413,6 +416,13 @@ class NodeFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class EventsLost:
+    """So many events before this one could not be written."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class NodeFailed:
     """The node gave up; `message` is the one line a person reads."""
 
@@ -421,7 +431,8 @@ class NodeFailed:
 
 @dataclass(frozen=True, slots=True)
 class Intervention:
-    """What `orion localnet` did to a node: kill, leave, freeze, thaw, join (first start), restart (start after a kill).
+    """What `orion localnet` did to a node: kill, leave, freeze, thaw, fill and drain (its disk), steal (a kill, and
+    somebody else has its port), join (first start), restart (start after a kill).
 
     Or to the whole run: resume, with no node. `fault` is the option that asked for it, empty for what follows from it.
     A node that was started to cheat says so itself: cheat, once it knows its place.
@@ -466,6 +477,7 @@ Event = (
     | Validated
     | CheckpointWritten
     | NodeFinished
+    | EventsLost
     | NodeFailed
     | Intervention
 )
@@ -477,23 +489,34 @@ _KINDS = {kind: name for name, kind in EVENTS.items()}
 
 
 class Telemetry:
-    """Writes events of one node. `now` gives seconds since the epoch."""
+    """Writes events of one node. `now` gives seconds since the epoch.
 
-    def __init__(self, stream: TextIOBase, *, now: Callable[[], float]) -> None:
+    A disk that is full costs events and nothing else: work goes on, and the first line that can be written again says
+    how many are missing.
+    """
+
+    def __init__(self, stream: Lines, *, now: Callable[[], float]) -> None:
         self._stream = stream
         self._now = now
+        self._lost = 0
 
     @classmethod
     def open(cls, path: Path, *, now: Callable[[], float]) -> Telemetry:
         """Go on at the end of `path`. A line that a killed process left unfinished is ended: readers skip it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _is_torn(path)
-        stream = path.open("a", encoding="utf-8", buffering=1)
-        if torn:
-            stream.write("\n")
-        return cls(stream, now=now)
+        return cls(LogFile(path), now=now)
 
     def emit(self, event: Event) -> None:
+        try:
+            if self._lost:
+                self._write(EventsLost(count=self._lost))
+                self._lost = 0
+            self._write(event)
+        except OSError as error:
+            if not self._lost:
+                log.warning("events cannot be written (%s): make room under --out", error.strerror)
+            self._lost += 1
+
+    def _write(self, event: Event) -> None:
         line = {"t": round(self._now(), 4), "v": SCHEMA, "kind": _KINDS[type(event)], **asdict(event)}
         self._stream.write(json.dumps(line, separators=(",", ":")) + "\n")
 
@@ -538,12 +561,3 @@ def read_event(line: str) -> Stamped | None:
         return Stamped(moment, EVENTS[kind](**fields))
     except TypeError as error:
         raise ValueError(f"event {kind} has other fields: the log was written by another version of Orion") from error
-
-
-def _is_torn(path: Path) -> bool:
-    """Whether a file ends in the middle of a line."""
-    if not path.exists() or not path.stat().st_size:
-        return False
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1) != b"\n"

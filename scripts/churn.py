@@ -6,6 +6,8 @@ resumed run learn of it there and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from scripts.faults import FaultPlan, Strike
 from scripts.locks import COMMAND, lock_path
 from scripts.nodes import NodeProcess, start_node
 from scripts.tally import GONE, Tally
+from scripts.thief import Thief
 
 SIGNALS = {
     "kill": signal.SIGKILL,
@@ -25,6 +28,9 @@ SIGNALS = {
 }
 DONE = {
     "kill": "killed",
+    "steal": "killed, and took the port of,",
+    "fill": "filled the disk of",
+    "drain": "made room on the disk of",
     "leave": "asked to leave:",
     "freeze": "froze",
     "thaw": "woke",
@@ -54,6 +60,7 @@ class Churn:
         self._casting = casting or Casting({})
         self._telemetry = Telemetry.open(out / "events" / f"{COMMAND}.jsonl", now=now)
         self._nodes: dict[str, NodeProcess] = {}
+        self._thieves: dict[str, Thief] = {}
         self._killed: set[str] = set()
         """Nodes that were told to end a moment ago: their processes may be there still."""
 
@@ -98,11 +105,26 @@ class Churn:
         if node is None or action == "restart":
             if node is not None:
                 node.process.join()  # killed, and perhaps not gone yet: its successor takes over its lock
+            self._give_back(name)
             self.start(name, "miner")
+        elif action in {"fill", "drain"}:
+            _let_write(node, action == "drain")
         else:
-            node.signal(SIGNALS[action])
-            self._killed |= {name} if action == "kill" else set()
+            node.signal(SIGNALS.get(action, signal.SIGKILL))
+            self._killed |= {name} if action in {"kill", "steal"} else set()
+        if action == "steal" and node is not None:
+            self._steal(node, tally)
         return f"{DONE[action]} {name} in round {tally.round}, as asked"
+
+    def _steal(self, node: NodeProcess, tally: Tally) -> None:
+        node.process.join()
+        host, _, port = tally.miner(node.name).endpoint.removeprefix("http://").rpartition(":")
+        self._thieves[node.name] = Thief(host, int(port))
+
+    def _give_back(self, name: str) -> None:
+        thief = self._thieves.pop(name, None)
+        if thief is not None:
+            thief.close()
 
     def _fits(self, action: str, node: NodeProcess | None) -> bool:
         if action == "join":
@@ -112,7 +134,17 @@ class Churn:
         return node is not None and not node.finished and node.name not in self._killed
 
     def close(self) -> None:
+        for name in list(self._thieves):
+            self._give_back(name)
         self._telemetry.close()
+
+
+def _let_write(node: NodeProcess, may: bool) -> None:
+    """Let a process write to files again, or no more: to it that is a full disk."""
+    if node.process.pid is not None and not node.finished:
+        with contextlib.suppress(ProcessLookupError):
+            _, most = resource.prlimit(node.process.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(node.process.pid, resource.RLIMIT_FSIZE, (most if may else 0, most))
 
 
 def to_start(first: Sequence[Named], joiners: Sequence[Named], tally: Tally) -> list[Named]:

@@ -4,6 +4,8 @@
 --kill     stage:2@round1+0.95       the same for one replica of stage 2, whoever holds it, 95 % into the round
 --restart  miner:3@round1:5          kill -9, started again after 5 seconds
 --freeze   miner:3@round1:5          stopped dead for 5 seconds (SIGSTOP, SIGCONT)
+--fill     miner:3@round1:5          writes nothing more for 5 seconds, as on a full disk (RLIMIT_FSIZE)
+--steal    miner:3@round1:5          kill -9, and somebody else answers on its port; started again after 5 seconds
 --leave    miner:3@round1            leaves cleanly at the end of its round (SIGUSR1)
 --join     1@round2                  one miner more
 
@@ -20,8 +22,10 @@ from dataclasses import dataclass, replace
 from scripts.tally import GONE, Tally
 from subnet.commandline import UsageError
 
-ACTIONS = ("kill", "leave", "freeze", "join", "restart")
-LASTING = ("freeze", "restart")
+ACTIONS = ("kill", "leave", "freeze", "join", "restart", "fill", "steal")
+LASTING = ("freeze", "restart", "fill", "steal")
+UNDONE = {"freeze": "thaw", "restart": "restart", "fill": "drain", "steal": "restart"}
+"""What ends one that lasts."""
 MIDDLE = 0.4
 """Fraction of a round; training, without overlap, ends well before the round does."""
 _WHEN = r"@round(\d{1,9})(?:\+(0(?:\.\d{1,6})?|0?\.\d{1,6}|1(?:\.0)?))?"
@@ -46,7 +50,7 @@ class Fault:
     round: int
     fraction: float = MIDDLE
     seconds: float | None = None
-    """How long a frozen miner stays so, or a killed one down; None is half a round."""
+    """How long it lasts; None is half a round."""
 
     @classmethod
     def parse(cls, action: str, text: str) -> Fault:
@@ -63,7 +67,7 @@ class Fault:
             raise FaultError(f"--{action} {text!r} is not of the form {form}{more}")
         if found[5] is not None and action not in LASTING:
             raise FaultError(
-                f"--{action} {text!r} names seconds, which only --freeze and --restart take: leave them out"
+                f"--{action} {text!r} names seconds, which only --{', --'.join(LASTING)} take: leave them out"
             )
         seconds = None if found[5] is None else float(found[5])
         return cls(action, found[1], int(found[2]), int(found[3]), _fraction(found[4]), seconds)
@@ -110,8 +114,8 @@ def check_faults(faults: Iterable[Fault], *, stages: int, miners: int, rounds: i
 class Strike:
     """One thing to do now.
 
-    action: kill, leave, freeze, thaw, join or restart. node: None when nobody fits the fault any more. fault: the
-    option, "" for what follows from it later.
+    action: kill, leave, freeze, thaw, fill, drain, steal, join or restart. node: None when nobody fits the fault any
+    more. fault: the option, "" for what follows from it later.
     """
 
     action: str
@@ -189,11 +193,9 @@ class FaultPlan:
         node = self._target(fault, tally)
         if node is not None:
             seconds = self._round_seconds / 2 if fault.seconds is None else fault.seconds
-            if fault.action == "freeze":
-                self._later.append(_Later(now + seconds, "thaw", node))
-            elif fault.action == "restart":
-                self._later.append(_Later(now + seconds, "restart", node))
-            if fault.action in {"kill", "leave", "restart"}:
+            if fault.action in UNDONE:
+                self._later.append(_Later(now + seconds, UNDONE[fault.action], node))
+            if fault.action in {"kill", "leave", "restart", "steal"}:
                 self._taken.add(node)
         return Strike("kill" if fault.action == "restart" else fault.action, node, option)
 

@@ -355,9 +355,19 @@ def _add_localnet(commands: argparse._SubParsersAction[Parser]) -> None:
         ("leave", "WHO@ROUND", "a miner leaves cleanly at the end of its round"),
         ("freeze", "WHO@ROUND[:SECONDS]", "a miner stands still for a while (SIGSTOP)"),
         ("restart", "WHO@ROUND[:SECONDS]", "kill -9 of a miner, which is started again after a while"),
+        ("fill", "WHO@ROUND[:SECONDS]", "a miner cannot write to its disk for a while, as if it were full"),
+        ("steal", "WHO@ROUND[:SECONDS]", "the same as --restart, and meanwhile somebody else answers on its port"),
         ("join", "N@ROUND", "N miners more"),
     ):
         churn.add_argument(f"--{action}", action="append", default=[], metavar=form, help=text)
+    churn.add_argument(
+        "--chaos",
+        type=int,
+        default=None,
+        metavar="SEED",
+        help="restarts, freezes, full disks and stolen ports as this number draws them, and a look at the end whether "
+        "every promise of docs/reliability.md held",
+    )
     trust = localnet.add_argument_group("who cheats (in a checkout)")
     trust.add_argument(
         "--adversary",

@@ -12,7 +12,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -416,7 +416,13 @@ class _Run:
         failed = {node.name for node in self.nodes if node.process.exitcode != 0} | set(self.tally.failures)
         failed -= self._dead()
         setters = {name for name, role in self._first() if role == "validator"}
-        good = not failed and setters <= set(self.tally.weights) and self._rows_on_chain() >= len(setters)
+        held = self._promises()
+        good = (
+            not failed
+            and all(not broken for broken in held.values())
+            and setters <= set(self.tally.weights)
+            and self._rows_on_chain() >= len(setters)
+        )
         content = self._summary(complete=not failed and setters <= self.tally.finished)
         console = self.console
         console.print()
@@ -426,12 +432,33 @@ class _Run:
         console.print(_result_lines(content), highlight=False)
         for line in lines(outcome(self.tally)):
             console.print(line, highlight=False)
+        if held:
+            from scripts.chaos import lines as promised  # noqa: PLC0415 - imported by `_promises` already
+
+            for line in promised(held):
+                console.print(line, highlight=False)
         console.print(f"summary: {self.out / 'summary.json'}", highlight=False)
         if not good:
-            console.print(f"not good: {', '.join(sorted(failed)) or 'a validator has set no weights'}", style="red")
+            broken = [name for name, why in held.items() if why]
+            blamed = ", ".join([*sorted(failed), *broken]) or "a validator has set no weights"
+            console.print(f"not good: {blamed}", style="red")
             for name in sorted(failed & set(self.tally.failures)):
                 console.print(f"{name} {self.tally.failures[name]}", highlight=False)
         return 0 if good else 1
+
+    def _promises(self) -> Mapping[str, Sequence[str]]:
+        """What of each promise did not hold; none without --chaos."""
+        if self.options.chaos is None:
+            return {}
+        from scripts.chaos import promises  # noqa: PLC0415 - heavy, only with --chaos
+
+        assert self.tally is not None  # noqa: S101 - callers check
+        return promises(
+            self.out / "events",
+            cheats=list(self.tally.adversaries),
+            rounds=self.options.rounds,
+            round_seconds=self.options.round_seconds,
+        )
 
     def _rows_on_chain(self) -> int:
         held = self.chain_facts["weights"]

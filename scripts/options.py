@@ -74,6 +74,8 @@ class LocalnetOptions:
     bandwidth: str | None = None
     loss: str | None = None
     faults: tuple[Fault, ...] = field(default=())
+    chaos: int | None = None
+    """The seed that drew them, if one did; then all promises are checked at the end."""
     adversaries: tuple[Adversary, ...] = field(default=())
 
     @property

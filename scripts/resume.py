@@ -56,6 +56,7 @@ class RunFile(BaseModel):
     loss: str | None
     faults: dict[str, list[str]]
     """Texts by action."""
+    chaos: int | None
     adversaries: list[str]
 
     @classmethod

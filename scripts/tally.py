@@ -94,6 +94,7 @@ class MinerTally:
     was_active: bool = False
     active_round: int | None = None
     """The first round it counted in as one that joined; None for those of the first roster."""
+    endpoint: str = ""
 
     @property
     def traffic(self) -> Traffic:
@@ -336,7 +337,7 @@ class Tally:
         miner.joining, miner.fetching = False, None
         self.churn.restarted += miner.starts > 0
         miner.starts += 1
-        miner.hotkey, miner.state = event.hotkey, "waiting"
+        miner.hotkey, miner.endpoint, miner.state = event.hotkey, event.endpoint, "waiting"
 
     def _state_changed(self, name: str, event: StateChanged) -> None:
         miner = self.miner(name)
@@ -366,7 +367,7 @@ class Tally:
                 self.pause += max(0.0, time - self.last_event)
             self.recoveries = [replace(recovery, waiting=set()) for recovery in self.recoveries]
             return
-        if event.action in {"kill", "freeze"}:
+        if event.action in {"kill", "steal", "freeze"}:
             flying = {(number, sample) for number, tally in self.rounds.items() for sample in tally.in_flight}
             closed = {number for number, tally in self.rounds.items() if tally.closed}
             flying = {key for key in flying if key[0] not in closed}
@@ -379,9 +380,9 @@ class Tally:
         if event.action in {"join", "restart"}:
             self.miner(event.node).state = "starting"
             self.returning.discard(event.node)
-        if event.action == "kill":
+        if event.action in {"kill", "steal"}:
             self.churn.killed += 1
-            if event.fault.startswith("--restart"):
+            if event.fault.startswith(("--restart", "--steal")):
                 self.returning.add(event.node)
             miner = self.miner(event.node)
             miner.state, miner.fetching = "dead", None

@@ -47,6 +47,7 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("overhead", (Gate("headroom", floor=1.0),)),
     Benchmark("transport", (Gate("ratio_vs_gloo"), Gate("ratio_hashed_vs_gloo"))),
+    Benchmark("load", (Gate("ratio", floor=0.9),)),
     Benchmark("schedule", (Gate("least_over_ours"),)),
     Benchmark("scale", (Gate("ratio_links", floor=0.6), Gate("ratio_churn", floor=0.4))),
     Benchmark("stage", (Gate("memory_agreement", floor=0.85),)),

@@ -33,6 +33,8 @@ class Kind(StrEnum):
     """Its clock is `amount` seconds ahead."""
     LEAVE = "leave"
     """It is told to leave, and started again later."""
+    FULL = "full"
+    """Its disk takes nothing more: of real processes only (`orion localnet --chaos`)."""
     ISOLATE = "isolate"
     """Nobody reaches it and it reaches nobody; the chain it does."""
     MUTE = "mute"

@@ -19,6 +19,7 @@ from neurons.telemetry import (
     Checked,
     Convicted,
     Event,
+    EventsLost,
     EvidenceHeld,
     LocalStep,
     Merged,
@@ -33,7 +34,7 @@ from neurons.telemetry import (
     WeightsSet,
 )
 from scripts.sim.chain import EPOCH_MS
-from scripts.sim.faults import DOWN, MERGE_SECONDS, PARTITIONS, Kind
+from scripts.sim.faults import DOWN, MERGE_SECONDS, PARTITIONS, Fault, Kind
 from scripts.sim.world import RESTARTS, SimNode, World
 from subnet.trust.finding import Check, Grade
 from subnet.trust.settlement import Unpaid
@@ -61,55 +62,74 @@ class Entry(Generic[E]):
     event: E
 
 
-@dataclass
+@dataclass(frozen=True)
 class Story:
-    """All that happened."""
+    """All that happened, in the order of time."""
 
-    world: World
     entries: Sequence[Entry[Event]]
+    faults: Sequence[Fault]
+    cheats: AbstractSet[str]
+    """Names of nodes whose programs are not honest."""
+    names: Mapping[str, str]
+    """Of nodes, by hotkey."""
+    rounds: int
+    round_seconds: float
+    alike: bool = True
+    """Whether all compute alike, to the bit or nearly."""
+    simulated: World | None = None
+    """Whose story it is, if it was a simulation's."""
 
     @classmethod
     def of(cls, world: World, events: Mapping[str, Iterable[Stamped]]) -> Story:
-        entries = [
-            Entry(name, stamped.time - EPOCH_MS / 1000, stamped.event)
-            for name, stampeds in events.items()
-            for stamped in stampeds
-        ]
-        return cls(world, sorted(entries, key=lambda entry: entry.time))
+        return cls(
+            entries=in_order(events, since=EPOCH_MS / 1000),
+            faults=world.faults,
+            cheats=world.cheats.keys(),
+            names={node.identity.hotkey: node.name for node in world.nodes.values()},
+            rounds=world.loaded.manifest.round.count,
+            round_seconds=world.size.round_blocks * world.size.block_time,
+            simulated=world,
+        )
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether every event could be written."""
+        return not any(self.of_kind(EventsLost))
+
+    @property
+    def world(self) -> World:
+        """Raises `ValueError` if it was none."""
+        if self.simulated is None:
+            raise ValueError("this story is not a simulation's: play it with `orion sim`")
+        return self.simulated
 
     def of_kind(self, kind: type[E]) -> Iterator[Entry[E]]:
         return (cast("Entry[E]", entry) for entry in self.entries if isinstance(entry.event, kind))
 
     @cached_property
     def faults_end(self) -> float:
-        return max((fault.ends for fault in self.world.faults), default=0.0)
-
-    @cached_property
-    def names(self) -> dict[str, str]:
-        """Of nodes, by hotkey."""
-        return {node.identity.hotkey: node.name for node in self.world.nodes.values()}
+        return max((fault.ends for fault in self.faults), default=0.0)
 
     def ailing(self, name: str, begin: float, end: float) -> bool:
         """Whether something was wrong with a node's way to others, or with itself, between two moments."""
         return any(
             name in fault.nodes and fault.kind not in HARMLESS and fault.at - SLACK < end and begin < fault.ends + SLACK
-            for fault in self.world.faults
+            for fault in self.faults
         )
 
     def died(self, entry: Entry[MicrobatchDone]) -> bool:
         """Whether a node was killed after an event of it, and before the round was over."""
         over = self.begins.get(entry.event.round + 1, math.inf)
         return any(
-            fault.kind in DOWN and entry.node in fault.nodes and entry.time <= fault.at < over
-            for fault in self.world.faults
+            fault.kind in DOWN and entry.node in fault.nodes and entry.time <= fault.at < over for fault in self.faults
         )
 
     def parted(self, names: AbstractSet[str], end: float) -> bool:
         """Whether, in the round or two before `end`, some of these nodes (or any) were cut off from others."""
-        begin = end - 2 * self.world.size.round_blocks * self.world.size.block_time
+        begin = end - 2 * self.round_seconds
         return any(
             fault.kind in PARTITIONS and fault.at < end and begin < fault.ends and (not names or names & {*fault.nodes})
-            for fault in self.world.faults
+            for fault in self.faults
         )
 
     def narrow(self, number: int) -> bool:
@@ -131,6 +151,12 @@ class Story:
         for entry in self.of_kind(RoundStarted):
             found.setdefault(entry.event.round, entry.time)
         return found
+
+
+def in_order(events: Mapping[str, Iterable[Stamped]], *, since: float) -> list[Entry[Event]]:
+    """Events of several nodes, with times from `since` on (seconds since the epoch)."""
+    entries = [Entry(name, one.time - since, one.event) for name, stamped in events.items() for one in stamped]
+    return sorted(entries, key=lambda entry: entry.time)
 
 
 Invariant = Callable[[Story], Iterator[str]]
@@ -160,6 +186,8 @@ def microbatches_are_accounted_for(story: Story) -> Iterator[str]:
         closed = entry.event
         if closed.started != closed.completed + closed.lost or closed.lost < 0:
             yield f"{entry.node}, round {closed.round}: {closed.started} started, {closed.completed} and {closed.lost}"
+    if not story.whole:
+        return
     started = {entry.event.sample for entry in story.of_kind(MicrobatchStarted)}
     for done in story.of_kind(MicrobatchDone):
         if done.event.sample not in started:
@@ -249,7 +277,7 @@ def honest_stay_unconvicted(story: Story) -> Iterator[str]:
     for entry in story.of_kind(Convicted):
         convicted = entry.event
         name = story.names[convicted.hotkey]
-        if name in story.world.cheats:
+        if name in story.cheats:
             continue
         since = story.begins.get(convicted.round, 0.0)
         silent = convicted.reason.startswith("withheld") and story.ailing(name, since, entry.time)
@@ -257,11 +285,11 @@ def honest_stay_unconvicted(story: Story) -> Iterator[str]:
             yield f"{entry.node} at {entry.time:.1f} s convicts {name} for round {convicted.round}: {convicted.reason}"
     for looked in story.of_kind(Checked):
         checked = looked.event
-        if story.names[checked.hotkey] in story.world.cheats:
+        if story.names[checked.hotkey] in story.cheats:
             continue
         if not checked.passed and checked.grade != Grade.WITHHELD:
             yield f"{looked.node}: {checked}"
-        elif checked.passed and checked.grade == Grade.MEASUREMENT and checked.error > SAME_MACHINE:
+        elif story.alike and checked.passed and checked.grade == Grade.MEASUREMENT and checked.error > SAME_MACHINE:
             yield f"{looked.node}: error {checked.error:g} of {checked.hotkey[:8]} in {checked.check}"
 
 
@@ -274,7 +302,7 @@ def every_check_is_made(story: Story) -> Iterator[str]:
 
 def pay_is_for_work(story: Story) -> Iterator[str]:
     """No validator pays for more units of a stage than microbatches were started, and none that was not claimed."""
-    started = Counter(entry.event.round for entry in story.of_kind(MicrobatchStarted))
+    started = Counter(entry.event.round for entry in story.of_kind(MicrobatchStarted)) if story.whole else None
     paid: dict[tuple[str, int, int], list[int]] = defaultdict(lambda: [0, 0])
     for entry in story.of_kind(MinerScored):
         scored = entry.event
@@ -284,7 +312,7 @@ def pay_is_for_work(story: Story) -> Iterator[str]:
         sums[0] += scored.forward
         sums[1] += scored.backward
     for (node, number, stage), sums in paid.items():
-        if max(sums) > started[number]:
+        if started is not None and max(sums) > started[number]:
             yield f"{node}, round {number}, stage {stage}: {sums} units paid of {started[number]} started"
 
 
@@ -292,7 +320,7 @@ def work_is_paid(story: Story) -> Iterator[str]:
     """Where nothing went wrong, every unit that a miner claims pays, but for what a full replica sent elsewhere."""
     for entry in story.of_kind(MinerScored):
         scored = entry.event
-        cheats = story.names[scored.hotkey] in story.world.cheats
+        cheats = story.names[scored.hotkey] in story.cheats
         if (
             cheats
             or story.narrow(scored.round)
@@ -330,7 +358,7 @@ def work_goes_on(story: Story) -> Iterator[str]:
     for entry in story.of_kind(TrainingClosed):
         lost[entry.event.round] += entry.event.lost
     for number, began in story.begins.items():
-        if began < story.faults_end + MERGE_SECONDS or number >= story.world.loaded.manifest.round.count:
+        if began < story.faults_end + MERGE_SECONDS or number >= story.rounds:
             continue
         if not done[number]:
             yield f"round {number}, {began - story.faults_end:.0f} s after the last fault: nothing came back"
@@ -365,28 +393,36 @@ def secrets_stay_secret(story: Story) -> Iterator[str]:
 
 
 CHECKS: tuple[Invariant, ...] = (
-    nothing_unforeseen,
-    everybody_finishes,
     microbatches_are_accounted_for,
     nothing_is_done_twice,
-    nothing_counts_twice,
-    requests_are_taken_once,
     replicas_agree,
     validators_agree,
     nothing_goes_back,
     honest_stay_unconvicted,
-    every_check_is_made,
     pay_is_for_work,
-    work_is_paid,
     validators_pay_alike,
     memory_is_bounded,
+)
+"""On event logs alone."""
+SIMULATED: tuple[Invariant, ...] = (
+    nothing_unforeseen,
+    everybody_finishes,
+    nothing_counts_twice,
+    requests_are_taken_once,
+    every_check_is_made,
+    work_is_paid,
     work_goes_on,
     weights_are_on_chain,
     secrets_stay_secret,
 )
+"""On what a simulation knows besides, and where rounds and faults have its lengths."""
 
 
-def violations(story: Story) -> dict[str, list[str]]:
+def violations(story: Story, checks: Iterable[Invariant] = (*SIMULATED, *CHECKS)) -> dict[str, list[str]]:
     """What does not hold, by the name of the check."""
-    found = {check.__name__.replace("_", " "): list(check(story)) for check in CHECKS}
+    found = {name_of(check): list(check(story)) for check in checks}
     return {name: lines for name, lines in found.items() if lines}
+
+
+def name_of(check: Invariant) -> str:
+    return check.__name__.replace("_", " ")

@@ -24,7 +24,8 @@ import torch
 
 from subnet.transport import http1, protocol, synapse
 from subnet.transport.admission import Admission, Ticket
-from subnet.transport.connection import Connection
+from subnet.transport.connection import Connection, close_abruptly
+from subnet.transport.crowd import Crowd, source_of
 from subnet.transport.digests import Running
 from subnet.transport.errors import (
     BadSignature,
@@ -57,6 +58,10 @@ _DISCARD_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 1.0
 _ACCEPT_PAUSE: Final = 1.0
 """Seconds without new connections after the system had no room for one."""
+_TURNED_AWAY: Final = 32
+"""Connections that are turned away in a row, and the seconds until the next: a seventh of a core at most. Whoever is
+welcome waits less than a second behind a full queue of them."""
+_TURNED_AWAY_PAUSE: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,8 @@ class _Request:
     connection: Connection
     head: RequestHead
     received: int = 0
+    admitted: bool = False
+    """Whether who sent it may ask here."""
 
     @property
     def left(self) -> int | None:
@@ -98,6 +105,7 @@ class Axon:
         grace_s: float = 5.0,
         min_rate: float = 125_000.0,
         idle_s: float = 120.0,
+        crowd: Crowd[asyncio.Task[None]] | None = None,
         shaper: Shaper | None = None,
         version: int = PROTOCOL,
         sockets: Sockets = THIS_MACHINE,
@@ -111,6 +119,7 @@ class Axon:
             min_rate: bytes per second beyond that. Honest senders on slow links cut off with 408? Lower it.
             idle_s: seconds after which a connection without a request is closed. Longer than the dendrite's, which
                 must be the one to close, or its next call could be lost in between.
+            crowd: how many strangers may be connected, and how fast they may come (default: `Crowd`'s own).
             shaper: the emulated link that bodies pass through, for tests; the caller's adds latency and loss.
             version: of the protocol; requests in the one before are served too.
         """
@@ -120,6 +129,7 @@ class Axon:
         self._grace_s = grace_s
         self._min_rate = min_rate
         self._idle_s = idle_s
+        self._crowd: Crowd[asyncio.Task[None]] = Crowd() if crowd is None else crowd
         self.shaper = shaper
         self._version = version
         self._sockets = sockets
@@ -208,7 +218,7 @@ class Axon:
         await asyncio.gather(*self._talks, return_exceptions=True)
 
     async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+        loop, turned_away = asyncio.get_running_loop(), 0
         while True:
             try:
                 sock, address = await loop.sock_accept(listening)
@@ -216,25 +226,48 @@ class Axon:
                 _log.error("cannot accept a connection (%s); raise the limit of open files (ulimit -n)", error)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            connection = Connection(sock, f"{address[0]}:{address[1]}")
-            talk = asyncio.create_task(self._converse(connection))
-            self._talks[talk] = connection
-            talk.add_done_callback(self._talks.pop)
+            source = source_of(address[0])
+            if self._crowd.may_enter(source, loop.time()):
+                self._welcome(Connection(sock, f"{address[0]}:{address[1]}"), source)
+                await asyncio.sleep(0)  # else all that wait at the door would come before anybody inside
+                continue
+            close_abruptly(sock)
+            turned_away += 1
+            if turned_away % _TURNED_AWAY == 0:
+                await asyncio.sleep(_TURNED_AWAY_PAUSE)
+
+    def _welcome(self, connection: Connection, source: str) -> None:
+        talk = asyncio.create_task(self._converse(connection))
+        self._talks[talk] = connection
+        talk.add_done_callback(self._part)
+        gone = self._crowd.enter(talk, source)
+        if gone is not None:
+            _log.debug("%s makes room for another stranger", self._talks[gone].peer)
+            self._talks[gone].close(abruptly=True)
+
+    def _part(self, talk: asyncio.Task[None]) -> None:
+        self._talks.pop(talk)
+        self._crowd.leave(talk)
 
     async def _converse(self, connection: Connection) -> None:
         """Serve one connection until either side has enough."""
         talk = asyncio.current_task()
         if talk is None:
             raise RuntimeError("a conversation is a task")
+        known = False
         try:
             while self._listening is not None:
-                async with asyncio.timeout(self._idle_s):
+                async with asyncio.timeout(self._idle_s if known else min(self._idle_s, self._grace_s)):
                     raw = await connection.head()
                 if raw is None:
                     return
                 self._busy.add(talk)
-                if not await self._on_request(_Request(connection, http1.parse_request(raw))):
+                request = _Request(connection, http1.parse_request(raw))
+                if not await self._on_request(request):
                     return
+                if request.admitted and not known:
+                    known = True
+                    self._crowd.leave(talk)
                 self._busy.discard(talk)
                 await asyncio.sleep(0)  # a caller that never pauses holds up nobody else
         except BadHead as error:
@@ -243,7 +276,7 @@ class Axon:
             await self._respond(connection, refusal.status, parts, kind=_JSON, keep=False)
             await self._discard(connection, _DISCARD_BYTES, seconds=_DISCARD_SECONDS)
         except TimeoutError:
-            _log.debug("%s sent no request for %g s", connection.peer, self._idle_s)
+            _log.debug("%s sent no request in time", connection.peer)
         except OSError as error:
             _log.debug("%s is gone: %s", connection.peer, error)
         finally:
@@ -261,6 +294,7 @@ class Axon:
             with self._admission.admit(
                 head.fields, route=route.name, path=head.target, max_bytes=route.max_bytes
             ) as ticket:
+                request.admitted = True
                 route.gate(ticket.caller)
                 body = await self._receive(request, ticket)
                 parts = await self._answer(route, ticket, body, connection.source)

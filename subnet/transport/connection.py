@@ -163,8 +163,9 @@ class Connection:
         self._loop.remove_reader(self._number)
         self._loop.remove_writer(self._number)
         if abruptly:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._sock.close()
+            close_abruptly(self._sock)
+        else:
+            self._sock.close()
         for waiting in self._waiting:
             if not waiting.done():
                 waiting.set_exception(ConnectionAbortedError("closed by this node"))
@@ -207,6 +208,12 @@ class Connection:
                 remove(self._number)
                 if heed:
                     self._loop.remove_reader(self._number)
+
+
+def close_abruptly(sock: socket.socket) -> None:
+    """Tell the peer by a reset, and keep nothing of it."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
 
 
 def _at_once(advance: Callable[[], bool]) -> bool:

@@ -43,7 +43,7 @@ THIN = 4 * VALUES + 2 * STATE
 HOTKEY, VALIDATOR = "5Miner", "5Validator"
 RUN = b"a run id"
 LAYOUT = one_vector(VALUES)
-SIZES = Sizes(weights=4 * VALUES, flat=4 * VALUES, state=STATE, forward=UNIT, backward=UNIT)
+SIZES = Sizes(weights=4 * VALUES, flat=4 * VALUES, state=STATE, looks=0, forward=UNIT, backward=UNIT)
 
 
 def state(values: int = VALUES, *, seed: int | None = None) -> State:

@@ -194,8 +194,12 @@ async def test_a_window_that_the_bound_leaves_no_room_for_is_given_up_and_nothin
     training.held.reach(1)
     training.held.seeded(0, picking(0, count=3))
     await archive.settle()
+    assert not lost
+    assert training.held.unit(UnitKey(2, Direction.FORWARD)) is not None, "in memory, while there is room"
+    archive._limit = archive.bytes - 1
+    training.window(1)
+    assert archive.bytes <= archive._limit
     assert [training.held.picked[version] is not None for version in range(3)] == [True, True, False]
-    assert archive.bytes == STATE
     assert archive.bytes_on_disk == on_disk(tmp_path / "bound") <= 2 * size + 1
     ((number, version, reason),) = lost
     assert (number, version) == (0, 2)
@@ -205,27 +209,47 @@ async def test_a_window_that_the_bound_leaves_no_room_for_is_given_up_and_nothin
     assert training.held.unit(UnitKey(1, Direction.FORWARD)) is not None
 
 
-async def test_a_disk_that_is_full_costs_what_it_has_no_room_for_and_is_named(
+async def test_what_a_full_disk_does_not_take_stays_in_memory_until_it_does(
     tmp_path: Path, lost: Lost, full: list[str]
 ) -> None:
     archive = Archive(shelf=shelf(tmp_path), lost=lambda *what: lost.append(what))
     full.append("round-00000")
     first = play(archive, 0)
     await archive.settle()
-    (version,) = first.held.picked
-    assert first.held.picked == {version: None}
-    assert first.held.part(0, "closing") is None
-    assert [(number, what) for number, what, _ in lost] == [(0, version), (0, None)]
-    for _, _, reason in lost:
-        assert "cannot be written, the disk is full" in reason
-        assert reason.endswith("make room")
-        assert "\n" not in reason
+    assert not only(first).mapped
+    assert first.held.part(0, "closing") is not None
     assert not files(tmp_path)
-    assert archive.bytes == 0
+    full.clear()
     second = play(archive, 1)
     await archive.settle()
+    assert only(first).mapped
     assert only(second).mapped
-    assert len(lost) == 2
+    assert not lost
+    archive.open(ROUNDS_KEPT)
+    await archive.close()
+    assert not files(tmp_path)
+    assert archive.bytes == 0
+
+
+async def test_a_disk_that_is_full_costs_what_there_is_no_room_for_and_is_named(
+    tmp_path: Path, lost: Lost, full: list[str]
+) -> None:
+    archive = Archive(shelf=shelf(tmp_path), lost=lambda *what: lost.append(what))
+    full.append("round-0000")
+    first = play(archive, 0)
+    await archive.settle()
+    (version,) = first.held.picked
+    assert first.held.picked[version] is not None
+    archive._limit = archive.bytes + STATE // 2
+    Training(archive.open(1)).window(0)
+    assert first.held.picked == {version: None}
+    assert archive.bytes <= archive._limit
+    ((number, what, reason),) = lost
+    assert (number, what) == (0, version)
+    assert "cannot be written, the disk is full" in reason
+    assert reason.endswith("make room")
+    assert "\n" not in reason
+    assert not files(tmp_path)
 
 
 async def test_of_an_earlier_life_the_round_that_is_answered_for_comes_back_and_the_rest_goes(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"cd orion && make install", "make newcomer"),
     (r"btcli .*-n \$NET|btcli wallet ", "make newcomer and tests/subnet/localchain/test_btcli.py"),
     (r"orion chain --port", "tests/subnet/localchain/test_btcli.py"),
+    (r"orion localnet .*--chaos", "tests/scripts/test_chaos.py"),
     (r"orion localnet --resume", "tests/scripts/test_massacre.py"),
     (r"python -m scripts\.bench\.boundary --page", "tests/scripts/learning: the page is what the results say"),
 )

@@ -28,7 +28,7 @@ from scripts.sim import invariants
 from scripts.sim.chain import EPOCH_MS
 from scripts.sim.compute import Pace
 from scripts.sim.faults import Fault, Kind
-from scripts.sim.invariants import CHECKS, Story, violations
+from scripts.sim.invariants import CHECKS, SIMULATED, Story, name_of, violations
 from scripts.sim.repeater import Request
 from scripts.sim.world import Size, World
 
@@ -173,7 +173,14 @@ def test_a_sound_story_has_no_violations() -> None:
 
 
 def test_every_check_is_tried() -> None:
-    assert [*BROKEN] == [check.__name__.replace("_", " ") for check in CHECKS]
+    assert {*BROKEN} == {name_of(check) for check in (*CHECKS, *SIMULATED)}
+
+
+def test_what_only_a_simulation_knows_is_asked_of_no_other() -> None:
+    story = replace(Told().story(), simulated=None)
+    assert violations(story, CHECKS) == {}
+    with pytest.raises(ValueError, match="orion sim"):
+        violations(story)
 
 
 CASES = {f"{name}-{number}": (name, breaks) for name, ways in BROKEN.items() for number, breaks in enumerate(ways)}
@@ -193,7 +200,7 @@ def test_a_round_in_which_nothing_comes_back_is_seen() -> None:
     told.events.append(("v0", 400.0, RoundStarted(1, 60, None, [1, 1], "")))
     story = told.story()
     quiet = [entry for entry in story.entries if getattr(entry.event, "round", 0) != 1 or entry.node == "v0"]
-    assert list(invariants.work_goes_on(Story(story.world, quiet)))
+    assert list(invariants.work_goes_on(replace(story, entries=quiet)))
 
 
 def test_what_was_a_faults_doing_is_excused() -> None:

@@ -19,6 +19,7 @@ from bittensor.sp_core import Keypair
 from subnet.transport import auth, synapse
 from subnet.transport.admission import Admission, ReplayCache
 from subnet.transport.axon import Axon, Handler, _Request
+from subnet.transport.crowd import Crowd
 from subnet.transport.dendrite import Dendrite
 from subnet.transport.digests import Digests, Running
 from subnet.transport.errors import (
@@ -115,9 +116,10 @@ async def running(
     grace_s: float = 5.0,
     min_rate: float = 125_000.0,
     idle_s: float = 120.0,
+    crowd: Crowd[asyncio.Task[None]] | None = None,
 ) -> AsyncIterator[Node]:
     door = Admission(BOB_KEY, allow=rule, now_ns=time.time_ns, slots=slots, buffer_bytes=buffer_bytes)
-    node = Node(Axon(door, grace_s=grace_s, min_rate=min_rate, idle_s=idle_s))
+    node = Node(Axon(door, grace_s=grace_s, min_rate=min_rate, idle_s=idle_s, crowd=crowd))
     node.gate.set()
     node.axon.serve(Push, node.push, specs=SPECS)
     node.axon.serve(Bulk, node.bulk, specs=BIG)
@@ -534,6 +536,45 @@ async def test_a_connection_without_a_request_is_closed() -> None:
         writer.write(b"POST /push HTTP/1.1\r\n")  # and never more
         assert await reader.read() == b""
         writer.close()
+
+
+async def test_who_says_nothing_is_a_stranger_for_a_moment_and_who_asked_may_wait(alice: Dendrite) -> None:
+    async with running(grace_s=0.1) as node:
+        await push(alice, node)
+        (neighbour,) = node.axon._talks
+        reader, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
+        assert await reader.read() == b""
+        writer.close()
+        assert not neighbour.done()
+
+
+async def test_strangers_make_room_for_each_other_and_neighbours_for_nobody(alice: Dendrite) -> None:
+    async with running(crowd=Crowd(strangers=2)) as node:
+        await push(alice, node)
+        ends = [await asyncio.open_connection("127.0.0.1", node.axon.port) for _ in range(5)]
+        closed = [asyncio.create_task(reader.read()) for reader, _ in ends]
+        await asyncio.wait(closed[:3])
+        assert all(isinstance(task.exception(), ConnectionResetError) for task in closed[:3])
+        assert not any(task.done() for task in closed[3:])
+        await push(alice, node, Push(sample=2))
+        assert alice.counters["push"].failed == 0
+        assert len(node.axon._talks) == 3
+        for _, writer in ends:
+            writer.close()
+        await asyncio.gather(*closed[3:])
+
+
+async def test_who_comes_too_often_is_turned_away_at_once(alice: Dendrite) -> None:
+    async with running(crowd=Crowd(burst=3, rate=0.001)) as node:
+        await push(alice, node)
+        ends = [await asyncio.open_connection("127.0.0.1", node.axon.port) for _ in range(6)]
+        reads = await asyncio.gather(
+            *(asyncio.wait_for(reader.read(), 10) for reader, _ in ends[3:]), return_exceptions=True
+        )
+        assert all(isinstance(read, ConnectionResetError) for read in reads)
+        await push(alice, node, Push(sample=2))
+        for _, writer in ends:
+            writer.close()
 
 
 async def test_a_connection_that_the_axon_closed_is_not_used_again(alice: Dendrite) -> None:

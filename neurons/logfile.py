@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,9 @@ class LogFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._torn = _is_torn(path)
         self._number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if self._torn:
+            with suppress(OSError):  # on a full disk it is ended later
+                self._torn = not os.write(self._number, b"\n")
 
     def write(self, text: str, /) -> None:
         """Raises `OSError`."""

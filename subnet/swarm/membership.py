@@ -2,7 +2,7 @@
 
     OUT → WAIT → JOIN(stage) → ACTIVE(stage) → BENCH(until) → WAIT
 
-* Not valid, or leaving → OUT. Who has strikes and goes away waits them out on the bench first.
+* Not valid, or leaving → OUT. Who has strikes and goes away waits them out on the bench first, one after the other.
 * ACTIVE and twice in a row in no accepted source list (a live record, dead work) → BENCH for 2^strikes rounds. In a
   void round nobody is charged, except who cast no vote while at least half of all the run's replicas did: the chain
   took votes then, and with two replicas one that withholds its bitmap could otherwise void every round unpunished.
@@ -241,12 +241,18 @@ class _Refresh:
                     self._reasons.pop(member.hotkey, None)
                 elif not why:
                     self._put(member, Standing.WAIT, "its bench is over")
+                elif member.strikes:
+                    self._wait_out(member, why, strikes=member.strikes - 1)
             elif not why:
                 self._rows[member.hotkey] = replace(member, moving=None)
             elif member.strikes:
-                self._put(member, Standing.BENCH, f"out: {why}; its {member.strikes} strikes are kept that long")
-                until = self._round + 2**member.strikes
-                self._rows[member.hotkey] = replace(self._rows[member.hotkey], until=until)
+                self._wait_out(member, why, strikes=member.strikes)
+
+    def _wait_out(self, member: Member, why: str, *, strikes: int) -> None:
+        """Who goes away keeps its strikes for as long as the next bench would be, and loses one each time."""
+        self._put(member, Standing.BENCH, f"out: {why}; its {member.strikes} strikes are kept that long")
+        until = self._round + 2**member.strikes
+        self._rows[member.hotkey] = replace(self._rows[member.hotkey], until=until, strikes=strikes)
 
     def _condemn(self) -> None:
         why = "validators with most of the stake hold it convicted"

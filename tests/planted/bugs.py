@@ -170,6 +170,20 @@ BUGS = (
         "tests/neurons/test_node.py",
     ),
     Planted(
+        "strikes are forgotten by going away",
+        "subnet/swarm/membership.py",
+        "                elif member.strikes:\n                    self._wait_out",
+        "                elif member.strikes > MAX_STRIKES:\n                    self._wait_out",
+        "tests/subnet/swarm/test_membership.py",
+    ),
+    Planted(
+        "an activation is offered again to a replica that is full",
+        "neurons/delivery.py",
+        "                    self._full[hop] = asyncio.get_running_loop().time() + _pause(refusal)\n",
+        "                    self._full[hop] = asyncio.get_running_loop().time() + _pause(refusal) / 2\n",
+        "tests/machines/test_routing.py",
+    ),
+    Planted(
         "a checkpoint too many is deleted",
         "neurons/vault.py",
         "        oldest = whole[: self._keep][-1] if len(whole) >= self._keep else 0",

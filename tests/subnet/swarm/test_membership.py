@@ -194,8 +194,10 @@ def test_a_bench_ends_and_is_not_dodged_by_going_away() -> None:
     assert away.member(name(0)) == Member(
         hotkey=name(0), standing=Standing.BENCH, since=ROUND + 1, strikes=2, until=ROUND + 1 + 4
     )
-    forgotten = step(roster(*FOUR, dataclasses.replace(bench, until=ROUND + 1)), around(5, gone=[4]))
-    assert forgotten.member(name(4)) is None
+    ended = step(roster(*FOUR, dataclasses.replace(bench, until=ROUND + 1)), around(5, gone=[4]))
+    assert ended.member(name(4)) == dataclasses.replace(bench, since=ROUND + 1, strikes=0, until=ROUND + 1 + 2)
+    forgotten = roster(*FOUR, dataclasses.replace(bench, strikes=0, until=ROUND + 1))
+    assert step(forgotten, around(5, gone=[4])).member(name(4)) is None
     unregistered = step(roster(*FOUR, bench), around(4))
     assert unregistered.member(name(4)) is None
 

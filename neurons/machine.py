@@ -6,6 +6,7 @@ own limits where the kernel tells them (cgroup v2), not by its host's.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import resource
@@ -98,6 +99,29 @@ def free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free, limit, used = 1024 * int(found[1]), _text(_CGROUP / "memory.max"), _text(_CGROUP / "memory.current")
     return min(free, max(0, int(limit) - int(used))) if limit.isdigit() and used.isdigit() else free
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a process holds."""
+
+    bytes: int
+    """Of memory that is resident."""
+    files: int
+    """Descriptors: files, sockets and pipes."""
+    tasks: int
+    """Of the running event loop."""
+
+
+def footprint() -> Footprint:
+    """Of this process. Where the system does not say what is resident now: the most that ever was."""
+    pages = _text(Path("/proc/self/statm")).split()
+    resident = (
+        int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
+        if pages
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    return Footprint(resident, len([*Path("/dev/fd").iterdir()]), len(asyncio.all_tasks()))
 
 
 def cores() -> float:

@@ -35,10 +35,10 @@ from neurons.bootstrap import BootstrapError, RosterDesk, join_history
 from neurons.callback import CallbackDesk
 from neurons.config import NeuronConfig, parse
 from neurons.history import History, HistoryError
-from neurons.machine import DeviceError, device_of, free_memory, open_files
+from neurons.machine import DeviceError, Footprint, device_of, footprint, free_memory, open_files
 from neurons.needs import least_files
 from neurons.speed import SpeedDesk
-from neurons.telemetry import NodeFailed, NodeStarted, RecordPublished, Telemetry
+from neurons.telemetry import NodeFailed, NodeStarted, ProcessHeld, RecordPublished, Telemetry
 from subnet.chain import BittensorChain, Chain, ChainError
 from subnet.identity import Identity, IdentityError
 from subnet.manifest import LoadedManifest, Manifest, ManifestError, check_announced, check_space, load_manifest
@@ -133,6 +133,8 @@ class Surroundings:
     """So many bytes that nobody can guess."""
     free_memory: Callable[[], int] = free_memory
     """Bytes that the process can take."""
+    footprint: Callable[[], Footprint] = footprint
+    """What it holds."""
     sockets: Sockets = THIS_MACHINE
 
 
@@ -383,6 +385,8 @@ class Node:
         await asyncio.to_thread(snapshot.write, self._rosters_folder, roster)
         self._rosters.keep(roster)
         self.neighbours.update(roster, await self.state(roster.block))
+        held = self.around.footprint()
+        self.telemetry.emit(ProcessHeld(round=roster.round, bytes=held.bytes, files=held.files, tasks=held.tasks))
 
     @property
     def _rosters_folder(self) -> Path:

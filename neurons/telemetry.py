@@ -416,6 +416,16 @@ class NodeFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessHeld:
+    """What the process holds as a round begins: bytes of resident memory, open descriptors, tasks of its event loop."""
+
+    round: int
+    bytes: int
+    files: int
+    tasks: int
+
+
+@dataclass(frozen=True, slots=True)
 class EventsLost:
     """So many events before this one could not be written."""
 
@@ -477,6 +487,7 @@ Event = (
     | Validated
     | CheckpointWritten
     | NodeFinished
+    | ProcessHeld
     | EventsLost
     | NodeFailed
     | Intervention

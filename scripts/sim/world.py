@@ -21,6 +21,7 @@ from model.config import BoundaryConfig, BoundaryForm, ModelConfig
 from model.data import ShardEntry
 from model.optimizer import OptimizerConfig
 from neurons.config import NeuronConfig
+from neurons.machine import Footprint
 from neurons.miner import mine
 from neurons.node import Node, Surroundings
 from neurons.telemetry import NodeFailed
@@ -330,6 +331,7 @@ class World:
             now_ns=lambda: EPOCH_MS * 1_000_000 + int((self.loop.time() + node.skew) * 1e9),
             entropy=entropy,
             free_memory=lambda: MEMORY,
+            footprint=lambda: Footprint(0, 0, 0),
             sockets=self.network.sockets(node.host),
         )
         body = partial(mine, machine=machine_at(node.pace)) if node.role == "miner" else validate

@@ -119,7 +119,8 @@ class Churn:
     def _steal(self, node: NodeProcess, tally: Tally) -> None:
         node.process.join()
         host, _, port = tally.miner(node.name).endpoint.removeprefix("http://").rpartition(":")
-        self._thieves[node.name] = Thief(host, int(port))
+        with contextlib.suppress(OSError):  # somebody else was quicker: stolen it is in any case
+            self._thieves[node.name] = Thief(host, int(port))
 
     def _give_back(self, name: str) -> None:
         thief = self._thieves.pop(name, None)

@@ -58,6 +58,8 @@ _DISCARD_SECONDS: Final = 1.0
 _STOP_SECONDS: Final = 1.0
 _ACCEPT_PAUSE: Final = 1.0
 """Seconds without new connections after the system had no room for one."""
+CALLER_CONNECTIONS: Final = 64
+"""Of one hotkey; a dendrite has nine to a neighbour."""
 _TURNED_AWAY: Final = 32
 """Connections that are turned away in a row, and the seconds until the next: a seventh of a core at most. Whoever is
 welcome waits less than a second behind a full queue of them."""
@@ -81,8 +83,8 @@ class _Request:
     connection: Connection
     head: RequestHead
     received: int = 0
-    admitted: bool = False
-    """Whether who sent it may ask here."""
+    caller: str = ""
+    """Who sent it, once that is proven and admitted."""
 
     @property
     def left(self) -> int | None:
@@ -139,6 +141,9 @@ class Axon:
         self._listening: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._talks: dict[asyncio.Task[None], Connection] = {}
+        self._callers: dict[asyncio.Task[None], str] = {}
+        self._by_caller: dict[str, dict[asyncio.Task[None], None]] = {}
+        """Connections by the hotkey that was first admitted on them, oldest first."""
         self._busy: set[asyncio.Task[None]] = set()
         self._port: int | None = None
         self._incidents = itertools.count(1)
@@ -245,9 +250,28 @@ class Axon:
             _log.debug("%s makes room for another stranger", self._talks[gone].peer)
             self._talks[gone].close(abruptly=True)
 
+    def _know(self, talk: asyncio.Task[None], caller: str) -> None:
+        """It is no stranger's any more. Of one caller's too many the oldest goes that carries no request."""
+        self._crowd.leave(talk)
+        self._callers[talk] = caller
+        own = self._by_caller.setdefault(caller, {})
+        own[talk] = None
+        if len(own) > CALLER_CONNECTIONS:
+            oldest = next(other for other in own if other is talk or other not in self._busy)
+            self._forget(oldest)
+            self._talks[oldest].close()
+
+    def _forget(self, talk: asyncio.Task[None]) -> None:
+        caller = self._callers.pop(talk, "")
+        own = self._by_caller.get(caller, {})
+        own.pop(talk, None)
+        if not own:
+            self._by_caller.pop(caller, None)
+
     def _part(self, talk: asyncio.Task[None]) -> None:
         self._talks.pop(talk)
         self._crowd.leave(talk)
+        self._forget(talk)
 
     async def _converse(self, connection: Connection) -> None:
         """Serve one connection until either side has enough."""
@@ -265,9 +289,9 @@ class Axon:
                 request = _Request(connection, http1.parse_request(raw))
                 if not await self._on_request(request):
                     return
-                if request.admitted and not known:
+                if request.caller and not known:
                     known = True
-                    self._crowd.leave(talk)
+                    self._know(talk, request.caller)
                 self._busy.discard(talk)
                 await asyncio.sleep(0)  # a caller that never pauses holds up nobody else
         except BadHead as error:
@@ -294,7 +318,7 @@ class Axon:
             with self._admission.admit(
                 head.fields, route=route.name, path=head.target, max_bytes=route.max_bytes
             ) as ticket:
-                request.admitted = True
+                request.caller = ticket.caller
                 route.gate(ticket.caller)
                 body = await self._receive(request, ticket)
                 parts = await self._answer(route, ticket, body, connection.source)

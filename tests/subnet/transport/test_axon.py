@@ -564,6 +564,29 @@ async def test_strangers_make_room_for_each_other_and_neighbours_for_nobody(alic
         await asyncio.gather(*closed[3:])
 
 
+async def test_one_caller_keeps_so_many_connections_and_its_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subnet.transport.axon.CALLER_CONNECTIONS", 2)
+    async with running() as node:
+        ends = []
+        for sample in range(4):
+            body = b"".join(synapse.encode(Push(sample=sample), tensors()))
+            reader, writer = await asyncio.open_connection("127.0.0.1", node.axon.port)
+            writer.write(head(body) + body)
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode()
+            await reader.readexactly(int(answer.split("Content-Length: ")[1].split("\r\n")[0]))
+            assert answer.split()[1] == "200"
+            ends.append((reader, writer))
+        for reader, _ in ends[:2]:
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert len(node.axon._talks) == 2
+        assert {len(own) for own in node.axon._by_caller.values()} == {2}
+        for _, writer in ends:
+            writer.close()
+        await asyncio.wait([*node.axon._talks])
+        assert not node.axon._by_caller
+        assert not node.axon._callers
+
+
 async def test_who_comes_too_often_is_turned_away_at_once(alice: Dendrite) -> None:
     async with running(crowd=Crowd(burst=3, rate=0.001)) as node:
         await push(alice, node)

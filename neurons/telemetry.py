@@ -548,6 +548,11 @@ def read_events(lines: Iterable[str]) -> Iterator[Stamped]:
     return (stamped for line in lines if (stamped := read_event(line)) is not None)
 
 
+def read_log(path: Path) -> list[Stamped]:
+    """All events in a file. Raises `OSError`, and `ValueError` as `read_events`."""
+    return list(read_events(path.read_text().splitlines()))
+
+
 def read_event(line: str) -> Stamped | None:
     """The event in one line; None for a torn one, of which a killed process wrote only a part.
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from neurons.telemetry import Intervention, NodeStarted, Stamped, read_events
+from neurons.telemetry import Intervention, NodeStarted, Stamped, read_log
 from scripts.faults import LASTING, Fault
 from scripts.locks import COMMAND
 from scripts.sim.faults import Fault as Struck
@@ -49,7 +49,7 @@ def promises(folder: Path, *, cheats: Sequence[str], rounds: int, round_seconds:
 
 def told(folder: Path, *, cheats: Sequence[str], rounds: int, round_seconds: float) -> Story:
     """The story that the event logs of a run tell. Raises `OSError`."""
-    logs = {path.stem: list(read_events(path.read_text().splitlines())) for path in sorted(folder.glob("*.jsonl"))}
+    logs = {path.stem: read_log(path) for path in sorted(folder.glob("*.jsonl"))}
     done = logs.pop(COMMAND, [])
     moments = [stamped.time for stampeds in (done, *logs.values()) for stamped in stampeds]
     since, end = min(moments, default=0.0), max(moments, default=0.0)

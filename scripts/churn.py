@@ -22,6 +22,7 @@ from scripts.thief import Thief
 
 SIGNALS = {
     "kill": signal.SIGKILL,
+    "steal": signal.SIGKILL,
     "leave": signal.SIGUSR1,
     "freeze": signal.SIGSTOP,
     "thaw": signal.SIGCONT,
@@ -110,7 +111,7 @@ class Churn:
         elif action in {"fill", "drain"}:
             _let_write(node, action == "drain")
         else:
-            node.signal(SIGNALS.get(action, signal.SIGKILL))
+            node.signal(SIGNALS[action])
             self._killed |= {name} if action in {"kill", "steal"} else set()
         if action == "steal" and node is not None:
             self._steal(node, tally)

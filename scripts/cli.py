@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scripts.flags import parser
@@ -255,17 +254,6 @@ def _localnet(flags: argparse.Namespace) -> int:
         chaos=flags.chaos,
         adversaries=adversaries,
     )
-    if flags.chaos is not None:
-        from scripts.chaos import draw  # noqa: PLC0415 - heavy, only with --chaos
-
-        drawn = draw(
-            flags.chaos,
-            stages=options.stages,
-            replicas=options.replicas,
-            rounds=options.rounds,
-            round_seconds=options.round_seconds,
-        )
-        options = replace(options, faults=(*faults, *drawn))
     return localnet(options, out=flags.out, plain=flags.plain, data=flags.data, dashboard=flags.dashboard)
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,9 +58,25 @@ def localnet(
         if data is not None:
             _check_data(data, options.model)
         claim_folder(folder)
-        return _Run(options, folder, claim_run(folder), plain=plain, data=data)
+        return _Run(_with_chaos(options), folder, claim_run(folder), plain=plain, data=data)
 
     return _managed(new, dashboard)
+
+
+def _with_chaos(options: LocalnetOptions) -> LocalnetOptions:
+    """With what its chaos draws besides, if it has any."""
+    if options.chaos is None:
+        return options
+    from scripts.chaos import draw  # noqa: PLC0415 - heavy, only with --chaos
+
+    drawn = draw(
+        options.chaos,
+        stages=options.stages,
+        replicas=options.replicas,
+        rounds=options.rounds,
+        round_seconds=options.round_seconds,
+    )
+    return replace(options, faults=(*options.faults, *drawn))
 
 
 def resume(folder: Path, *, plain: bool, dashboard: int | None = None) -> int:
@@ -419,7 +436,7 @@ class _Run:
         held = self._promises()
         good = (
             not failed
-            and all(not broken for broken in held.values())
+            and not any(held.values())
             and setters <= set(self.tally.weights)
             and self._rows_on_chain() >= len(setters)
         )

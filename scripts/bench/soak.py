@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from neurons.telemetry import ProcessHeld, read_events
+from neurons.telemetry import ProcessHeld, read_log
 from scripts.bench.report import report
 
 ROUND_SECONDS: Final = 20.0
@@ -76,9 +76,7 @@ def _median(held: Sequence[ProcessHeld]) -> ProcessHeld:
 def told(events: Path) -> dict[str, list[ProcessHeld]]:
     """What each node of a run held, round by round."""
     return {
-        path.stem: [
-            one.event for one in read_events(path.read_text().splitlines()) if isinstance(one.event, ProcessHeld)
-        ]
+        path.stem: [one.event for one in read_log(path) if isinstance(one.event, ProcessHeld)]
         for path in sorted(events.glob("*.jsonl"))
         if path.stem != "localnet"
     }

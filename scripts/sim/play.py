@@ -19,18 +19,17 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final, TextIO
 
 import bittensor_core
 import numpy as np
 import torch
 
-from neurons.telemetry import Convicted, Event, MicrobatchDone, MicrobatchStarted, Stamped, read_events
+from neurons.telemetry import Convicted, Event, MicrobatchDone, MicrobatchStarted, Stamped, read_log
 from scripts.sim.clock import LIFE, SimLoop
 from scripts.sim.faults import Fault
 from scripts.sim.invariants import Entry, Story, violations
-from scripts.sim.world import Program, Size, World, logs
+from scripts.sim.world import NO_CHEATS, Program, Size, World, logs
 from subnet.identity import SCHEME
 
 WALL_SECONDS = 600
@@ -87,7 +86,7 @@ def play(
     folder: Path,
     *,
     faults: Sequence[Fault] | None = None,
-    cheats: Mapping[str, Program] = MappingProxyType({}),
+    cheats: Mapping[str, Program] = NO_CHEATS,
     trace: Path | None = None,
     log: Path | None = None,
 ) -> Outcome:
@@ -132,7 +131,7 @@ def _unheard(watch: _Watch, context: dict[str, object]) -> None:
 
 
 def _events(folder: Path) -> dict[str, list[Stamped]]:
-    return {name: list(read_events(path.read_text().splitlines())) for name, path in logs(folder).items()}
+    return {name: read_log(path) for name, path in logs(folder).items()}
 
 
 def _trace(story: Story) -> Iterator[str]:
@@ -186,7 +185,7 @@ def in_child(
     size: Size,
     *,
     faults: Sequence[Fault] | None = None,
-    cheats: Mapping[str, Program] = MappingProxyType({}),
+    cheats: Mapping[str, Program] = NO_CHEATS,
     trace: Path | None = None,
     log: Path | None = None,
 ) -> Running:

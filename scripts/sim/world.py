@@ -7,7 +7,6 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from neurons.telemetry import NodeFailed
 from neurons.validator import validate
 from scripts.manifests import DECAY, MEAN, marks_of
 from scripts.sim.chain import EPOCH_MS, Blocks, SimChain
-from scripts.sim.clock import LIFE, Life, SimLoop
+from scripts.sim.clock import Life, SimLoop
 from scripts.sim.compute import Pace, machine_at
 from scripts.sim.faults import DOWN, Fault, Kind, draw
 from scripts.sim.repeater import Repeater
@@ -168,6 +167,9 @@ class Program(Protocol):
     async def __call__(self, node: Node, *, pace: Pace) -> None: ...
 
 
+NO_CHEATS: Final[Mapping[str, Program]] = MappingProxyType({})
+
+
 @dataclass(eq=False)
 class SimNode:
     """One hotkey, its machine, and its lives."""
@@ -215,7 +217,7 @@ class World:
     """Everything of one run. Create it inside the running loop."""
 
     def __init__(
-        self, loop: SimLoop, seed: int, size: Size, folder: Path, cheats: Mapping[str, Program] = MappingProxyType({})
+        self, loop: SimLoop, seed: int, size: Size, folder: Path, cheats: Mapping[str, Program] = NO_CHEATS
     ) -> None:
         """`cheats` are what nodes run in place of an honest program, by name."""
         self.loop = loop
@@ -365,10 +367,11 @@ class World:
     def _again(self, node: SimNode) -> None:
         """What started it (systemd, Docker) starts it again."""
         self.network.kill(node.host, node.lives[-1])
-        context = copy_context()
-        context.run(LIFE.set, None)
         if len(node.endings) <= RESTARTS:
-            self.loop.call_later(RESTART_SECONDS, self._start_again, node, len(node.lives), context=context)
+            self._start_later(node)
+
+    def _start_later(self, node: SimNode) -> None:
+        self.network.at(self.loop.time() + RESTART_SECONDS, partial(self._start_again, node, len(node.lives)))
 
     def _start_again(self, node: SimNode, lives: int) -> None:
         if len(node.lives) == lives:
@@ -430,9 +433,7 @@ class World:
     def _come_back(self, node: SimNode) -> None:
         """Its operator starts it again."""
         node.finished, node.lives[-1].over = False, True
-        context = copy_context()
-        context.run(LIFE.set, None)
-        self.loop.call_later(RESTART_SECONDS, self._start_again, node, len(node.lives), context=context)
+        self._start_later(node)
 
     # -- the run ----------------------------------------------------------------------------------------------------
 

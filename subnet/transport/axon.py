@@ -278,10 +278,9 @@ class Axon:
         talk = asyncio.current_task()
         if talk is None:
             raise RuntimeError("a conversation is a task")
-        known = False
         try:
             while self._listening is not None:
-                async with asyncio.timeout(self._idle_s if known else min(self._idle_s, self._grace_s)):
+                async with asyncio.timeout(self._idle_s if talk in self._callers else min(self._idle_s, self._grace_s)):
                     raw = await connection.head()
                 if raw is None:
                     return
@@ -289,8 +288,7 @@ class Axon:
                 request = _Request(connection, http1.parse_request(raw))
                 if not await self._on_request(request):
                     return
-                if request.caller and not known:
-                    known = True
+                if request.caller and talk not in self._callers:
                     self._know(talk, request.caller)
                 self._busy.discard(talk)
                 await asyncio.sleep(0)  # a caller that never pauses holds up nobody else

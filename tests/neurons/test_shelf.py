@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import re
 import threading
 from pathlib import Path
@@ -250,6 +251,31 @@ async def test_a_disk_that_is_full_costs_what_there_is_no_room_for_and_is_named(
     assert reason.endswith("make room")
     assert "\n" not in reason
     assert not files(tmp_path)
+
+
+async def test_what_neither_disk_nor_memory_has_room_for_is_lost_the_cut_too(
+    tmp_path: Path, lost: Lost, full: list[str]
+) -> None:
+    archive = Archive(shelf=shelf(tmp_path), lost=lambda *what: lost.append(what))
+    full.append("round-00000")
+    first = play(archive, 0)
+    archive._limit = 0
+    await archive.settle()
+    (version,) = first.held.picked
+    assert first.held.picked == {version: None}
+    assert first.held.part(0, "closing") is None
+    assert [(number, what) for number, what, _ in lost] == [(0, version), (0, None)]
+    for _, _, reason in lost:
+        assert "cannot be written, the disk is full" in reason
+        assert reason.endswith("make room")
+        assert "\n" not in reason
+    assert not files(tmp_path)
+    assert archive.bytes == 0
+    archive._limit = math.inf
+    second = play(archive, 1)
+    await archive.settle()
+    assert only(second).mapped
+    assert len(lost) == 2
 
 
 async def test_of_an_earlier_life_the_round_that_is_answered_for_comes_back_and_the_rest_goes(tmp_path: Path) -> None:

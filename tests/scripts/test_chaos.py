@@ -20,9 +20,8 @@ from neurons.telemetry import (
     MicrobatchDone,
     MicrobatchStarted,
     NodeStarted,
-    Stamped,
     Telemetry,
-    read_events,
+    read_log,
 )
 from scripts.chaos import draw, lines, promises, told
 from scripts.faults import LASTING, Fault, FaultError
@@ -142,12 +141,8 @@ def test_a_swarm_of_processes_keeps_its_promises(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"promises: (\d+) of \1 hold", done.stdout), done.stdout
-    events = [stamped.event for path in (tmp_path / "run" / "events").glob("*.jsonl") for stamped in stamps(path)]
+    events = [stamped.event for path in (tmp_path / "run" / "events").glob("*.jsonl") for stamped in read_log(path)]
     struck = {event.action for event in events if isinstance(event, Intervention)}
     assert struck >= {"steal", "restart", "fill", "drain"}
     assert any(isinstance(event, EventsLost) for event in events)
     assert sum(isinstance(event, Merged) and event.included for event in events) >= 3
-
-
-def stamps(path: Path) -> list[Stamped]:
-    return list(read_events(path.read_text().splitlines()))

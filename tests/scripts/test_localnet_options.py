@@ -30,6 +30,7 @@ def localnet(out: Path, *flags: str) -> int:
         (["--kill", "miner:8@round1"], 2, "the last miner is 7"),
         (["--join", "1@round3"], 2, "after the last round, 2"),
         (["--freeze", "stage:0@round1:x"], 2, ":SECONDS"),
+        (["--stages", "0", "--chaos", "1"], 2, "--stages 0 is outside"),
         (["--codec", "zip"], 2, "is unknown: did you mean"),
         (["--optimizer", "sgd"], 2, "is unknown: did you mean"),
         (["--accumulation", "0"], 2, "--accumulation 0"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 
 from model.data import Corpus
@@ -29,15 +30,22 @@ log = logging.getLogger("orion.neurons.drive")
 
 DEPTH_LIMIT_PER_STAGE = 4
 """At most this many microbatches in flight per head and stage: bounds input caches and staleness."""
+NARROW_SPARE = 1.25
+"""Without it a swarm of 48 that loses ten replicas an hour is 1 % slower (docs/simulate.md)."""
 FLIGHT_FLOOR = 5.0
 FLIGHT_FACTOR = 4.0
 """A head gives a flight up after this many times the slowest recent one (seconds, at least the floor)."""
 
 
-def in_flight(*, stages: int, unit_seconds: float, push_seconds: float) -> int:
-    """Microbatches a head keeps in flight, from mean times: F + B of a unit and a push to its answer, seconds."""
+def in_flight(*, stages: int, unit_seconds: float, push_seconds: float, load: float = 1.0) -> int:
+    """Microbatches a head keeps in flight, from mean times: F + B of a unit and a push to its answer, seconds.
+
+    `load` is heads per replica at the stage that has fewest. What keeps that stage busy is shared by so many heads,
+    with some to spare; more would only wait there and be lost with whoever dies, or when the round closes.
+    """
     limit = DEPTH_LIMIT_PER_STAGE * stages
-    return depth(stages=stages, compute=unit_seconds, latency=0.0, transfer=2 * push_seconds, limit=limit)
+    wanted = depth(stages=stages, compute=unit_seconds, latency=0.0, transfer=2 * push_seconds, limit=limit)
+    return min(wanted, math.ceil(wanted * NARROW_SPARE / load))
 
 
 def longest_flight(slowest: float, *, crossing: float) -> float:
@@ -122,6 +130,7 @@ class Driver:
             stages=self._engine.plan.count,
             unit_seconds=self.unit_seconds.value,
             push_seconds=self._delivery.push_seconds.value,
+            load=self._flights.load,
         )
 
     @property

@@ -45,6 +45,11 @@ class Flights:
         self._flown = 0.0
 
     @property
+    def load(self) -> float:
+        """Heads per replica at this round's stage that has fewest."""
+        return self._load
+
+    @property
     def slowest(self) -> float:
         """Of the last flights; 0 before the first."""
         return max((seconds for seconds, _ in self._recent), default=0.0)

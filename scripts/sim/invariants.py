@@ -132,18 +132,6 @@ class Story:
             for fault in self.faults
         )
 
-    def narrow(self, number: int) -> bool:
-        """Whether a stage had fewer than half as many replicas as there were heads: these start more at a round's
-        beginning than such a stage can do until its end, where a round is as short as here."""
-        return any(2 * min(sizes) < sizes[0] for sizes in self._sizes[number])
-
-    @cached_property
-    def _sizes(self) -> dict[int, list[list[int]]]:
-        found: dict[int, list[list[int]]] = defaultdict(list)
-        for entry in self.of_kind(RoundStarted):
-            found[entry.event.round].append(entry.event.replicas)
-        return found
-
     @cached_property
     def begins(self) -> dict[int, float]:
         """When each round began, as whoever saw it first says."""
@@ -321,11 +309,7 @@ def work_is_paid(story: Story) -> Iterator[str]:
     for entry in story.of_kind(MinerScored):
         scored = entry.event
         cheats = story.names[scored.hotkey] in story.cheats
-        if (
-            cheats
-            or story.narrow(scored.round)
-            or story.begins.get(scored.round, 0.0) < story.faults_end + MERGE_SECONDS
-        ):
+        if cheats or story.begins.get(scored.round, 0.0) < story.faults_end + MERGE_SECONDS:
             continue
         if scored.units + scored.unpaid.get(Unpaid.OFF_PLAN.value, 0) != scored.claimed:
             yield f"{entry.node}, round {scored.round}: {story.names[scored.hotkey]} claimed {scored.claimed}: {scored}"
@@ -362,7 +346,7 @@ def work_goes_on(story: Story) -> Iterator[str]:
             continue
         if not done[number]:
             yield f"round {number}, {began - story.faults_end:.0f} s after the last fault: nothing came back"
-        elif lost[number] and not story.narrow(number):
+        elif lost[number]:
             yield f"round {number}, {began - story.faults_end:.0f} s after the last fault: {lost[number]} lost"
 
 

@@ -62,13 +62,14 @@ class Pipeline:
         self._named = {replica.name: replica for stage in stages for replica in stage}
         self._flying: set[Microbatch] = set()
         self._inherited: dict[Replica, deque[Microbatch]] = {}
-        self._accepting, self._holding = True, 0
+        self._accepting = all(stages)  # nothing would come back through a stage without replicas
+        self._holding = 0
         self._accounts.began(stages, now)
         for stage in stages:
             for replica in stage:
                 replica.begin()
-        if not all(stages):
-            return  # nothing would come back through a stage without replicas
+        if not self._accepting:
+            return
         load = len(stages[0]) / min(len(stage) for stage in stages)
         for head in stages[0]:
             head.flights.begin(load)

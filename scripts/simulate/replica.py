@@ -132,7 +132,12 @@ class Replica:
 
     def depth(self) -> int:
         """Microbatches a head keeps in flight."""
-        return in_flight(stages=self.count, unit_seconds=self.unit_seconds.value, push_seconds=self.push_seconds.value)
+        return in_flight(
+            stages=self.count,
+            unit_seconds=self.unit_seconds.value,
+            push_seconds=self.push_seconds.value,
+            load=self.flights.load,
+        )
 
     def has_room(self, capacity: int) -> bool:
         """Whether another activation is taken."""

@@ -105,6 +105,36 @@ def test_a_newcomer_works_from_the_second_round_after_it_came() -> None:
     assert result.rate(310, 390) == pytest.approx(result.rate(10, 45), rel=0.05)
 
 
+def test_a_round_in_which_a_stage_has_nobody_stands_still_whoever_dies_in_it() -> None:
+    """Stage 1 is gone from 50 on, its newcomer works from 300 on; in the round between a head dies too."""
+    swarm = Setting(
+        pipeline=pipeline(stages=3, replicas=2, forward=0.2),
+        seconds=400,
+        churn=Churn(ready_after=60),
+        rounds=Rounds(length=100, close=95),
+    )
+    result = simulate(swarm, failures=[Failure(50.0, 1, 0), Failure(51.0, 1, 1), Failure(210.0, 0, 0)])
+    assert result.rate(200, 300) == 0
+    assert result.rate(310, 390) > 0
+    assert result.started == len(result.completed) + result.lost + result.in_flight
+
+
+def test_a_narrow_stage_is_kept_busy_with_fewer_in_flight() -> None:
+    """Of four replicas three are gone from one stage: four heads share what one of them would keep in flight, the last
+    replica never waits, and what is started late in a round comes back before it closes."""
+    swarm = Setting(
+        pipeline=pipeline(stages=3, replicas=4, forward=0.2),
+        seconds=400,
+        churn=Churn(ready_after=1e6),
+        rounds=Rounds(length=100, close=95),
+        measured_depth=True,
+    )
+    result = simulate(swarm, failures=[Failure(50.0, 1, place) for place in range(3)])
+    assert result.depth <= 2
+    assert result.rate(120, 180) == pytest.approx(1 / 0.8, rel=0.03)
+    assert result.lost <= 4
+
+
 def test_who_is_dead_stays_down_though_nobody_pushes_to_it() -> None:
     """It is asked whether it is back for as long as the round lasts."""
     few = Setting(pipeline=pipeline(stages=3, replicas=2, forward=0.2), seconds=400, microbatches=20)

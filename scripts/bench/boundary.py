@@ -36,6 +36,7 @@ from scripts.bench.learning.picture import draw
 from scripts.bench.learning.rows import BATCH, Row
 from scripts.bench.learning.tables import Scale, pages
 from scripts.bench.learning.training import Curve, train
+from scripts.bench.report import PageError, put
 from scripts.cli import plan_options
 from scripts.data.local import fitting
 from scripts.localnet import cache_folder
@@ -52,9 +53,6 @@ LINKS = [("20mbit", "20mbit"), ("50mbit", "50mbit"), ("100mbit", "100mbit"), ("8
 """Up and down; the last is the published run's."""
 
 
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-
-
 def tables(results: Mapping[Row, Curve]) -> str:
     """All that there is something for, as markdown."""
     parts = [f"### {title}\n\n" + "\n".join(lines) for title, lines in pages(results)]
@@ -63,19 +61,6 @@ def tables(results: Mapping[Row, Curve]) -> str:
         title = "seconds: tokens/s of 100b as planned, and time to equal loss over the best of the line (t, muon)"
         parts.append(f"### {title}\n\n" + "\n".join(frontier_table(points)))
     return "\n\n".join(parts)
-
-
-def put(page: Path, text: str) -> None:
-    """Replace what stands between the marks of a page. Raises `GridError` if it has none."""
-    try:
-        old = page.read_text()
-    except OSError as error:
-        raise GridError(f"page {page} cannot be read ({error.strerror}): check --page") from error
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise GridError(f"page {page} has no lines {BEGIN!r} and {END!r}: add them where tables belong")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def corpus_of(row: Row, folder: Path | None = None) -> Corpus:
@@ -150,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             run(parsed(options.row, options.model, data), results, options.data)
             return 0
         if options.page:
-            put(options.page, tables(results.read()))
+            put(options.page, "tables", tables(results.read()))
         elif options.picture:
             shape = preset(options.model)
             draw(results.read(), options.picture, scale=Scale(options.model, data or "", shape.hidden), steps=STEPS)
@@ -162,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
             if not options.list:
                 return _all(missing, options)
             print("\n".join(row.name for row in missing))
-    except (GridError, DataError, ConfigError) as error:
+    except (GridError, DataError, ConfigError, PageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -63,18 +63,29 @@ class SimOptions:
         """The seeds to play. Raises `SimOptionError`."""
         if self.seeds is None:
             return range(self.seed or 0, (self.seed or 0) + 1)
-        first, dash, last = self.seeds.partition("-")
-        if not (first.isdigit() and (last.isdigit() or not dash)) or int(last or first) < int(first):
-            raise SimOptionError(f"--seeds {self.seeds!r} is no range of seeds: give it as 0-24")
-        return range(int(first), int(last or first) + 1)
+        return seeds_of(self.seeds)
+
+
+def seeds_of(text: str) -> range:
+    """What `--seeds` means. Raises `SimOptionError`."""
+    first, dash, last = text.partition("-")
+    if not (first.isdigit() and (last.isdigit() or not dash)) or int(last or first) < int(first):
+        raise SimOptionError(f"--seeds {text!r} is no range of seeds: give it as 0-24")
+    return range(int(first), int(last or first) + 1)
+
+
+def fix_hashes(module: str) -> None:
+    """Start this program again, as `module`, unless sets of texts have the same order in each of its processes."""
+    if os.environ.get(HASHES) == "0":
+        return
+    settings = os.environ | {HASHES: "0", "OMP_NUM_THREADS": "1"}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], settings)  # noqa: S606 - itself
 
 
 def simulate_faults(options: SimOptions, *, as_json: bool) -> int:
     """0 if everything held in every seed, 1 if not, 2 for options that cannot be."""
-    if os.environ.get(HASHES) != "0":  # sets of texts have an order of their own in each process otherwise
-        settings = os.environ | {HASHES: "0", "OMP_NUM_THREADS": "1"}
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, "-m", "scripts.cli", *sys.argv[1:]], settings)  # noqa: S606 - itself
+    fix_hashes("scripts.cli")
     try:
         seeds = options.range()
         alone = (options.trace, options.log, options.shrink, options.faults)

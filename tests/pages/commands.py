@@ -65,6 +65,7 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"orion localnet .*--chaos", "tests/scripts/test_chaos.py"),
     (r"orion localnet --resume", "tests/scripts/test_massacre.py"),
     (r"python -m scripts\.bench\.boundary --page", "tests/scripts/learning: the page is what the results say"),
+    (r"python -m scripts\.bench\.seeds --page", "tests/scripts/test_bench_seeds.py: the page is what the results say"),
 )
 """A command, and what runs it."""
 NOT_HERE: tuple[tuple[str, str], ...] = (
@@ -88,6 +89,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"orion calibrate", Way("--model pico --stages 2 --microbatches 24 --out runs/calibration.toml")),
     (r"orion chain", Way("--port 0", sees="ws://", stays=True)),
     (r"python -m scripts\.bench\.boundary --grid", Way("--list", sees="form=t")),
+    (r"python -m scripts\.bench\.seeds --seeds", Way(change=(("0-999", "0-0"),), sees="seeds hold")),
     (r"python -m scripts\.bench\.boundary --row", Way(change=(("form=NAME", "form=t"), ("seed=0", "seed=0 steps=40")))),
 )
 """First that fits; what fits none is run as it is."""

@@ -8,13 +8,15 @@ import pytest
 from model.accounting import total_parameters
 from model.config import BoundaryForm, ConfigError, preset
 from model.corpora.folder import read_manifest
-from scripts.bench.boundary import BEGIN, END, GRIDS, RESULTS, fingerprint, main, tables
+from scripts.bench.boundary import GRIDS, RESULTS, fingerprint, main, tables
 from scripts.bench.learning.grid import GridError, Results, read_grid
 from scripts.bench.learning.rows import Form, Row
 from scripts.bench.learning.tables import boundary_table, cost, pages, summaries
 from scripts.bench.learning.training import Curve
+from scripts.bench.report import marks
 from tests.model.corpora.making import made, recipe, texts, write_jsonl
 
+BEGIN, END = marks("tables")
 GRID = """
 [[block]]
 forms = ["none", "none+", "t"]

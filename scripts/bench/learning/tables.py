@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
@@ -151,6 +152,19 @@ def rate_table(results: Results) -> list[str]:
     return lines
 
 
+def width_table(results: Results) -> list[str]:
+    """Widths down, ratios of form t that several have across: loss, and in brackets what the boundary costs. Of one
+    model, optimizer, number of boundaries and steps."""
+    found = {row: value for row, value in summaries(results).items() if row.usual and row.form in ("none+", "t")}
+    widths = Counter(row.ratio for row in found if row.form == "t")
+    ratios = sorted(ratio for ratio, count in widths.items() if count > 1)
+    lines = [f"| width | none+ | {' | '.join(f't {ratio}x' for ratio in ratios)} |", "|---" * (2 + len(ratios)) + "|"]
+    for width in sorted({row.hidden for row in found}):
+        rows = {row.ratio: row for row in found if row.hidden == width}
+        lines.append(f"| {width} | {' | '.join(_cell(rows.get(ratio), found) for ratio in (1, *ratios))} |")
+    return lines
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Scale:
     """What rows must share to be compared."""
@@ -181,3 +195,17 @@ def pages(results: Results) -> Iterator[tuple[str, list[str]]]:
             yield f"{scale}: what t may be made of", variant_table(here)
         if any(row.lr is not None for row in here):
             yield f"{scale}: rates of learning", rate_table(here)
+    yield from _widths(results)
+
+
+def _widths(results: Results) -> Iterator[tuple[str, list[str]]]:
+    """A table for whatever was trained at several widths with form t."""
+    groups: dict[tuple[str, str, str, int, int], dict[Row, Curve]] = {}
+    for row, curve in results.items():
+        if row.usual:
+            place = (row.model, row.data or "", row.optimizer, row.boundaries, row.steps)
+            groups.setdefault(place, {})[row] = curve
+    for (model, data, optimizer, boundaries, steps), here in sorted(groups.items(), key=lambda group: group[0]):
+        if len({row.hidden for row in here if row.form == "t"}) > 1:
+            name = model + (f", data {data}" if data else "")
+            yield f"{name}: widths, {optimizer}, {boundaries} boundaries, {steps} steps", width_table(here)

@@ -179,6 +179,23 @@ def test_a_row_learns_from_prepared_data_and_is_named_by_it(tmp_path: Path, caps
     assert len(results.read()) == 1
 
 
+def test_widths_stand_beside_each_other() -> None:
+    results = {
+        Row(form="none+"): _curve(4.0),
+        Row(form="t", ratio=8): _curve(4.1),
+        Row(form="t", ratio=16): _curve(4.2),
+        Row(form="none+", hidden=256): _curve(3.0),
+        Row(form="t", ratio=16, hidden=256): _curve(2.7),
+        Row(form="a", ratio=16, hidden=256): _curve(9.9),
+    }
+    title, lines = list(pages(results))[-1]
+    assert title == "nano: widths, muon, 3 boundaries, 400 steps"
+    assert lines[0] == "| width | none+ | t 16x |"
+    assert lines[2:] == ["| 128 | 4.000 | 4.200 (+5.0 %) |", "| 256 | 3.000 | 2.700 (-10.0 %) |"]
+    alone = {row: curve for row, curve in results.items() if row.hidden == 128}
+    assert all("widths" not in title for title, _ in pages(alone))
+
+
 @pytest.mark.parametrize("words", [["form=x"], ["form=t", "ratio=two"], ["form=t", "ratio=3"], ["width=3"]])
 def test_a_row_that_cannot_be_is_one_line_and_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--row", *words]) == 2
